@@ -1,0 +1,6 @@
+"""Callbacks: each watches or writes, none changes a number."""
+
+from patchad.callbacks.predictions import Predictions
+from patchad.callbacks.report import Report
+
+__all__ = ["Predictions", "Report"]

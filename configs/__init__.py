@@ -1,0 +1,1 @@
+"""Packaged configurations: `--config NAME` on the command line."""

@@ -1,0 +1,130 @@
+"""The command line: `patchad fit | validate | test | predict`."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from patchad.data.datamodule import PyramidDataModule
+from patchad.module import PatchDetector, check_format
+from patchad.types import PatchadError
+
+CONFIGS = Path(str(files("patchad.configs")))
+CONFIG_OPTIONS = ("--config", "-c")
+
+
+class PatchadCLI(LightningCLI):
+    """LightningCLI with patchad's defaults, and a checkpoint that brings its data settings along."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Every subcommand starts from the packaged default.yaml."""
+        parser.default_config_files = [str(CONFIGS / "default.yaml")]
+
+    def after_fit(self) -> None:
+        """Says where everything is and what comes next."""
+        checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if checkpoint and self.trainer.is_global_zero:
+            print(f"checkpoint: {checkpoint}\nnext:       patchad test --ckpt_path {checkpoint}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; what the user can mend ends as one line and exit code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder
+    try:
+        sys.argv[1:] = with_checkpoint_data(resolve_configs(given))  # Lightning starts further processes from these
+        PatchadCLI(
+            PatchDetector,
+            PyramidDataModule,
+            trainer_class=Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"parser_mode": "omegaconf", "description": "Finds defects after seeing good images only."},
+            seed_everything_default=0,
+        )
+    except PatchadError as error:
+        print(f"patchad: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def resolve_configs(arguments: Iterable[str]) -> list[str]:
+    """The arguments with short config names replaced by the packaged files: `--config quickstart`."""
+    resolved: list[str] = []
+    for argument in arguments:
+        option, separator, value = argument.partition("=")
+        if resolved and resolved[-1] in CONFIG_OPTIONS:
+            resolved.append(packaged_config(argument))
+        elif separator and option in CONFIG_OPTIONS:
+            resolved.append(f"{option}={packaged_config(value)}")
+        else:
+            resolved.append(argument)
+    return resolved
+
+
+def packaged_config(name: str) -> str:
+    """The path of a packaged config; a name that is an existing file, or no packaged one, is left as it is.
+
+    Raises:
+        PatchadError: if a short name fits nothing.
+    """
+    packaged = CONFIGS / f"{name}.yaml"
+    if Path(name).exists() or Path(name).suffix in (".yaml", ".yml", ".json") or "{" in name:
+        return name
+    if not packaged.is_file():
+        known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+        raise PatchadError(f"--config {name} is neither a file nor one of {', '.join(known)}")
+    return str(packaged)
+
+
+def with_checkpoint_data(arguments: list[str]) -> list[str]:
+    """The arguments with the checkpoint's data settings as a first config, so that later options override them.
+
+    Raises:
+        PatchadError: if the checkpoint is missing or not readable.
+    """
+    path = option_value(arguments, "--ckpt_path")
+    if path is None or arguments[0] == "fit":
+        return arguments
+    data = read_data_settings(Path(path))
+    return [arguments[0], "--config", json.dumps({"data": data}), *arguments[1:]] if data else arguments
+
+
+def option_value(arguments: Sequence[str], option: str) -> str | None:
+    """The value of `--option value` or `--option=value`."""
+    for number, argument in enumerate(arguments):
+        if argument == option and number + 1 < len(arguments):
+            return arguments[number + 1]
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def read_data_settings(path: Path) -> dict | None:
+    """class_path and init_args of the datamodule that a checkpoint was fitted with.
+
+    Raises:
+        PatchadError: if the checkpoint is missing, not readable, or of another format.
+    """
+    if not path.is_file():
+        raise PatchadError(f"--ckpt_path {path} does not exist; patchad fit prints the path of its checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise PatchadError(f"--ckpt_path {path} is not a checkpoint: {one_line(error)}") from error
+    check_format(checkpoint, path)
+    settings = dict(checkpoint.get(PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+    settings.pop("_instantiator", None)
+    class_path = settings.pop("_class_path", None)
+    return {"class_path": class_path, "init_args": settings} if class_path else None
+
+
+def one_line(error: Exception) -> str:
+    """The message; of an error that a data worker passed on, the last line of its traceback."""
+    return str(error).strip().splitlines()[-1].removeprefix(f"{PatchadError.__module__}.PatchadError: ")

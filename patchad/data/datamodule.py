@@ -1,0 +1,239 @@
+"""Samples -> batches: which images train, calibrate, validate and test, and how they reach the model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from patchad.data.images import fit, read_image, read_mask, resize_mask
+from patchad.data.layouts import Layout, detect_layout, images_below
+from patchad.data.synthetic import paint_defect
+from patchad.spec import Configurable, hyperparameters
+from patchad.types import NORMAL, UNKNOWN, ImageBatch, PatchadError, Sample, Size
+
+
+class ImageDataset(Dataset[ImageBatch]):
+    """Decodes samples; an item is an `ImageBatch` without its batch axis.
+
+    Args:
+        samples: what to decode.
+        image_size: height x width in pixels.
+        keep_aspect: pad instead of distorting.
+        metric_size: height x width of masks.
+    """
+
+    def __init__(self, samples: Sequence[Sample], image_size: Size, keep_aspect: bool, metric_size: Size) -> None:
+        self.samples, self.image_size, self.keep_aspect, self.metric_size = (
+            list(samples),
+            image_size,
+            keep_aspect,
+            metric_size,
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> ImageBatch:
+        sample = self.samples[index]
+        native = read_image(sample.path)
+        size = (native.shape[1], native.shape[2])
+        image, content = fit(native, self.image_size, self.keep_aspect)
+        mask = torch.zeros(self.metric_size, dtype=torch.bool)
+        if sample.mask is not None:
+            mask = resize_mask(read_mask(sample.mask, size), self.metric_size)
+        return ImageBatch(
+            image=image,
+            content=torch.tensor(content),
+            size=torch.tensor(size),
+            index=torch.tensor(index),
+            label=torch.tensor({NORMAL: 0, UNKNOWN: -1}.get(sample.defect, 1)),
+            mask=mask,
+            has_mask=torch.tensor(sample.mask is not None or sample.defect == NORMAL),
+            defect=sample.defect,
+            path=str(sample.path),
+        )
+
+
+class SyntheticDefects(Dataset[ImageBatch]):
+    """Normal images and, after each, the same image with a painted defect that depends on (seed, image) alone.
+
+    Args:
+        normals: the images.
+        seed: of the defects.
+    """
+
+    def __init__(self, normals: ImageDataset, seed: int) -> None:
+        self.normals, self.seed = normals, seed
+
+    def __len__(self) -> int:
+        return 2 * len(self.normals)
+
+    def __getitem__(self, index: int) -> ImageBatch:
+        normal = self.normals[index // 2]._replace(index=torch.tensor(index))
+        return self._with_defect(normal, index) if index % 2 else normal
+
+    def _with_defect(self, normal: ImageBatch, index: int) -> ImageBatch:
+        height, width = normal.content.tolist()
+        content = normal.image[:, :height, :width].permute(1, 2, 0).numpy()
+        painted, mask = paint_defect(content, np.random.default_rng((self.seed, index)))
+        image = normal.image.clone()
+        image[:, :height, :width] = torch.from_numpy(painted).permute(2, 0, 1)
+        return normal._replace(
+            image=image,
+            label=torch.tensor(1),
+            mask=resize_mask(torch.from_numpy(mask), self.normals.metric_size),
+            defect="synthetic",
+        )
+
+
+class PyramidDataModule(Configurable, LightningDataModule):
+    """Images of one product: normal ones to learn from, others to test.
+
+    The training images of the layout are split, seeded, into training and calibration; scales and threshold come from
+    the calibration normals, and nothing is chosen on test.
+
+    Args:
+        root: the folder of images.
+        layout: how the folder is arranged; found from the folder names when left out.
+        image_size: height x width in pixels that images are brought to.
+        keep_aspect: keep the aspect and pad the right or bottom edge; otherwise distort.
+        metric_size: height x width in pixels at which pixel metrics are computed.
+        batch_size: images per batch.
+        num_workers: processes that decode images.
+        calibration_fraction: share of the training normals kept for calibration (at least one image).
+        validate_on: `synthetic_defects` paints defects on calibration normals; `test` watches the test images (for
+            watching only); `none`.
+        seed: of the split, of shuffling and of painted defects.
+
+    Raises:
+        PatchadError: if an argument makes no sense, or, in `setup`, if the folder does not hold what it needs.
+
+    Example:
+        >>> data = PyramidDataModule(root="images/bottle", image_size=(256, 256))
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        layout: Layout | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        keep_aspect: bool = True,
+        metric_size: tuple[int, int] = (256, 256),
+        batch_size: int = 8,
+        num_workers: int = 2,
+        calibration_fraction: float = 0.1,
+        validate_on: Literal["synthetic_defects", "test", "none"] = "synthetic_defects",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if root is None:
+            raise PatchadError("no images: give --data.root FOLDER, or try --config quickstart")
+        if not 0 < calibration_fraction < 1:
+            raise PatchadError(f"calibration_fraction {calibration_fraction} must lie between 0 and 1")
+        if min(*image_size, *metric_size, batch_size) < 1:
+            raise PatchadError("image_size, metric_size and batch_size must be at least 1")
+        self.root, self.layout = Path(root), layout
+        self.image_size, self.keep_aspect, self.metric_size = tuple(image_size), keep_aspect, tuple(metric_size)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.calibration_fraction, self.validate_on, self.seed = calibration_fraction, validate_on, seed
+        self.save_hyperparameters(hyperparameters(self))
+
+    def prepare_data(self) -> None:
+        """Lets the layout write what it makes itself (once per machine)."""
+        if self.layout is not None:
+            self.layout.prepare(self.root)
+
+    def setup(self, stage: str) -> None:
+        """Lists the files: for `predict` every image below the root, else what the layout says."""
+        if stage == "predict":
+            self.predict_set = self._dataset([Sample(path, UNKNOWN, None, "test") for path in images_below(self.root)])
+            return
+        if self.layout is None:
+            self.layout = detect_layout(self.root)
+            rank_zero_info(f"{self.root} is read as {type(self.layout).__name__}")
+        samples = self.layout.samples(self.root)
+        training, calibration = self._split([sample for sample in samples if sample.split == "train"])
+        test = [sample for sample in samples if sample.split == "test"]
+        self.train_set, self.calibration_set = self._dataset(training), self._dataset(calibration)
+        self.test_set = self._dataset(test)
+        self.note_missing_masks(test)
+
+    def _dataset(self, samples: Sequence[Sample]) -> ImageDataset:
+        return ImageDataset(samples, self.image_size, self.keep_aspect, self.metric_size)
+
+    def _split(self, normals: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+        if len(normals) < 2:
+            raise PatchadError(
+                f"{self.root} has {len(normals)} training images; at least 2 are needed, one of them for calibration"
+            )
+        order = np.random.default_rng(self.seed).permutation(len(normals))
+        count = min(max(1, round(self.calibration_fraction * len(normals))), len(normals) - 1)
+        chosen = set(order[:count].tolist())
+        training = [sample for number, sample in enumerate(normals) if number not in chosen]
+        return training, [normals[number] for number in sorted(chosen)]
+
+    def note_missing_masks(self, test: Sequence[Sample]) -> None:
+        """Says once that pixel metrics leave out defective images without a mask."""
+        missing = sum(sample.mask is None for sample in test if sample.defect != NORMAL)
+        if missing:
+            rank_zero_info(f"{missing} defective test images have no mask: pixel metrics leave them out")
+
+    @property
+    def defects(self) -> list[str]:
+        """The defect types of the test images, sorted."""
+        return sorted({sample.defect for sample in self.test_set.samples} - {NORMAL})
+
+    def train_dataloader(self) -> DataLoader:
+        """Training normals in an order that is a function of (seed, epoch)."""
+        return self._loader(self.train_set, self._sampler(DistributedSampler, self.train_set, shuffle=True))
+
+    def memory_dataloader(self) -> DataLoader:
+        """Training normals, each once, as the memory bank reads them."""
+        return self._each_once(self.train_set)
+
+    def calibration_dataloader(self) -> DataLoader:
+        """Calibration normals, each once."""
+        return self._each_once(self.calibration_set)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Calibration normals and, unless `validate_on` is `none`, labelled images."""
+        labelled: dict[str, Dataset] = {
+            "synthetic_defects": SyntheticDefects(self.calibration_set, self.seed),
+            "test": self.test_set,
+        }
+        chosen = [labelled[self.validate_on]] if self.validate_on != "none" else []
+        return [self.calibration_dataloader(), *(self._each_once(dataset) for dataset in chosen if len(dataset))]
+
+    def test_dataloader(self) -> DataLoader:
+        """Test images, each once.
+
+        Raises:
+            PatchadError: if there are none.
+        """
+        if not len(self.test_set):
+            raise PatchadError(f"{self.root} has no test images; use patchad predict for images without labels")
+        return self._each_once(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader:
+        """Every image below the root, each once."""
+        return self._each_once(self.predict_set)
+
+    def _sampler(self, kind: type[DistributedSampler], dataset: Dataset, shuffle: bool) -> DistributedSampler:
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return kind(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=self.seed)
+
+    def _each_once(self, dataset: Dataset) -> DataLoader:
+        return self._loader(dataset, self._sampler(UnrepeatedDistributedSampler, dataset, shuffle=False))
+
+    def _loader(self, dataset: Dataset, sampler: DistributedSampler) -> DataLoader:
+        generator = torch.Generator().manual_seed(self.seed)  # its own, so that reading draws nothing from training
+        return DataLoader(
+            dataset, self.batch_size, sampler=sampler, num_workers=self.num_workers, generator=generator
+        )

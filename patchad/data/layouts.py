@@ -1,0 +1,288 @@
+"""A folder on disk -> samples. A new layout is one subclass of `Layout`, named by class_path."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from patchad.data.images import IMAGE_SUFFIXES
+from patchad.data.synthetic import write_synthetic
+from patchad.spec import Configurable
+from patchad.types import NORMAL, PatchadError, Sample
+
+Item = TypeVar("Item")
+
+
+class Layout(Configurable, ABC):
+    """How a folder of images is arranged."""
+
+    def prepare(self, root: Path) -> None:
+        """Writes what the layout makes itself; once per machine."""
+
+    @abstractmethod
+    def samples(self, root: Path) -> list[Sample]:
+        """The images below `root`, in an order that depends on their names alone.
+
+        Raises:
+            PatchadError: if the folder does not hold what the layout needs.
+        """
+
+
+def images_below(root: Path) -> list[Path]:
+    """Every image file below a folder, sorted; hidden files and folders are skipped.
+
+    Raises:
+        PatchadError: if the folder is missing or has none.
+    """
+    if not root.is_dir():
+        raise PatchadError(f"data.root {root} does not exist or is no folder")
+    found = sorted(path for path in root.rglob("*") if is_image(path.relative_to(root)) and path.is_file())
+    if not found:
+        raise PatchadError(f"no images below {root} (looked for {', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def is_image(path: Path) -> bool:
+    """Whether a relative path names an image that is not hidden."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
+
+
+def folder_images(root: Path, name: str) -> list[Path]:
+    """The images below a folder of the root.
+
+    Raises:
+        PatchadError: if the root or the folder is missing, or has none.
+    """
+    if not root.is_dir():
+        raise PatchadError(f"data.root {root} does not exist or is no folder")
+    if not (root / name).is_dir():
+        found = sorted(path.name for path in root.iterdir() if path.is_dir())
+        raise PatchadError(f"data.root {root} has no folder {name}; it has {', '.join(found) or 'no folder'}")
+    return images_below(root / name)
+
+
+def find_mask(folder: Path, stem: str) -> Path | None:
+    """The mask of that stem, with or without `_mask`, in a folder; None if there is none."""
+    names = (f"{stem}{ending}{suffix}" for ending in ("", "_mask") for suffix in IMAGE_SUFFIXES)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def seeded_choice(items: Sequence[Item], fraction: float, seed: int) -> list[Item]:
+    """A seeded share of the items, at least one, in their own order."""
+    count = max(1, round(fraction * len(items)))
+    return [items[number] for number in sorted(np.random.default_rng(seed).permutation(len(items))[:count])]
+
+
+def normals(paths: Iterable[Path], split: Literal["train", "test"]) -> list[Sample]:
+    """Samples of images without a defect."""
+    return [Sample(path, NORMAL, None, split) for path in paths]
+
+
+class MVTecAD(Layout):
+    """One category of MVTec AD: `train/good`, `test/<defect>`, `ground_truth/<defect>/<stem>_mask.png`."""
+
+    def samples(self, root: Path) -> list[Sample]:
+        """Training and test images as the set's authors split them."""
+        train = normals(folder_images(root, "train/good"), "train")
+        tested = images_below(root / "test") if (root / "test").is_dir() else []
+        return train + [self._tested(root, path) for path in tested]
+
+    def _tested(self, root: Path, path: Path) -> Sample:
+        defect = path.parent.name
+        mask = None if defect == NORMAL else find_mask(root / "ground_truth" / defect, path.stem)
+        return Sample(path, defect, mask, "test")
+
+
+class BTAD(Layout):
+    """One product of BTAD: `train/ok`, `test/ok`, `test/ko`, `ground_truth/ko/<stem>`."""
+
+    def samples(self, root: Path) -> list[Sample]:
+        """Training and test images as the set's authors split them."""
+        train = normals(folder_images(root, "train/ok"), "train")
+        tested = normals(folder_images(root, "test/ok"), "test")
+        masks = root / "ground_truth" / "ko"
+        defective = [
+            Sample(path, "ko", find_mask(masks, path.stem), "test") for path in folder_images(root, "test/ko")
+        ]
+        return train + tested + defective
+
+
+class MagneticTile(Layout):
+    """Magnetic Tile Defects as published (Huang et al., CASE 2018): `MT_<type>/Imgs/*.jpg` with masks `*.png`.
+
+    All 392 defective images are tested; the splits differ in the normal ones.
+
+    Args:
+        split: `published` trains on the 761 images of DifferNet's list, as published figures do; `random` tests a
+            seeded share of the images; `by_tile` tests a seeded share of the clean tiles and leaves out normal images
+            of tiles that have a defect under another exposure, so that no tile is on both sides.
+        test_fraction: share of the normal images (`random`) or of the clean tiles (`by_tile`) to test.
+        seed: of the choice.
+    """
+
+    defect_types = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
+
+    def __init__(
+        self,
+        split: Literal["published", "random", "by_tile"] = "published",
+        test_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        splits = {"published": self._published, "random": self._random, "by_tile": self._by_tile}
+        if split not in splits:
+            raise PatchadError(f"split {split} is unknown; choose one of {', '.join(splits)}")
+        self._choose, self.test_fraction, self.seed = splits[split], test_fraction, seed
+
+    def samples(self, root: Path) -> list[Sample]:
+        """Samples of the chosen split."""
+        free = photographs(root, "Free")
+        defective = {path: kind for kind in self.defect_types for path in photographs(root, kind)}
+        train, tested = self._choose(free, list(defective))
+        faulty = [Sample(path, kind.lower(), path.with_suffix(".png"), "test") for path, kind in defective.items()]
+        return normals(train, "train") + normals(tested, "test") + faulty
+
+    def _published(self, free: list[Path], defective: list[Path]) -> tuple[list[Path], list[Path]]:
+        names = set(files("patchad.data").joinpath("differnet_train_761.txt").read_text().split())
+        train = [path for path in free if path.name in names]
+        if len(train) < len(names):
+            raise PatchadError(f"split published lacks {len(names) - len(train)} of its {len(names)} training images")
+        return train, [path for path in free if path.name not in names]
+
+    def _random(self, free: list[Path], defective: list[Path]) -> tuple[list[Path], list[Path]]:
+        tested = set(seeded_choice(free, self.test_fraction, self.seed))
+        return [path for path in free if path not in tested], [path for path in free if path in tested]
+
+    def _by_tile(self, free: list[Path], defective: list[Path]) -> tuple[list[Path], list[Path]]:
+        faulty = set(defective)
+        clean = [tile for tile in tiles([*free, *defective]) if not faulty.intersection(tile)]
+        chosen = seeded_choice(range(len(clean)), self.test_fraction, self.seed)
+        tested = {path for number in chosen for path in clean[number]}
+        trained = {path for tile in clean for path in tile} - tested
+        return [path for path in free if path in trained], [path for path in free if path in tested]
+
+
+def photographs(root: Path, kind: str) -> list[Path]:
+    """The photographs of one type of Magnetic Tile; masks are .png files beside them."""
+    return [path for path in folder_images(root, f"MT_{kind}/Imgs") if path.suffix.lower() == ".jpg"]
+
+
+def tiles(paths: Iterable[Path]) -> list[list[Path]]:
+    """Photographs of Magnetic Tile grouped by tile.
+
+    Names are exp<E>_num<T>, E = 0..6 for the exposure; sorted by T, a tile ends where E does not rise.
+
+    Raises:
+        PatchadError: if a name has another form.
+    """
+    ordered = sorted((number, exposure, path) for path in paths for exposure, number in [exposure_number(path)])
+    groups: list[list[Path]] = []
+    last = -1
+    for _, exposure, path in ordered:
+        if exposure <= last or not groups:
+            groups.append([])
+        groups[-1].append(path)
+        last = exposure
+    return groups
+
+
+def exposure_number(path: Path) -> tuple[int, int]:
+    """E and T of exp<E>_num_<T>.
+
+    Raises:
+        PatchadError: if the name has another form.
+    """
+    match = re.fullmatch(r"exp(\d+)_num_?(\d+)", path.stem)
+    if match is None:
+        raise PatchadError(f"{path} is not named exp<E>_num_<T>, as images of Magnetic Tile are")
+    return int(match[1]), int(match[2])
+
+
+class Folder(Layout):
+    """Any tree: normal images, abnormal ones, and optional masks; folders are relative to the root.
+
+    Args:
+        normal: folder of normal images.
+        abnormal: folder of defective images, whose first subfolder names the defect type; it may be missing.
+        masks: folder of masks, arranged as `abnormal`, with or without `_mask` in the name; it may be missing.
+        normal_test: folder of normal images to test; by default a seeded share of `normal`, if there are abnormal ones.
+        test_fraction: that share.
+        seed: of the choice.
+
+    Example:
+        >>> layout = Folder(normal="ok", abnormal="scrap")
+    """
+
+    def __init__(
+        self,
+        normal: str = "normal",
+        abnormal: str = "abnormal",
+        masks: str = "masks",
+        normal_test: str | None = None,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        self.normal, self.abnormal, self.masks, self.normal_test = normal, abnormal, masks, normal_test
+        self.test_fraction, self.seed = test_fraction, seed
+
+    def samples(self, root: Path) -> list[Sample]:
+        """Training and test images."""
+        defective = images_below(root / self.abnormal) if (root / self.abnormal).is_dir() else []
+        given = folder_images(root, self.normal_test) if self.normal_test else []
+        others = [root / name for name in (self.abnormal, self.masks, self.normal_test) if name]
+        inner = [folder for folder in others if (root / self.normal) in folder.parents]
+        normal = [path for path in folder_images(root, self.normal) if not any(map(path.is_relative_to, inner))]
+        if defective and not given:
+            given = seeded_choice(normal, self.test_fraction, self.seed)
+        tested = set(given)
+        train = [path for path in normal if path not in tested]
+        return normals(train, "train") + normals(given, "test") + [self._defective(root, path) for path in defective]
+
+    def _defective(self, root: Path, path: Path) -> Sample:
+        inner = path.relative_to(root / self.abnormal)
+        defect = inner.parts[0] if len(inner.parts) > 1 else Path(self.abnormal).name
+        return Sample(path, defect, find_mask(root / self.masks / inner.parent, path.stem), "test")
+
+
+class Synthetic(Layout):
+    """The embedded data set: written below the root in MVTec AD's layout when it is not there yet.
+
+    Args:
+        train: normal images to train and calibrate on.
+        test_normal: normal images to test.
+        test_defective: defective images to test.
+        seed: of the images.
+    """
+
+    def __init__(self, train: int = 60, test_normal: int = 20, test_defective: int = 30, seed: int = 0) -> None:
+        self.counts = {"train": train, "test_normal": test_normal, "test_defective": test_defective}
+        self.seed = seed
+
+    def prepare(self, root: Path) -> None:
+        """Writes the set."""
+        write_synthetic(root, **self.counts, seed=self.seed)
+
+    def samples(self, root: Path) -> list[Sample]:
+        """As MVTec AD's."""
+        return MVTecAD().samples(root)
+
+
+def detect_layout(root: Path) -> Layout:
+    """The layout that fits the names of the folders below a root.
+
+    Raises:
+        PatchadError: if none does.
+    """
+    known = {"train/good": MVTecAD, "train/ok": BTAD, "MT_Free": MagneticTile, "normal": Folder}
+    if not root.is_dir():
+        raise PatchadError(f"data.root {root} does not exist or is no folder")
+    for marker, layout in known.items():
+        if (root / marker).is_dir():
+            return layout()
+    raise PatchadError(
+        f"the layout of {root} is not known (it has none of the folders {', '.join(known)}); "
+        "name the folders, for example --data.layout Folder --data.layout.normal ."
+    )

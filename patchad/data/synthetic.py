@@ -1,0 +1,419 @@
+"""Seeded pictures of a brushed metal flange on woven cloth, good and defective: the embedded data set.
+
+`paint_defect` also paints on users' images, so it makes no assumption on what they show.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image
+from scipy import ndimage
+
+from patchad.types import NORMAL, PatchadError
+
+Picture = Float[np.ndarray, "height width 3"]
+Plane = Float[np.ndarray, "height width"]
+Region = Bool[np.ndarray, "height width"]
+
+FORMAT = 1
+"""Number of the recipe; to be raised when the same seed gives other pictures."""
+SMALLEST = 32
+"""Shortest side of an image in pixels that a defect can be painted on."""
+FAINTEST = 0.08
+"""Least mean change over a defect, of [0, 1], that counts as visible."""
+STEP = 4 / 255
+"""Least change of each pixel of a defect; survives rounding to 8 bits."""
+MANIFEST = "synthetic.json"
+CLOTH = np.array([0.33, 0.40, 0.47], np.float32)
+METAL = np.array([0.64, 0.63, 0.60], np.float32)
+BORE = np.array([0.12, 0.12, 0.13], np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- defects
+
+
+def paint_defect(
+    image: Float[np.ndarray, "height width 3"], rng: np.random.Generator, kind: str | None = None
+) -> tuple[Float[np.ndarray, "height width 3"], Bool[np.ndarray, "height width"]]:
+    """Paints one defect on an image of any content.
+
+    Args:
+        image: RGB in [0, 1], float32, each side at least 32 pixels; left as it is.
+        rng: draws everything about the defect.
+        kind: one of `DEFECTS`; drawn as well when left out.
+
+    Returns:
+        The painted image, float32, and the mask: every pixel in it differs from `image` by 4/255 or more in some
+        channel, every other pixel is untouched, and it is never empty.
+
+    Raises:
+        PatchadError: if the kind is unknown or the image is too small.
+    """
+    if min(image.shape[:2]) < SMALLEST:
+        raise PatchadError(f"defects need images of {SMALLEST} pixels or more, not {image.shape[0]} x {image.shape[1]}")
+    kind = str(rng.choice(list(DEFECTS))) if kind is None else kind
+    if kind not in DEFECTS:
+        raise PatchadError(f"there is no defect {kind}; there are {', '.join(DEFECTS)}")
+    painted, region = DEFECTS[kind](image, rng)
+    return _make_visible(image, np.clip(painted, 0, 1), region), region
+
+
+def _make_visible(image: Picture, painted: Picture, region: Region) -> Picture:
+    """The painted image inside the region, changed enough to see; the image itself outside."""
+    if _change(image, painted)[region].mean() < FAINTEST:  # such as a blur of a flat area
+        painted = np.clip(image + (FAINTEST if image[region].mean() < 0.5 else -FAINTEST), 0, 1)
+    inward = image + np.where(image < 0.5, STEP, -STEP)
+    painted = np.where(_change(image, painted)[..., None] < STEP, inward, painted)
+    return np.where(region[..., None], painted, image).astype(np.float32)
+
+
+def _change(image: Picture, painted: Picture) -> Plane:
+    """Absolute difference of each pixel in the channel where it is largest."""
+    return np.abs(painted - image).max(-1)
+
+
+def _scratch(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+    """A thin bent line, brighter or darker than what it crosses."""
+    side = min(image.shape[:2])
+    distance = _distance_to_curve(image.shape[:2], _curve(image.shape[:2], rng))
+    half_width = max(0.9, rng.uniform(0.005, 0.008) * side)
+    alpha = np.clip(half_width + 0.5 - distance, 0, 1) * rng.uniform(0.75, 1)
+    region = alpha > 0.2
+    tone = rng.uniform(0.85, 1) if image[region].mean() < 0.55 else rng.uniform(0, 0.2)
+    return _blend(image, np.float32(tone), alpha), region
+
+
+def _stain(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+    """A translucent discoloured blob, densest at its rim like dried liquid."""
+    level = _blob(image.shape[:2], rng, rng.uniform(0.08, 0.12) * min(image.shape[:2]))
+    rim = np.clip(1 - np.abs(level - 0.2) * 6, 0, 1)
+    alpha = np.clip(level * 6, 0, 1) * rng.uniform(0.55, 0.75) + 0.2 * rim
+    region = alpha > 0.12
+    return _blend(image, image * 0.3 + _stain_colour(image[region].mean(0), rng) * 0.7, alpha), region
+
+
+def _stain_colour(surface: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of the two stains that stand out most from the mean colour `[3]` of the surface."""
+    stains = np.array(STAINS, np.float32)
+    by_contrast = np.linalg.norm(stains - surface, axis=1).argsort()
+    return stains[rng.choice(by_contrast[-2:])]
+
+
+def _dent(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+    """A dip: the surface is drawn together and one flank is bright, the other dark."""
+    radius = rng.uniform(0.06, 0.1) * min(image.shape[:2])
+    down, right, angle = *_centre(image.shape[:2], rng), rng.uniform(0, 2 * np.pi)
+    rows, columns = _grid(image.shape[:2])
+    y, x = (rows - down) / radius, (columns - right) / radius
+    inside = np.clip(1 - y**2 - x**2, 0, 1)
+    pull = 1 + rng.uniform(0.6, 1.0) * inside
+    warped = _sample(image, down + y * pull * radius, right + x * pull * radius)
+    light = (np.sin(angle) * y + np.cos(angle) * x) * inside * rng.uniform(0.6, 0.9)
+    return warped + light[..., None], inside > 0.05
+
+
+def _wear(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+    """A patch rubbed smooth, its texture gone."""
+    side = min(image.shape[:2])
+    level = _blob(image.shape[:2], rng, rng.uniform(0.08, 0.13) * side)
+    sigma = max(1.5, rng.uniform(0.018, 0.026) * side)
+    smooth = ndimage.gaussian_filter(image, (sigma, sigma, 0)) + np.float32(rng.uniform(-0.08, 0.08))
+    alpha = np.clip(level * 4, 0, 1)
+    return _blend(image, smooth, alpha), alpha > 0.2
+
+
+def _hole(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+    """A dark pit with a bright burr around it."""
+    side = min(image.shape[:2])
+    level = _blob(image.shape[:2], rng, max(2.5, rng.uniform(0.03, 0.05) * side))
+    rim = np.clip(1 - np.abs(level - 0.1) * 5, 0, 1)
+    pit = np.clip((level - 0.15) * 5, 0, 1)
+    painted = _blend(_blend(image, np.float32(0.95), 0.8 * rim), np.float32(rng.uniform(0.02, 0.1)), pit)
+    return painted, np.maximum(rim, pit) > 0.2
+
+
+def _misplaced(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+    """A rectangle cut from another part of the picture, turned and pasted."""
+    size = np.array(image.shape[:2])
+    target, source = _centre(size, rng), _centre(size, rng)
+    rows, columns = _grid(size)
+    tilt, turn = rng.uniform(0, np.pi), rng.uniform(np.pi / 6, 5 * np.pi / 6)
+    y, x = _rotate(rows - target[0], columns - target[1], tilt)
+    half = rng.uniform(0.045, 0.09, 2) * size.min()
+    pasted_y, pasted_x = _rotate(rows - target[0], columns - target[1], turn)
+    pasted = _sample(image, source[0] + pasted_y, source[1] + pasted_x)
+    tone = rng.choice([rng.uniform(0.75, 0.88), rng.uniform(1.12, 1.25)])
+    return pasted * np.float32(tone), (np.abs(y) < half[0]) & (np.abs(x) < half[1])
+
+
+STAINS = ((0.45, 0.18, 0.03), (0.06, 0.05, 0.04), (0.10, 0.42, 0.30), (0.80, 0.70, 0.30))
+"""Colours of rust, oil, verdigris and grease."""
+DEFECTS: Mapping[str, Callable[[Picture, np.random.Generator], tuple[Picture, Region]]] = {
+    "scratch": _scratch,
+    "stain": _stain,
+    "dent": _dent,
+    "wear": _wear,
+    "hole": _hole,
+    "misplaced": _misplaced,
+}
+"""Painters by the name of their defect type: image and generator to the painted image and where it applies."""
+
+
+def _blend(image: Picture, colour: np.ndarray | np.float32, alpha: Plane) -> Picture:
+    """The image, with the colour over it as opaque as alpha."""
+    return image + alpha[..., None].astype(np.float32) * (colour - image)
+
+
+def _centre(size: tuple[int, int] | np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """Row and column of a point that is not at the very edge."""
+    down, right = rng.uniform(0.12, 0.88, 2) * np.array(size)
+    return float(down), float(right)
+
+
+def _blob(size: tuple[int, int], rng: np.random.Generator, radius: float) -> Plane:
+    """1 in the centre of an irregular blob, 0 on its outline, negative outside; radius in pixels."""
+    down, right = _centre(size, rng)
+    rows, columns = _grid(size)
+    y, x = rows - down, columns - right
+    angle, outline = np.arctan2(y, x), np.ones(size)
+    for waves, phase in zip((2, 3, 5), rng.uniform(0, 2 * np.pi, 3), strict=True):
+        outline += rng.uniform(0.05, 0.4 / waves) * np.cos(waves * angle + phase)
+    return 1 - np.hypot(y, x) / (radius * outline)
+
+
+def _curve(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Points `[point, 2]` in pixels along a bent line that starts inside the picture and leads towards its middle."""
+    start = np.array(_centre(size, rng))
+    inward = np.arctan2(*(np.array(size) / 2 - start)) + rng.uniform(-0.9, 0.9)
+    length = rng.uniform(0.22, 0.42) * min(size)
+    along, across = np.array([np.sin(inward), np.cos(inward)]), np.array([np.cos(inward), -np.sin(inward)])
+    steps = np.linspace(0, 1, 24)[:, None]
+    bend = rng.uniform(-0.15, 0.15) * 4 * steps * (1 - steps)
+    return start + length * (steps * along + bend * across)
+
+
+def _distance_to_curve(size: tuple[int, int], points: np.ndarray) -> Plane:
+    """Distance in pixels of every pixel to the line through the points."""
+    rows, columns = _grid(size)
+    distance = np.full(size, np.inf)
+    for (y0, x0), (y1, x1) in pairwise(points):
+        dy, dx = y1 - y0, x1 - x0
+        nearest = np.clip(((rows - y0) * dy + (columns - x0) * dx) / (dy**2 + dx**2), 0, 1)
+        distance = np.minimum(distance, np.hypot(rows - y0 - nearest * dy, columns - x0 - nearest * dx))
+    return distance
+
+
+def _grid(size: tuple[int, int] | np.ndarray) -> tuple[Plane, Plane]:
+    """Row and column of every pixel."""
+    rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
+    return rows, columns
+
+
+def _rotate(y: np.ndarray, x: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in a frame turned by the angle in radians."""
+    return np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
+
+
+def _sample(image: Picture, rows: Plane, columns: Plane) -> Picture:
+    """The image at fractional rows and columns, mirrored beyond its edges."""
+    channels = [ndimage.map_coordinates(image[..., c], (rows, columns), order=1, mode="reflect") for c in range(3)]
+    return np.stack(channels, -1)
+
+
+# ---------------------------------------------------------------------------------------------------- good pictures
+
+
+def _good_picture(size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size 3"]:
+    """A flange on cloth, float32 multiples of 1/255."""
+    y, x = ((plane + 0.5) / size - 0.5 for plane in _grid((size, size)))
+    picture = _cloth(y, x, rng)
+    picture = _lay_flange(picture, *_pose(y, x, rng), rng)
+    picture = _light(picture, y, x, rng)
+    picture += rng.uniform(0.01, 0.025) * rng.standard_normal(picture.shape, dtype=np.float32)
+    return _to_bytes(picture).astype(np.float32) / 255
+
+
+def _pose(y: Plane, x: Plane, rng: np.random.Generator) -> tuple[Plane, Plane]:
+    """Coordinates in the frame of the flange: shifted and turned a little; lengths in sides of the picture."""
+    shift = rng.uniform(-0.05, 0.05, 2)
+    return _rotate(y - shift[0], x - shift[1], rng.uniform(-0.14, 0.14))
+
+
+def _cloth(y: Plane, x: Plane, rng: np.random.Generator) -> Picture:
+    """Plain weave with a random phase, a small turn, and threads that differ in tone."""
+    turned = _rotate(y, x, rng.uniform(-0.06, 0.06))
+    weft, warp = ((plane / 0.042) + rng.uniform(8, 64) for plane in turned)
+    over = (np.floor(weft) + np.floor(warp)) % 2 == 0
+    thread, other = np.where(over, weft, warp), np.where(over, warp, weft)
+    round_thread = np.sin(np.pi * (thread % 1)) ** 0.7 * (0.6 + 0.4 * np.sin(np.pi * (other % 1)))
+    tones = rng.normal(0, 0.07, (2, 256))
+    tone = np.where(over, tones[0][weft.astype(int) % 256], tones[1][warp.astype(int) % 256])
+    shade = (0.45 + 0.75 * round_thread) * (1 + tone) + np.where(over, 0.08, -0.08)
+    return CLOTH * shade[..., None].astype(np.float32)
+
+
+def _lay_flange(picture: Picture, y: Plane, x: Plane, rng: np.random.Generator) -> Picture:
+    """The picture with a brushed disc on it that has a bore, six bolt holes and a turned groove."""
+    pixel, radius = 1 / picture.shape[0], np.hypot(y, x)
+    shadow = _disc(np.hypot(y - 0.015, x - 0.015), 0.385, 0.03)
+    picture = picture * (1 - 0.5 * shadow[..., None])
+    picture = _over(picture, METAL * _brushed(y, x, rng)[..., None], _disc(radius, 0.38, pixel))
+    relief = _ring(radius, 0.37, 0.008) * 0.18 + _ring(radius, 0.17, 0.008) * 0.15 - _ring(radius, 0.185, 0.008) * 0.25
+    picture = picture + relief[..., None]
+    picture = _over(picture, BORE, _disc(radius, 0.1, pixel))
+    bolt = _distance_to_bolts(y, x, 0.275)
+    picture = _over(picture, METAL * 1.15, _disc(bolt, 0.038, pixel))
+    return _over(picture, BORE, _disc(bolt, 0.03, pixel))
+
+
+def _distance_to_bolts(y: Plane, x: Plane, radius: float) -> Plane:
+    """Distance to the nearest of six points spread evenly on a circle."""
+    angle = (np.arctan2(y, x) + np.pi / 6) % (np.pi / 3) - np.pi / 6
+    distance = np.hypot(y, x)
+    return np.hypot(distance * np.sin(angle), distance * np.cos(angle) - radius)
+
+
+def _brushed(y: Plane, x: Plane, rng: np.random.Generator) -> Plane:
+    """Brightness of brushed metal, about 1: fine streaks along x."""
+    size = y.shape[0]
+    noise = rng.standard_normal((size, size), dtype=np.float32)
+    streaks = ndimage.gaussian_filter(noise, (size / 320, size / 14), mode="wrap", truncate=2.5)
+    rows, columns = (y + 0.5) * size, (x + 0.5) * size  # the disc lies within the noise
+    fine = ndimage.map_coordinates(streaks / streaks.std(), (rows, columns), order=1, mode="grid-wrap")
+    return 1 + rng.uniform(0.06, 0.1) * fine
+
+
+def _light(picture: Picture, y: Plane, x: Plane, rng: np.random.Generator) -> Picture:
+    """The picture under a light of random strength, colour, direction and contrast."""
+    slope = rng.uniform(-0.4, 0.4, 2)
+    light = rng.uniform(0.75, 1.25) * (1 + slope[0] * y + slope[1] * x)
+    colour = 1 + rng.uniform(-0.03, 0.03, 3)
+    return np.clip(picture * light[..., None] * colour, 0, 1) ** rng.uniform(0.85, 1.2)
+
+
+def _disc(distance: Plane, radius: float, softness: float) -> Plane:
+    """1 within the radius, 0 outside, with an edge as wide as the softness."""
+    return np.clip((radius - distance) / softness + 0.5, 0, 1)
+
+
+def _ring(distance: Plane, radius: float, width: float) -> Plane:
+    """1 on a circle, falling to 0 at the width from it."""
+    return np.clip(1 - np.abs(distance - radius) / width, 0, 1)
+
+
+def _over(picture: Picture, colour: np.ndarray, alpha: Plane) -> Picture:
+    """The colour laid over the picture."""
+    return picture + alpha[..., None] * (colour - picture)
+
+
+def _to_bytes(picture: Picture) -> np.ndarray:
+    """[0, 1] to 8 bits."""
+    return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def write_synthetic(
+    root: Path,
+    *,
+    train: int = 60,
+    test_normal: int = 20,
+    test_defective: int = 30,
+    size: int = 256,
+    seed: int = 0,
+) -> None:
+    """Writes the data set in MVTec AD's layout below the root, whole or not at all; a finished one is left alone.
+
+    Each picture depends on the seed, its split and its number alone, so a larger set begins with a smaller one.
+
+    Args:
+        root: the folder to make.
+        train: pictures in `train/good`.
+        test_normal: pictures in `test/good`.
+        test_defective: defective pictures, dealt out to the defect types in turn.
+        size: side of the pictures in pixels.
+        seed: 0 or more.
+
+    Raises:
+        PatchadError: if the root holds anything else, or a number is too small.
+    """
+    counts = {"train": train, "test_normal": test_normal, "test_defective": test_defective}
+    parameters = {"format": FORMAT, **counts, "size": size, "seed": seed}
+    _check(parameters)
+    if _is_finished(root, parameters):
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".synthetic-", dir=root.parent) as folder:
+        made = Path(folder) / "set"
+        _write_all(made, parameters)
+        _move(made, root, parameters)
+
+
+def _check(parameters: dict[str, int]) -> None:
+    least = {"train": 1, "test_normal": 0, "test_defective": 0, "size": SMALLEST, "seed": 0}
+    for name, value in least.items():
+        if parameters[name] < value:
+            raise PatchadError(f"a synthetic set needs {name} {value} or more, not {parameters[name]}")
+
+
+def _is_finished(root: Path, parameters: dict[str, int]) -> bool:
+    """Whether the set is there already; False when the root is missing or empty.
+
+    Raises:
+        PatchadError: if the root holds anything else.
+    """
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    way_out = "give another data.root, or delete this one to have it made anew"
+    try:
+        found = json.loads((root / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise PatchadError(f"{root} exists and holds no synthetic set ({MANIFEST} is missing); {way_out}") from error
+    if found != parameters:
+        raise PatchadError(f"{root} holds a synthetic set made with {found}, not {parameters}; {way_out}")
+    return True
+
+
+def _move(made: Path, root: Path, parameters: dict[str, int]) -> None:
+    """Renames the finished set to the root, unless another process was first."""
+    try:
+        if root.is_dir():
+            root.rmdir()  # empty: not every system renames onto an empty folder
+        os.rename(made, root)
+    except OSError:
+        if not _is_finished(root, parameters):
+            raise
+
+
+def _write_all(root: Path, parameters: dict[str, int]) -> None:
+    size, seed, kinds = parameters["size"], parameters["seed"], list(DEFECTS)
+    for number in range(parameters["train"]):
+        _write(root / "train" / NORMAL / _name(number), _good_picture(size, np.random.default_rng((seed, 0, number))))
+    for number in range(parameters["test_normal"]):
+        _write(root / "test" / NORMAL / _name(number), _good_picture(size, np.random.default_rng((seed, 1, number))))
+    for number in range(parameters["test_defective"]):
+        turn, kind = divmod(number, len(kinds))
+        _write_defective(root, kinds[kind], turn, size, np.random.default_rng((seed, 2, number)))
+    (root / MANIFEST).write_text(json.dumps(parameters, indent=1) + "\n")
+
+
+def _write_defective(root: Path, kind: str, number: int, size: int, rng: np.random.Generator) -> None:
+    painted, mask = paint_defect(_good_picture(size, rng), rng, kind)
+    _write(root / "test" / kind / _name(number), painted)
+    _write(root / "ground_truth" / kind / _name(number, "_mask"), mask)
+
+
+def _write(path: Path, picture: Picture | Region) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(_to_bytes(picture)).save(path, compress_level=1)
+
+
+def _name(number: int, suffix: str = "") -> str:
+    return f"{number:03d}{suffix}.png"

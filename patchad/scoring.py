@@ -1,0 +1,103 @@
+"""Distances -> anomaly maps -> image scores; the threshold from normal images."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from patchad.spec import Configurable
+from patchad.types import PatchadError
+
+
+class Scorer(Configurable, nn.Module):
+    """Combines the maps of the sides, scores images, and holds the threshold.
+
+    The maps are summed (Tsai et al., WACV 2022), each first divided by the mean distance of its side on calibration
+    normals, so that no side dominates by its unit.
+
+    Args:
+        image_score: `max` takes the highest pixel, `top_fraction` the mean of the highest pixels.
+        top_fraction: share of the pixels that `top_fraction` averages.
+        target_fpr: false-positive rate that the threshold promises on normal images.
+
+    Raises:
+        PatchadError: if a fraction lies outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        image_score: Literal["max", "top_fraction"] = "max",
+        top_fraction: float = 0.01,
+        target_fpr: float = 0.01,
+    ) -> None:
+        super().__init__()
+        for name, value in (("top_fraction", top_fraction), ("target_fpr", target_fpr)):
+            if not 0 < value <= 1:
+                raise PatchadError(f"{name} {value} must lie above 0 and be at most 1")
+        self.image_score, self.top_fraction, self.target_fpr = image_score, top_fraction, target_fpr
+        self.register_buffer("threshold", torch.tensor(torch.inf))
+
+    def prepare(self, sides: Sequence[int]) -> "Scorer":
+        """Makes a scale for each side, 1 until calibrated; returns itself."""
+        self.sides = tuple(sides)
+        self.register_buffer("scale", torch.ones(len(self.sides)))
+        return self
+
+    def combine(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
+        """The sum of the sides' maps, each over its scale."""
+        return torch.stack([maps[side] / scale for side, scale in zip(self.sides, self.scale, strict=True)]).sum(0)
+
+    def score(
+        self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]
+    ) -> Float[Tensor, " batch"]:
+        """One score per image, from the pixels of its content."""
+        on_content = content_mask(content, maps.shape[1], maps.shape[2])
+        pixels = maps.masked_fill(~on_content, -torch.inf).flatten(1)
+        if self.image_score == "max":
+            return pixels.amax(1)
+        return top_mean(pixels, content.prod(1), self.top_fraction)
+
+    def set_threshold(self, scores: Float[Tensor, " images"]) -> float:
+        """Sets the threshold from the scores of calibration normals; returns the false-positive rate it promises."""
+        threshold, rate = conformal_threshold(scores, self.target_fpr)
+        self.threshold.fill_(threshold)
+        return rate
+
+
+def content_mask(content: Int[Tensor, "batch 2"], height: int, width: int) -> Bool[Tensor, "batch height width"]:
+    """True on the content of each image, False on its padding."""
+    rows, columns = torch.arange(height, device=content.device), torch.arange(width, device=content.device)
+    return (rows < content[:, :1])[:, :, None] & (columns < content[:, 1:])[:, None, :]
+
+
+def top_mean(
+    pixels: Float[Tensor, "batch pixels"], count: Int[Tensor, " batch"], fraction: float
+) -> Float[Tensor, " batch"]:
+    """The mean of the highest `fraction` of each row's `count` finite values (at least one of them)."""
+    top = (count * fraction).ceil().long().clamp(min=1)
+    highest = pixels.topk(int(top.max()), dim=1).values.double().cumsum(1)
+    return (highest.gather(1, top[:, None] - 1)[:, 0] / top).to(pixels.dtype)
+
+
+def conformal_threshold(scores: Float[Tensor, " images"], target_fpr: float) -> tuple[float, float]:
+    """The ceil((n + 1) (1 - target_fpr))-th smallest of n scores, and the false-positive rate that it promises.
+
+    A new normal image, exchangeable with these, exceeds that score with at most the promised probability (split
+    conformal prediction; Vovk et al., Algorithmic Learning in a Random World, 2005). With too few images for the
+    target it is their maximum, which promises 1 / (n + 1).
+
+    Raises:
+        PatchadError: if there is no score.
+
+    Example:
+        >>> conformal_threshold(torch.arange(1.0, 100.0), target_fpr=0.05)
+        (95.0, 0.05)
+    """
+    count = len(scores)
+    if not count:
+        raise PatchadError("no calibration image is left for the threshold; raise data.calibration_fraction")
+    rank = min(count, math.ceil((count + 1) * (1 - target_fpr) - 1e-9))
+    return float(scores.sort().values[rank - 1]), 1 - rank / (count + 1)

@@ -1,0 +1,98 @@
+"""A live object <-> its class path and plain arguments, so that checkpoints and configs hold no pickled objects."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from patchad.types import PatchadError
+
+INSTANTIATOR = "pytorch_lightning.cli.instantiate_module"
+
+
+class Configurable:
+    """Remembers the arguments of its construction; subclasses do nothing for it.
+
+    Example:
+        >>> class Smoothing(Configurable):
+        ...     def __init__(self, sigma: float = 1.0) -> None:
+        ...         self.sigma = sigma
+        >>> Smoothing(2.0).init_args
+        {'sigma': 2.0}
+    """
+
+    init_args: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Configurable":
+        """A bare object that knows its arguments."""
+        self = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+        object.__setattr__(self, "init_args", dict(list(bound.arguments.items())[1:]))
+        return self
+
+
+def class_path(kind: type) -> str:
+    """Where a class is imported from."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def spec(value: Any, name: str = "argument") -> Any:
+    """The value in plain numbers, strings, lists and dicts; objects as `class_path` and `init_args`.
+
+    Args:
+        value: a plain value, a `Configurable`, a class or a `functools.partial` of one, or a collection of these.
+        name: what to call the value in an error.
+
+    Raises:
+        PatchadError: if the value is none of these.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: spec(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [spec(item, name) for item in value]
+    return object_spec(value, name)
+
+
+def object_spec(value: Any, name: str) -> dict[str, Any]:
+    """`class_path` and `init_args` of an object, or of a factory of objects.
+
+    Raises:
+        PatchadError: if the value is neither.
+    """
+    if isinstance(value, Configurable):
+        return {"class_path": class_path(type(value)), "init_args": spec(value.init_args, name)}
+    if isinstance(value, type):
+        return {"class_path": class_path(value)}
+    if isinstance(value, functools.partial):
+        return partial_spec(value, name)
+    raise PatchadError(
+        f"{name} is a {type(value).__name__}, which a checkpoint cannot name; give a class, a functools.partial of a "
+        "class, or an object whose class extends patchad.spec.Configurable"
+    )
+
+
+def partial_spec(factory: functools.partial, name: str) -> dict[str, Any]:
+    """`class_path` and `init_args` of a factory: `partial(Class, ...)`, or jsonargparse's `partial(make, Class, ...)`.
+
+    Raises:
+        PatchadError: if there is no class in it.
+    """
+    kinds = [part for part in (factory.func, *factory.args) if isinstance(part, type)]
+    if len(kinds) != 1:
+        raise PatchadError(f"{name} is a functools.partial of {factory.func}; give a partial of a class, by keywords")
+    return {"class_path": class_path(kinds[0]), "init_args": spec(factory.keywords, name)}
+
+
+def hyperparameters(configurable: Configurable) -> dict[str, Any]:
+    """What Lightning stores in a checkpoint to build the object again, in the format of its command line.
+
+    Raises:
+        PatchadError: if an argument cannot be named.
+    """
+    arguments = {name: spec(value, name) for name, value in configurable.init_args.items()}
+    return {**arguments, "_class_path": class_path(type(configurable)), "_instantiator": INSTANTIATOR}

@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from patchad.data.synthetic import write_synthetic
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and weights, where the machine has them."""
+    folder = Path(os.environ.get("PATCHAD_SHARED", CHECKOUT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; set PATCHAD_SHARED to a folder with data/ and weights/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small synthetic product in MVTec AD's layout: 12 training images, 4 + 6 test images of 96 x 96 pixels."""
+    root = tmp_path_factory.mktemp("products") / "product"
+    write_synthetic(root, train=12, test_normal=4, test_defective=7, size=96)
+    return root

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+
+from patchad.scoring import Scorer, conformal_threshold
+from patchad.types import PatchadError
+
+FULL = torch.tensor([[8, 8], [8, 8]])
+
+
+def test_sides_are_summed_each_over_its_own_scale():
+    scorer = Scorer().prepare((64, 16))
+    scorer.scale.copy_(torch.tensor([2.0, 10.0]))
+    maps = {64: torch.rand(2, 8, 8), 16: torch.rand(2, 8, 8)}
+    torch.testing.assert_close(scorer.combine(maps), maps[64] / 2 + maps[16] / 10)
+
+
+def test_the_unit_of_a_side_does_not_change_the_combination():
+    maps = {64: torch.rand(2, 8, 8), 16: torch.rand(2, 8, 8)}
+    combined = []
+    for unit in (1.0, 1000.0):
+        scorer = Scorer().prepare((64, 16))
+        scorer.scale.copy_(torch.tensor([unit * maps[64].mean(), maps[16].mean()]))
+        combined.append(scorer.combine({64: maps[64] * unit, 16: maps[16]}))
+    torch.testing.assert_close(combined[0], combined[1])
+
+
+@pytest.mark.parametrize("image_score", ["max", "top_fraction"])
+def test_padding_is_never_scored(image_score):
+    maps = torch.rand(2, 8, 8)
+    content = torch.tensor([[5, 8], [8, 3]])
+    scorer = Scorer(image_score=image_score, top_fraction=0.1).prepare((64,))
+    expected = scorer.score(maps, content)
+    maps[0, 5:], maps[1, :, 3:] = 99, 99
+    assert torch.equal(scorer.score(maps, content), expected)
+
+
+def test_max_is_the_highest_pixel():
+    maps = torch.rand(2, 8, 8)
+    assert torch.equal(Scorer().prepare((64,)).score(maps, FULL), maps.amax((1, 2)))
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5, 1.0])
+def test_top_fraction_is_the_mean_of_the_highest_pixels_of_each_content(fraction):
+    maps, content = torch.rand(2, 8, 8), torch.tensor([[5, 8], [8, 3]])
+    scores = Scorer(image_score="top_fraction", top_fraction=fraction).prepare((64,)).score(maps, content)
+    for image, (height, width) in enumerate(content.tolist()):
+        pixels = np.sort(maps[image, :height, :width].numpy().ravel())[::-1]
+        expected = pixels[: max(1, int(np.ceil(fraction * pixels.size - 1e-9)))].mean()
+        assert scores[image].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "target", "rank"), [(99, 0.05, 95), (99, 0.01, 99), (19, 0.1, 18), (200, 0.01, 199)])
+def test_the_threshold_is_the_conformal_order_statistic(count, target, rank):
+    scores = torch.arange(1.0, count + 1)[torch.randperm(count)]
+    threshold, rate = conformal_threshold(scores, target)
+    assert threshold == rank
+    assert rate <= target + 1e-9
+
+
+def test_with_too_few_images_the_threshold_is_their_maximum_and_the_rate_is_what_they_reach():
+    assert conformal_threshold(torch.tensor([3.0, 1.0, 2.0]), 0.01) == (3.0, 0.25)
+
+
+def test_new_normal_images_exceed_the_threshold_no_more_often_than_promised():
+    random = torch.Generator().manual_seed(0)
+    scores = torch.rand(4000, 50, generator=random)
+    exceeded = [float(row[49] > conformal_threshold(row[:49], 0.1)[0]) for row in scores]
+    assert np.mean(exceeded) < 0.1 + 3 * (0.1 * 0.9 / 4000) ** 0.5
+
+
+def test_no_calibration_image_is_an_error_with_a_way_out():
+    with pytest.raises(PatchadError, match="calibration_fraction"):
+        conformal_threshold(torch.empty(0), 0.01)
+
+
+@pytest.mark.parametrize("wrong", [{"top_fraction": 0.0}, {"target_fpr": 1.5}])
+def test_fractions_outside_their_range_are_refused(wrong):
+    with pytest.raises(PatchadError, match=next(iter(wrong))):
+        Scorer(**wrong)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,14 @@ from patchad.types import PatchadError
 
 CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
+
+
+EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode",  # frozen backbones are meant to be
+    r"The dirpath has changed",  # a test has a run folder of its own
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with newer torch
+)
+"""Warnings of Lightning about what patchad does on purpose, or about Lightning itself."""
 
 
 class PatchadCLI(LightningCLI):
@@ -36,6 +45,8 @@ class PatchadCLI(LightningCLI):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; what the user can mend ends as one line and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for expected in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", expected)
     sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder
     try:
         sys.argv[1:] = with_checkpoint_data(resolve_configs(given))  # Lightning starts further processes from these

@@ -212,6 +212,8 @@ class PatchDetector(Configurable, LightningModule):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Prediction | None:
         """Loader 0, the calibration normals, is collected in `fit`; loader 1, labelled images, is measured."""
+        if self.trainer.sanity_checking:  # nothing is remembered yet
+            return None
         if dataloader_idx:
             return self._measure(batch)
         if self._fitting:
@@ -258,7 +260,7 @@ class PatchDetector(Configurable, LightningModule):
         return prediction
 
     def _log(self, stage: str) -> None:
-        values = self.metrics.compute()
+        values = self.metrics.compute() if self.metrics.update_called else {}
         self.metrics.reset()
         self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()}, sync_dist=True)
 

@@ -235,5 +235,5 @@ class PyramidDataModule(Configurable, LightningDataModule):
     def _loader(self, dataset: Dataset, sampler: DistributedSampler) -> DataLoader:
         generator = torch.Generator().manual_seed(self.seed)  # its own, so that reading draws nothing from training
         return DataLoader(
-            dataset, self.batch_size, sampler=sampler, num_workers=self.num_workers, generator=generator
+            dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, generator=generator
         )

@@ -25,8 +25,10 @@ FORMAT = 1
 """Number of the recipe; to be raised when the same seed gives other pictures."""
 SMALLEST = 32
 """Shortest side of an image in pixels that a defect can be painted on."""
-FAINTEST = 0.08
-"""Least mean change over a defect, of [0, 1], that counts as visible."""
+FAINTEST = 0.03
+"""Least mean change over a defect, of [0, 1], that is left as painted."""
+SHIFT = 0.08
+"""Change of tone that replaces a defect which cannot be seen."""
 STEP = 4 / 255
 """Least change of each pixel of a defect; survives rounding to 8 bits."""
 MANIFEST = "synthetic.json"
@@ -67,7 +69,7 @@ def paint_defect(
 def _make_visible(image: Picture, painted: Picture, region: Region) -> Picture:
     """The painted image inside the region, changed enough to see; the image itself outside."""
     if _change(image, painted)[region].mean() < FAINTEST:  # such as a blur of a flat area
-        painted = np.clip(image + (FAINTEST if image[region].mean() < 0.5 else -FAINTEST), 0, 1)
+        painted = np.clip(image + (SHIFT if image[region].mean() < 0.5 else -SHIFT), 0, 1)
     inward = image + np.where(image < 0.5, STEP, -STEP)
     painted = np.where(_change(image, painted)[..., None] < STEP, inward, painted)
     return np.where(region[..., None], painted, image).astype(np.float32)
@@ -123,7 +125,8 @@ def _wear(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
     side = min(image.shape[:2])
     level = _blob(image.shape[:2], rng, rng.uniform(0.08, 0.13) * side)
     sigma = max(1.5, rng.uniform(0.018, 0.026) * side)
-    smooth = ndimage.gaussian_filter(image, (sigma, sigma, 0)) + np.float32(rng.uniform(-0.08, 0.08))
+    tone = np.float32(rng.choice([-1, 1]) * rng.uniform(0.04, 0.1))
+    smooth = ndimage.gaussian_filter(image, (sigma, sigma, 0)) + tone
     alpha = np.clip(level * 4, 0, 1)
     return _blend(image, smooth, alpha), alpha > 0.2
 
@@ -131,9 +134,9 @@ def _wear(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
 def _hole(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
     """A dark pit with a bright burr around it."""
     side = min(image.shape[:2])
-    level = _blob(image.shape[:2], rng, max(2.5, rng.uniform(0.03, 0.05) * side))
-    rim = np.clip(1 - np.abs(level - 0.1) * 5, 0, 1)
-    pit = np.clip((level - 0.15) * 5, 0, 1)
+    level = _blob(image.shape[:2], rng, max(2.5, rng.uniform(0.032, 0.055) * side))
+    rim = np.clip(1 - np.abs(level - 0.1) * 4, 0, 1)
+    pit = np.clip((level - 0.2) * 5, 0, 1)
     painted = _blend(_blend(image, np.float32(0.95), 0.8 * rim), np.float32(rng.uniform(0.02, 0.1)), pit)
     return painted, np.maximum(rim, pit) > 0.2
 
@@ -152,8 +155,8 @@ def _misplaced(image: Picture, rng: np.random.Generator) -> tuple[Picture, Regio
     return pasted * np.float32(tone), (np.abs(y) < half[0]) & (np.abs(x) < half[1])
 
 
-STAINS = ((0.45, 0.18, 0.03), (0.06, 0.05, 0.04), (0.10, 0.42, 0.30), (0.80, 0.70, 0.30))
-"""Colours of rust, oil, verdigris and grease."""
+STAINS = ((0.45, 0.18, 0.03), (0.22, 0.03, 0.35), (0.10, 0.42, 0.30), (0.80, 0.70, 0.30))
+"""Colours of rust, ink, verdigris and grease."""
 DEFECTS: Mapping[str, Callable[[Picture, np.random.Generator], tuple[Picture, Region]]] = {
     "scratch": _scratch,
     "stain": _stain,
@@ -252,9 +255,9 @@ def _cloth(y: Plane, x: Plane, rng: np.random.Generator) -> Picture:
     over = (np.floor(weft) + np.floor(warp)) % 2 == 0
     thread, other = np.where(over, weft, warp), np.where(over, warp, weft)
     round_thread = np.sin(np.pi * (thread % 1)) ** 0.7 * (0.6 + 0.4 * np.sin(np.pi * (other % 1)))
-    tones = rng.normal(0, 0.07, (2, 256))
+    tones = rng.normal(0, 0.1, (2, 256))
     tone = np.where(over, tones[0][weft.astype(int) % 256], tones[1][warp.astype(int) % 256])
-    shade = (0.45 + 0.75 * round_thread) * (1 + tone) + np.where(over, 0.08, -0.08)
+    shade = (0.35 + 0.9 * round_thread) * (1 + tone) + np.where(over, 0.08, -0.08)
     return CLOTH * shade[..., None].astype(np.float32)
 
 
@@ -286,13 +289,13 @@ def _brushed(y: Plane, x: Plane, rng: np.random.Generator) -> Plane:
     streaks = ndimage.gaussian_filter(noise, (size / 320, size / 14), mode="wrap", truncate=2.5)
     rows, columns = (y + 0.5) * size, (x + 0.5) * size  # the disc lies within the noise
     fine = ndimage.map_coordinates(streaks / streaks.std(), (rows, columns), order=1, mode="grid-wrap")
-    return 1 + rng.uniform(0.06, 0.1) * fine
+    return 1 + rng.uniform(0.05, 0.09) * fine
 
 
 def _light(picture: Picture, y: Plane, x: Plane, rng: np.random.Generator) -> Picture:
     """The picture under a light of random strength, colour, direction and contrast."""
     slope = rng.uniform(-0.4, 0.4, 2)
-    light = rng.uniform(0.75, 1.25) * (1 + slope[0] * y + slope[1] * x)
+    light = rng.uniform(0.7, 1.25) * (1 + slope[0] * y + slope[1] * x)
     colour = 1 + rng.uniform(-0.03, 0.03, 3)
     return np.clip(picture * light[..., None] * colour, 0, 1) ** rng.uniform(0.85, 1.2)
 
@@ -312,8 +315,8 @@ def _over(picture: Picture, colour: np.ndarray, alpha: Plane) -> Picture:
     return picture + alpha[..., None] * (colour - picture)
 
 
-def _to_bytes(picture: Picture) -> np.ndarray:
-    """[0, 1] to 8 bits."""
+def _to_bytes(picture: Picture | Region) -> np.ndarray:
+    """[0, 1], or False and True, to 8 bits."""
     return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
 
 

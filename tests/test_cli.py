@@ -1,0 +1,198 @@
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from patchad.cli import main
+
+SMALL = [
+    "--data.image_size=[96,96]",
+    "--data.metric_size=[96,96]",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+]
+LITE = ["--config", "backbone/efficientnet_lite0", "--model.max_vectors=500"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty current folder, with sys.argv and sys.path put back at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["patchad"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def run(product, tmp_path_factory) -> Path:
+    """The run folder of a fit from the command line, in a process of its own, that names nothing but the root."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "-m", "patchad", "fit", f"--data.root={product}", *LITE, *SMALL]
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "next:       patchad test --ckpt_path runs/version_0/checkpoints/last.ckpt" in finished.stdout
+    assert "is read as MVTecAD" in finished.stderr
+    assert "memory bank, side 64: 99 of 99 vectors x 64, 0.0 MB" in finished.stderr
+    assert "false-positive rate promised at most 0.5, asked for 0.01" in finished.stderr
+    return folder / "runs" / "version_0"
+
+
+def checkpoint(run: Path) -> str:
+    return str(run / "checkpoints" / "last.ckpt")
+
+
+def test_a_run_folder_holds_the_resolved_config_and_the_metrics(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["backbone"]["class_path"].endswith("EfficientNetLite0")
+    assert config["data"]["init_args"]["image_size"] == [96, 96]
+    assert "val/detection_auroc" in (run / "metrics.csv").read_text()
+
+
+def test_a_checkpoint_alone_is_tested(run, here, capsys):
+    main(["test", "--ckpt_path", checkpoint(run), "--trainer.enable_progress_bar=false"])
+    printed = capsys.readouterr().out
+    for name in ("detection_auroc", "segmentation_auroc_side_16", "pro", "detection_f1_max", "false_positive_rate_high"):
+        assert f"test/{name}" in printed
+    sheet = Image.open(here / "runs/version_0/contact_sheet.png")
+    assert sheet.width > 4 * 160 and len(set(sheet.resize((64, 64)).getdata())) > 100
+    assert "test/detection_auroc" in (here / "runs/version_0/report.html").read_text()
+    assert not list(here.rglob("*.part"))
+
+
+def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, product):
+    folder = here / "parts"
+    folder.mkdir()
+    shutil.copy(product / "test" / "good" / "000.png", folder / "same.png")
+    Image.open(product / "test" / "good" / "000.png").resize((150, 110)).save(folder / "wide.jpg")
+    (folder / "deep").mkdir()
+    Image.open(product / "test" / "good" / "001.png").convert("L").save(folder / "deep" / "same.png")
+    main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", "--trainer.enable_progress_bar=false"])
+    written = here / "runs/version_0/predictions"
+    rows = list(csv.DictReader((written / "scores.csv").open()))
+    assert [row["path"] for row in rows] == ["parts/deep/same.png", "parts/same.png", "parts/wide.jpg"]
+    threshold = torch.load(checkpoint(run), weights_only=True)["state_dict"]["scorer.threshold"].item()
+    for row in rows:
+        assert row["verdict"] == ("anomalous" if float(row["score"]) > threshold else "normal")
+    for name, size in (("same.png", (96, 96)), ("wide.jpg", (110, 150)), ("deep/same.png", (96, 96))):
+        values = np.load(written / "maps" / f"{name}.npy")
+        assert values.dtype == np.float32 and values.shape == size and values.min() > 0
+        assert Image.open(written / "maps" / f"{name}.heatmap.png").size == size[::-1]
+    scores = {row["path"]: float(row["score"]) for row in rows}
+    assert np.load(written / "maps" / "same.png.npy").max() == pytest.approx(scores["parts/same.png"], rel=1e-6)
+
+
+def test_options_override_the_settings_of_the_checkpoint(run, here, product, capsys):
+    shutil.copytree(product / "test", here / "other" / "test")
+    shutil.copytree(product / "train", here / "other" / "train")
+    main(["test", "--ckpt_path", checkpoint(run), "--data.root=other", "--trainer.enable_progress_bar=false"])
+    captured = capsys.readouterr()
+    assert "test/detection_auroc" in captured.out
+    assert "test/segmentation_auroc" not in captured.out  # the other folder has no masks
+
+
+def test_configs_compose_and_print(here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "data/magnetic_tile", "--data.layout.split=by_tile", "--data.root=x", "--print_config"])
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["data"]["init_args"]["layout"]["init_args"]["split"] == "by_tile"
+    assert config["model"]["init_args"]["backbone"]["class_path"] == "patchad.models.VGG16"
+
+
+USER_CODE = """
+from patchad.models import EfficientNetLite0
+from patchad.data import Layout, MVTecAD
+
+class Mine(EfficientNetLite0):
+    side_taps = {64: "stage4", 32: "stage3", 16: "stage2"}
+
+class Twice(Layout):
+    def samples(self, root):
+        return 2 * MVTecAD().samples(root)
+"""
+
+
+def test_a_users_backbone_and_layout_are_named_by_class_path(here, product):
+    (here / "mine.py").write_text(USER_CODE)
+    own = ["--model.backbone=mine.Mine", "--data.layout=mine.Twice", "--model.max_vectors=50"]
+    main(["fit", f"--data.root={product}", *own, *SMALL])
+    path = "runs/version_0/checkpoints/last.ckpt"
+    main(["test", "--ckpt_path", path, "--trainer.enable_progress_bar=false"])
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["backbone"]["class_path"] == "mine.Mine"
+
+
+def broken_image(here: Path, product: Path) -> list[str]:
+    shutil.copytree(product, here / "broken")
+    (here / "broken/train/good/003.png").write_bytes(b"no image")
+    return ["fit", "--data.root=broken", *LITE, *SMALL, "--data.num_workers=1"]
+
+
+def wrong_mask(here: Path, product: Path) -> list[str]:
+    shutil.copytree(product, here / "masks")
+    mask = next((here / "masks/ground_truth").rglob("*.png"))
+    Image.open(mask).resize((90, 96)).save(mask)
+    return ["fit", "--data.root=masks", "--data.validate_on=test", *LITE, *SMALL]
+
+
+def no_images(here: Path, product: Path) -> list[str]:
+    (here / "empty/train/good").mkdir(parents=True)
+    return ["fit", "--data.root=empty", *LITE, *SMALL]
+
+
+def wrong_weights(here: Path, product: Path) -> list[str]:
+    torch.save({"a": torch.zeros(1)}, here / "w.pth")
+    return ["fit", f"--data.root={product}", "--model.backbone.weights=w.pth", *SMALL]
+
+
+def other_checkpoint(here: Path, product: Path) -> list[str]:
+    torch.save({"state_dict": {}}, here / "other.ckpt")
+    return ["test", "--ckpt_path=other.ckpt"]
+
+
+MISTAKES = {
+    "a broken image": (broken_image, r"cannot read image broken/train/good/003\.png"),
+    "a mask of another size": (wrong_mask, r"has 96 x 90 pixels \(height x width\), its image has 96 x 96"),
+    "a folder without images": (no_images, r"no images below empty/train/good"),
+    "weights that do not fit": (wrong_weights, r"weights w\.pth do not fit VGG16"),
+    "another program's checkpoint": (other_checkpoint, r"checkpoint other\.ckpt is not one of patchad's"),
+    "no root": (lambda *_: ["fit", *LITE, *SMALL], r"no images: give --data\.root FOLDER"),
+    "a missing root": (lambda *_: ["fit", "--data.root=nowhere", *LITE, *SMALL], r"data\.root nowhere does not exist"),
+    "a missing checkpoint": (lambda *_: ["test", "--ckpt_path=no.ckpt"], r"--ckpt_path no\.ckpt does not exist"),
+    "an unknown config": (lambda *_: ["fit", "--config", "fast"], r"--config fast is neither a file nor one of"),
+    "a side too large": (
+        lambda _, product: ["fit", f"--data.root={product}", *LITE, *SMALL, "--data.image_size=[32,32]"],
+        r"side 64 does not fit an image of 32 x 32 pixels",
+    ),
+    "an unknown layer": (
+        lambda _, product: ["fit", f"--data.root={product}", *LITE, *SMALL, '--model.taps={"16": "conv9"}'],
+        r"has no layer conv9; it has stage1",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_the_user_can_mend_ends_as_one_line_and_code_2(mistake, here, product, capsys):
+    make, message = MISTAKES[mistake]
+    with pytest.raises(SystemExit) as stop:
+        main(make(here, product))
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("patchad: error: ")]
+    assert len(lines) == 1
+    assert __import__("re").search(message, lines[0])
+
+
+def test_a_bug_keeps_its_traceback(here, product):
+    (here / "mine.py").write_text(USER_CODE.replace("2 * ", "unknown_name * "))
+    command = [sys.executable, "-m", "patchad", "fit", f"--data.root={product}", "--data.layout=mine.Twice", *LITE]
+    finished = subprocess.run([*command, *SMALL], capture_output=True, text=True, env={**os.environ})
+    assert finished.returncode == 1
+    assert "NameError: name 'unknown_name'" in finished.stderr and "Traceback" in finished.stderr

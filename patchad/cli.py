@@ -60,8 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser_kwargs={"parser_mode": "omegaconf", "description": "Finds defects after seeing good images only."},
             seed_everything_default=0,
         )
-    except PatchadError as error:
-        print(f"patchad: error: {one_line(error)}", file=sys.stderr)
+    except ValueError as error:
+        mendable = find_mendable(error)
+        if mendable is None:
+            raise
+        print(f"patchad: error: {one_line(mendable)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -134,6 +137,13 @@ def read_data_settings(path: Path) -> dict | None:
     settings.pop("_instantiator", None)
     class_path = settings.pop("_class_path", None)
     return {"class_path": class_path, "init_args": settings} if class_path else None
+
+
+def find_mendable(error: BaseException | None) -> PatchadError | None:
+    """The error itself, or the one that it came from (jsonargparse wraps what a constructor raises)."""
+    while error is not None and not isinstance(error, PatchadError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def one_line(error: Exception) -> str:

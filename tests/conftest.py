@@ -5,6 +5,8 @@ import pytest
 
 from patchad.data.synthetic import write_synthetic
 
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 4.49 renamed
+
 CHECKOUT = Path(__file__).parent.parent
 
 

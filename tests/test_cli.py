@@ -1,5 +1,6 @@
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,8 +63,8 @@ def test_a_checkpoint_alone_is_tested(run, here, capsys):
     printed = capsys.readouterr().out
     for name in ("detection_auroc", "segmentation_auroc_side_16", "pro", "detection_f1_max", "false_positive_rate_high"):
         assert f"test/{name}" in printed
-    sheet = Image.open(here / "runs/version_0/contact_sheet.png")
-    assert sheet.width > 4 * 160 and len(set(sheet.resize((64, 64)).getdata())) > 100
+    with Image.open(here / "runs/version_0/contact_sheet.png") as sheet:
+        assert sheet.width > 4 * 160 and len(np.unique(np.asarray(sheet))) > 100
     assert "test/detection_auroc" in (here / "runs/version_0/report.html").read_text()
     assert not list(here.rglob("*.part"))
 
@@ -72,12 +73,13 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
     folder = here / "parts"
     folder.mkdir()
     shutil.copy(product / "test" / "good" / "000.png", folder / "same.png")
-    Image.open(product / "test" / "good" / "000.png").resize((150, 110)).save(folder / "wide.jpg")
     (folder / "deep").mkdir()
-    Image.open(product / "test" / "good" / "001.png").convert("L").save(folder / "deep" / "same.png")
+    with Image.open(folder / "same.png") as image:
+        image.resize((150, 110)).save(folder / "wide.jpg")
+        image.convert("L").save(folder / "deep" / "same.png")
     main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", "--trainer.enable_progress_bar=false"])
     written = here / "runs/version_0/predictions"
-    rows = list(csv.DictReader((written / "scores.csv").open()))
+    rows = list(csv.DictReader((written / "scores.csv").read_text().splitlines()))
     assert [row["path"] for row in rows] == ["parts/deep/same.png", "parts/same.png", "parts/wide.jpg"]
     threshold = torch.load(checkpoint(run), weights_only=True)["state_dict"]["scorer.threshold"].item()
     for row in rows:
@@ -85,7 +87,8 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
     for name, size in (("same.png", (96, 96)), ("wide.jpg", (110, 150)), ("deep/same.png", (96, 96))):
         values = np.load(written / "maps" / f"{name}.npy")
         assert values.dtype == np.float32 and values.shape == size and values.min() > 0
-        assert Image.open(written / "maps" / f"{name}.heatmap.png").size == size[::-1]
+        with Image.open(written / "maps" / f"{name}.heatmap.png") as heat_map:
+            assert heat_map.size == size[::-1]
     scores = {row["path"]: float(row["score"]) for row in rows}
     assert np.load(written / "maps" / "same.png.npy").max() == pytest.approx(scores["parts/same.png"], rel=1e-6)
 
@@ -139,7 +142,9 @@ def broken_image(here: Path, product: Path) -> list[str]:
 def wrong_mask(here: Path, product: Path) -> list[str]:
     shutil.copytree(product, here / "masks")
     mask = next((here / "masks/ground_truth").rglob("*.png"))
-    Image.open(mask).resize((90, 96)).save(mask)
+    with Image.open(mask) as image:
+        smaller = image.resize((90, 96))
+    smaller.save(mask)
     return ["fit", "--data.root=masks", "--data.validate_on=test", *LITE, *SMALL]
 
 
@@ -187,7 +192,7 @@ def test_what_the_user_can_mend_ends_as_one_line_and_code_2(mistake, here, produ
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("patchad: error: ")]
     assert len(lines) == 1
-    assert __import__("re").search(message, lines[0])
+    assert re.search(message, lines[0])
 
 
 def test_a_bug_keeps_its_traceback(here, product):

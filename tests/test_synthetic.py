@@ -262,20 +262,36 @@ def test_the_distance_to_the_mean_picture_does_not_find_the_defects(default_set)
         assert roc_auc_score(defective, score) < 0.75
 
 
-def test_nearest_raw_patches_do_not_find_the_defects(default_set):
+@pytest.fixture
+def one_thread():
+    """Many small products are slower on several threads where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_nearest_raw_patches_do_not_find_the_defects(default_set, one_thread):
     train, test, defective = default_set
-    bank = [(part.T.contiguous(), part.square().sum(1)) for part in raw_patches(train).flatten(0, 1).split(3000)]
-    score = [farthest(patches, bank) for patches in raw_patches(test)]
-    assert roc_auc_score(defective, score) < 0.9
+    raw_train, raw_test = raw_patches(train[::2]), raw_patches(test)
+    bases = main_directions(raw_train.flatten(0, 1), 64)  # a quarter of the time
+    bank = (raw_train.flatten(0, 1) @ bases).split(3000)
+    assert roc_auc_score(defective, [farthest(patches, bank) for patches in raw_test @ bases]) < 0.9
 
 
 def raw_patches(pictures):
     """Grey 16 x 16 patches, 8 pixels apart, `[picture, patch, 256]`."""
     grey = torch.from_numpy(pictures.mean(-1))
-    return grey.unfold(1, 16, 8).unfold(2, 16, 8).flatten(3).flatten(1, 2).contiguous()
+    return grey.unfold(1, 16, 8).unfold(2, 16, 8).flatten(3).flatten(1, 2)
+
+
+def main_directions(vectors, number):
+    """Principal directions `[numbers, number]` of vectors `[vector, numbers]`; they hold 98 % of the variance."""
+    variances, directions = torch.linalg.eigh(torch.cov(vectors.T))
+    assert variances[-number:].sum() > 0.98 * variances.sum()
+    return directions[:, -number:]
 
 
 def farthest(patches, bank):
-    """Largest squared distance of a patch to its nearest one in the bank; in parts that fit the cache."""
-    nearest = torch.stack([torch.addmm(squares, patches, part, alpha=-2).amin(1) for part, squares in bank]).amin(0)
-    return (nearest + patches.square().sum(1)).max().item()
+    """Largest distance of a patch to its nearest one in the bank, which comes in parts."""
+    return torch.stack([torch.cdist(patches, part).amin(1) for part in bank]).amin(0).max().item()

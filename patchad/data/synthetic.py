@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -17,9 +18,9 @@ from scipy import ndimage
 
 from patchad.types import NORMAL, PatchadError
 
-Picture = Float[np.ndarray, "height width 3"]
-Plane = Float[np.ndarray, "height width"]
-Region = Bool[np.ndarray, "height width"]
+Picture: TypeAlias = Float[np.ndarray, "height width 3"]
+Plane: TypeAlias = Float[np.ndarray, "height width"]
+Region: TypeAlias = Bool[np.ndarray, "height width"]
 
 FORMAT = 1
 """Number of the recipe; to be raised when the same seed gives other pictures."""

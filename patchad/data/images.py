@@ -51,7 +51,7 @@ def to_float(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode.startswith("I"):  # 16-bit grey: I;16, I;16B or, widened, I
         return np.asarray(image).astype(np.float32) / 65535
     if image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
+        values = np.array(image, dtype=np.float32)
         if not (values.min() >= 0 and values.max() <= 1):
             raise PatchadError(f"{path} holds values from {values.min():g} to {values.max():g}; scale them to [0, 1]")
         return values

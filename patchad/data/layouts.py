@@ -122,13 +122,16 @@ class MagneticTile(Layout):
             of tiles that have a defect under another exposure, so that no tile is on both sides.
         test_fraction: share of the normal images (`random`) or of the clean tiles (`by_tile`) to test.
         seed: of the choice.
+
+    Raises:
+        PatchadError: if the split is unknown.
     """
 
     defect_types = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
 
     def __init__(
         self,
-        split: Literal["published", "random", "by_tile"] = "published",
+        split: str = "published",
         test_fraction: float = 0.2,
         seed: int = 0,
     ) -> None:

@@ -1,0 +1,30 @@
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from patchad.cli import CONFIGS, main
+
+NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_parses_and_builds_its_parts(name, tmp_path, monkeypatch, capsys):
+    """The network weights are switched off: that they load is tested with the backbones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["patchad"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    off = ["--model.backbone.weights=none", "--data.root=nowhere"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", name, *off, "--print_config"])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "patchad.PatchDetector"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", name, *off, "--data.layout=MVTecAD"])
+    assert stop.value.code == 2
+    assert "patchad: error: data.root nowhere does not exist" in capsys.readouterr().err
+
+
+def test_every_file_of_configs_is_found():
+    assert len(NAMES) == len(list(Path(__file__).parent.parent.joinpath("configs").rglob("*.yaml")))

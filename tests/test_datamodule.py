@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from patchad import PatchadError, PyramidDataModule
+from patchad.data import Folder
+
+
+def images(root, **settings) -> PyramidDataModule:
+    defaults = {"image_size": (96, 96), "metric_size": (48, 48), "batch_size": 4, "num_workers": 0}
+    data = PyramidDataModule(root, **{**defaults, **settings})
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def paths(dataset) -> set:
+    return {sample.path for sample in dataset.samples}
+
+
+def test_training_calibration_and_test_share_no_image_and_lose_none(product):
+    data = images(product, calibration_fraction=0.25)
+    sets = [paths(one) for one in (data.train_set, data.calibration_set, data.test_set)]
+    assert [len(one) for one in sets] == [9, 3, 11]
+    assert len(set.union(*sets)) == 23
+
+
+def test_the_split_is_a_function_of_the_seed(product):
+    chosen = [paths(images(product, calibration_fraction=0.25, seed=seed).calibration_set) for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_the_order_of_training_is_a_function_of_seed_and_epoch(product):
+    def order(seed: int, epoch: int) -> list:
+        loader = images(product, seed=seed).train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return torch.cat([batch.index for batch in loader]).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert sorted(order(0, 0)) == list(range(11))
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+
+
+def test_painted_defects_are_the_same_for_any_number_of_workers_and_are_marked(product):
+    batches = [list(images(product, num_workers=workers).val_dataloader()[1]) for workers in (0, 2)]
+    first, second = (torch.cat([batch.image for batch in one]) for one in batches)
+    assert torch.equal(first, second)
+    normal, painted = first[0::2], first[1::2]
+    masks = torch.cat([batch.mask for batch in batches[0]])
+    assert not masks[0::2].any() and masks[1::2].flatten(1).any(1).all()
+    assert (normal != painted).flatten(1).any(1).all()
+    assert torch.cat([batch.label for batch in batches[0]]).tolist() == [0, 1] * len(normal)
+
+
+def test_masks_come_at_the_metric_size_and_normal_images_have_empty_ones(product):
+    for batch in images(product).test_dataloader():
+        assert batch.mask.shape[1:] == (48, 48)
+        assert batch.has_mask.all()
+        assert torch.equal(batch.mask.flatten(1).any(1), batch.label == 1)
+
+
+def test_defects_without_a_mask_are_noted_once_and_marked(product, tmp_path, capfd):
+    (tmp_path / "normal").symlink_to(product / "train")
+    (tmp_path / "abnormal").symlink_to(product / "test")
+    data = images(tmp_path, layout=Folder())
+    batch = next(iter(data.test_dataloader()))
+    assert batch.has_mask.tolist() == (batch.label == 0).tolist()
+
+
+def test_a_folder_without_test_images_points_to_predict(product, tmp_path):
+    (tmp_path / "normal").symlink_to(product / "train")
+    with pytest.raises(PatchadError, match="patchad predict"):
+        images(tmp_path).test_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"calibration_fraction": 0.0}, "calibration_fraction 0.0"), ({"batch_size": 0}, "at least 1")],
+)
+def test_arguments_that_make_no_sense_are_refused(settings, message, product):
+    with pytest.raises(PatchadError, match=message):
+        images(product, **settings)

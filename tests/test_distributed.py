@@ -1,0 +1,59 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchad.data.synthetic import write_synthetic
+
+OPTIONS = [
+    "--config=backbone/efficientnet_lite0",
+    "--model.max_vectors=400",
+    "--data.image_size=[96,96]",
+    "--data.metric_size=[96,96]",
+    "--data.num_workers=0",
+    "--data.batch_size=3",
+    "--data.calibration_fraction=0.25",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+]
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+def patchad(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "patchad", *arguments]
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=threads, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def run(folder: Path, root: Path, *options: str) -> tuple[dict, dict[str, float], list]:
+    """Fits, tests and predicts: the tensors, the test metrics by name, and the rows of scores.csv."""
+    name = "two" if options else "one"
+    version = f"--trainer.logger.version={name}"
+    patchad(folder, "fit", f"--data.root={root}", *OPTIONS, *options, version)
+    checkpoint = f"runs/{name}/checkpoints/last.ckpt"
+    tested = patchad(folder, "test", f"--ckpt_path={checkpoint}", *OPTIONS[-2:], *options, version)
+    patchad(folder, "predict", f"--ckpt_path={checkpoint}", f"--data.root={root}/test", *OPTIONS[-2:], *options, version)
+    rows = [line.split("│") for line in tested.splitlines() if "test/" in line]
+    metrics = {row[1].strip(): float(row[2]) for row in rows}
+    scores = (folder / "runs" / name / "predictions/scores.csv").read_text().splitlines()
+    return torch.load(folder / checkpoint, weights_only=True)["state_dict"], metrics, list(csv.DictReader(scores))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bank_and_the_auroc_of_one(tmp_path):
+    root = tmp_path / "product"
+    write_synthetic(root, train=13, test_normal=4, test_defective=7, size=96)
+    one, metrics, rows = run(tmp_path, root)
+    two, metrics_of_two, rows_of_two = run(tmp_path, root, *TWO)
+    for side in (64, 32, 16):
+        assert torch.equal(one[f"banks.{side}.keys"], two[f"banks.{side}.keys"])
+        torch.testing.assert_close(one[f"banks.{side}.vectors"], two[f"banks.{side}.vectors"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(one["scorer.threshold"], two["scorer.threshold"], rtol=1e-5, atol=0)
+    assert "test/detection_auroc" in metrics and metrics_of_two == pytest.approx(metrics, abs=1e-6)
+    assert [row["path"] for row in rows] == [row["path"] for row in rows_of_two] and len(rows) == 11

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from patchad.data.images import fit, read_image, read_mask, resize_mask
+from patchad.types import PatchadError
+
+PIXELS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+
+
+def expected(pixels: np.ndarray, most: int = 255) -> torch.Tensor:
+    return torch.from_numpy(pixels.astype(np.float32) / most).permute(2, 0, 1)
+
+
+def test_rgb_is_read_as_it_is(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    assert torch.equal(read_image(tmp_path / "a.png"), expected(PIXELS))
+
+
+def test_grey_fills_three_channels(tmp_path):
+    Image.fromarray(PIXELS[:, :, 0]).save(tmp_path / "a.png")
+    assert torch.equal(read_image(tmp_path / "a.png"), expected(PIXELS[:, :, :1]).expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_keeps_its_depth(tmp_path, suffix):
+    deep = (np.arange(48, dtype=np.uint16) * 1300).reshape(6, 8)
+    Image.fromarray(deep).save(tmp_path / f"a.{suffix}")
+    assert torch.equal(read_image(tmp_path / f"a.{suffix}"), expected(deep[:, :, None], 65535).expand(3, -1, -1))
+
+
+def test_alpha_is_dropped(tmp_path):
+    alpha = np.full((6, 8, 1), 255, dtype=np.uint8)
+    Image.fromarray(np.concatenate([PIXELS, alpha], axis=2)).save(tmp_path / "a.png")
+    assert torch.equal(read_image(tmp_path / "a.png"), expected(PIXELS))
+
+
+def test_grey_with_alpha_is_read_as_grey(tmp_path):
+    grey = Image.fromarray(PIXELS[:, :, 0]).convert("LA")
+    grey.save(tmp_path / "a.png")
+    assert torch.equal(read_image(tmp_path / "a.png"), expected(PIXELS[:, :, :1]).expand(3, -1, -1))
+
+
+def test_a_palette_gives_its_colours(tmp_path):
+    palette = Image.new("P", (8, 6), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "a.png", transparency=0)
+    assert torch.equal(read_image(tmp_path / "a.png")[:, 0, 0], torch.tensor([10, 20, 30]) / 255)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image, exif = Image.fromarray(PIXELS), Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = np.rot90(PIXELS, k=-1).copy()
+    assert torch.equal(read_image(tmp_path / "a.png"), expected(upright))
+
+
+def test_1_bit_and_float_images_are_read(tmp_path):
+    Image.fromarray(PIXELS[:, :, 0] > 20).save(tmp_path / "a.png")
+    assert set(read_image(tmp_path / "a.png").unique().tolist()) == {0.0, 1.0}
+    values = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+    Image.fromarray(values).save(tmp_path / "b.tif")
+    assert torch.equal(read_image(tmp_path / "b.tif")[0], torch.from_numpy(values))
+    Image.fromarray(values * 300).save(tmp_path / "c.tif")
+    with pytest.raises(PatchadError, match=r"c\.tif holds values from 0 to 300"):
+        read_image(tmp_path / "c.tif")
+
+
+def test_a_truncated_or_missing_file_is_named(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PatchadError, match=r"cannot read image .*a\.png"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(PatchadError, match=r"cannot read image .*b\.png"):
+        read_image(tmp_path / "b.png")
+
+
+def test_masks_are_true_above_128(tmp_path):
+    values = np.array([[0, 127, 128, 129, 255]], dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", (1, 5)).tolist() == [[False, False, False, True, True]]
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "mask.png")
+    with pytest.raises(PatchadError, match=r"mask\.png has 6 x 8 pixels \(height x width\), its image has 6 x 9"):
+        read_mask(tmp_path / "mask.png", (6, 9))
+
+
+@pytest.mark.parametrize(("native", "content"), [((100, 50), (64, 32)), ((20, 80), (16, 64)), ((64, 64), (64, 64))])
+def test_aspect_is_kept_and_the_rest_repeats_the_edge(native, content):
+    image, found = fit(torch.rand(3, *native), (64, 64))
+    assert found == content and image.shape == (3, 64, 64)
+    if content[0] < 64:
+        assert torch.equal(image[:, content[0] :], image[:, content[0] - 1 : content[0]].expand(3, 64 - content[0], 64))
+    if content[1] < 64:
+        assert torch.equal(image[:, :, content[1] :], image[:, :, content[1] - 1 : content[1]].expand(3, 64, 64 - content[1]))
+
+
+def test_an_image_that_fits_is_unchanged_and_a_distorted_one_is_filled():
+    image = torch.rand(3, 64, 48)
+    assert torch.equal(fit(image, (64, 48))[0], image)
+    distorted, content = fit(image, (32, 32), keep_aspect=False)
+    assert content == (32, 32) and distorted.shape == (3, 32, 32)
+
+
+def test_masks_are_resized_to_their_nearest_pixels():
+    mask = torch.rand(7, 9) > 0.5
+    assert torch.equal(resize_mask(mask, (14, 18)), mask.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert torch.equal(resize_mask(mask, (7, 9)), mask)

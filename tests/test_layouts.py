@@ -1,0 +1,124 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from patchad.data.layouts import BTAD, Folder, MagneticTile, MVTecAD, Synthetic, detect_layout, images_below, tiles
+from patchad.types import PatchadError
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(root / name)
+
+
+def counts(samples) -> Counter:
+    return Counter((sample.split, sample.defect, sample.mask is not None) for sample in samples)
+
+
+def test_mvtec_ad_is_read_as_its_authors_split_it(tmp_path):
+    touch(tmp_path, "train/good/0.png", "train/good/1.PNG", "test/good/0.png", "test/hole/0.png", "test/hole/1.png")
+    touch(tmp_path, "ground_truth/hole/0_mask.png")
+    expected = {("train", "good", False): 2, ("test", "good", False): 1}
+    expected |= {("test", "hole", True): 1, ("test", "hole", False): 1}
+    assert counts(MVTecAD().samples(tmp_path)) == expected
+    assert isinstance(detect_layout(tmp_path), MVTecAD)
+
+
+def test_btad_is_read_with_masks_of_another_format(tmp_path):
+    touch(tmp_path, "train/ok/0.bmp", "test/ok/1.bmp", "test/ko/2.bmp", "ground_truth/ko/2.png")
+    expected = {("train", "good", False): 1, ("test", "good", False): 1, ("test", "ko", True): 1}
+    assert counts(BTAD().samples(tmp_path)) == expected
+    assert isinstance(detect_layout(tmp_path), BTAD)
+
+
+def test_a_folder_of_any_tree_is_split_by_its_seed(tmp_path):
+    touch(tmp_path, *(f"normal/line{number % 2}/{number}.jpg" for number in range(10)))
+    touch(tmp_path, "abnormal/dent/a.jpg", "abnormal/b.jpg", "masks/dent/a.png", "masks/b_mask.png")
+    first, again, other = (Folder(seed=seed).samples(tmp_path) for seed in (0, 0, 1))
+    assert first == again != other
+    expected = {("train", "good", False): 8, ("test", "good", False): 2}
+    assert counts(first) == expected | {("test", "dent", True): 1, ("test", "abnormal", True): 1}
+    assert isinstance(detect_layout(tmp_path), Folder)
+
+
+def test_a_folder_of_normal_images_alone_is_all_training(tmp_path):
+    touch(tmp_path, "a.png", "b.tif", ".hidden/c.png", "notes.txt.png/d.png")
+    samples = Folder(normal=".").samples(tmp_path)
+    assert {sample.path.name for sample in samples} == {"a.png", "b.tif", "d.png"}
+    assert {sample.split for sample in samples} == {"train"}
+
+
+def test_folders_inside_the_normal_folder_keep_their_own_meaning(tmp_path):
+    touch(tmp_path, "0.png", "1.png", "2.png", "bad/3.png", "truth/3.png", "checked/4.png")
+    samples = Folder(normal=".", abnormal="bad", masks="truth", normal_test="checked").samples(tmp_path)
+    expected = {("train", "good", False): 3, ("test", "good", False): 1, ("test", "bad", True): 1}
+    assert counts(samples) == expected
+
+
+def test_a_missing_folder_lists_what_there_is(tmp_path):
+    touch(tmp_path, "pictures/0.png")
+    with pytest.raises(PatchadError, match="has no folder normal; it has pictures"):
+        Folder().samples(tmp_path)
+    with pytest.raises(PatchadError, match=r"layout of .* is not known .*--data.layout Folder"):
+        detect_layout(tmp_path)
+    with pytest.raises(PatchadError, match="does not exist"):
+        detect_layout(tmp_path / "nowhere")
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "normal").mkdir()
+    with pytest.raises(PatchadError, match="no images below"):
+        images_below(tmp_path / "normal")
+
+
+def test_a_tile_ends_where_the_exposure_does_not_rise():
+    names = ["exp1_num_10", "exp3_num_12", "exp2_num_15", "exp2_num_20", "exp6_num_21", "exp0_num_30"]
+    groups = tiles(Path(f"{name}.jpg") for name in reversed(names))
+    assert [[path.stem for path in group] for group in groups] == [names[:2], names[2:3], names[3:5], names[5:]]
+
+
+def test_an_unknown_split_names_the_known_ones():
+    with pytest.raises(PatchadError, match="split honest is unknown; choose one of published, random, by_tile"):
+        MagneticTile("honest")
+
+
+def test_a_tree_without_the_published_names_says_how_many_are_missing(tmp_path):
+    touch(tmp_path, *(f"MT_{kind}/Imgs/exp1_num_{n}.jpg" for n, kind in enumerate(MagneticTile.defect_types, 1)))
+    touch(tmp_path, "MT_Free/Imgs/exp0_num_1.jpg", "MT_Free/Imgs/exp1_num_2.jpg")
+    with pytest.raises(PatchadError, match="lacks 76[01] of its 761"):
+        MagneticTile().samples(tmp_path)
+
+
+def test_the_synthetic_layout_writes_its_set_once(tmp_path):
+    layout = Synthetic(train=2, test_normal=1, test_defective=1)
+    layout.prepare(tmp_path / "set")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.png")}
+    layout.prepare(tmp_path / "set")
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.png")}
+    assert len(layout.samples(tmp_path / "set")) == 4
+
+
+@pytest.mark.data
+def test_magnetic_tile_has_the_published_counts(shared):
+    samples = MagneticTile("published").samples(shared / "data/magnetic_tile")
+    found = Counter((sample.split, sample.defect) for sample in samples)
+    expected = {("train", "good"): 761, ("test", "good"): 191, ("test", "blowhole"): 115, ("test", "break"): 85}
+    assert found == expected | {("test", "crack"): 57, ("test", "fray"): 32, ("test", "uneven"): 103}
+
+
+@pytest.mark.data
+def test_by_tile_no_tile_is_on_both_sides(shared):
+    root = shared / "data/magnetic_tile"
+    samples = MagneticTile("by_tile").samples(root)
+    every = tiles(path for path in root.rglob("*.jpg"))
+    tile_of = {path: number for number, tile in enumerate(every) for path in tile}
+    faulty = {tile_of[sample.path] for sample in samples if sample.defect != "good"}
+    train = {tile_of[sample.path] for sample in samples if sample.split == "train"}
+    tested = {tile_of[sample.path] for sample in samples if sample.split == "test" and sample.defect == "good"}
+    assert (len(every), len(faulty)) == (251, 85)
+    assert not (train & tested or train & faulty or tested & faulty)
+    assert len(tested) == round(0.2 * (251 - 85))
+    assert sum(sample.defect == "good" for sample in samples) == 952 - 35

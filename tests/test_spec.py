@@ -1,0 +1,75 @@
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from patchad.models import EfficientNetLite0, PatchEncoder, WindowEncoder
+from patchad.models.backbones import Backbone, Tap
+from patchad.scoring import Scorer
+from patchad.spec import Configurable, spec
+from patchad.types import PatchadError
+
+
+class Inner(Configurable, nn.Module):
+    def __init__(self, width: int, *, names: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 1)
+
+
+class Outer(Inner):
+    def __init__(self, inner: Inner, folder: Path) -> None:
+        super().__init__(3)
+        self.inner = inner
+
+
+def test_an_object_is_named_by_its_class_path_and_the_arguments_that_were_given():
+    value = spec(Outer(Inner(2, names=("a", "b")), folder=Path("here")))
+    inner = {"class_path": f"{__name__}.Inner", "init_args": {"width": 2, "names": ["a", "b"]}}
+    assert value == {"class_path": f"{__name__}.Outer", "init_args": {"inner": inner, "folder": "here"}}
+
+
+def test_copies_and_pickles_keep_their_arguments():
+    original = Inner(2, names=("a",))
+    for copied in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        assert spec(copied) == spec(original)
+        assert torch.equal(copied.layer.weight, original.layer.weight)
+
+
+def test_a_spec_survives_weights_only_loading():
+    value, file = spec(partial(WindowEncoder, cells=2)), io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == value
+
+
+def test_the_command_lines_parser_builds_the_same_objects_from_specs():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--encoder", type=Callable[[int, Tap], PatchEncoder])
+    parser.add_argument("--scorer", type=Scorer)
+    parser.add_argument("--backbone", type=Backbone)
+    given = {
+        "encoder": spec(partial(WindowEncoder, cells=2)),
+        "scorer": spec(Scorer(image_score="top_fraction")),
+        "backbone": spec(EfficientNetLite0(weights="none")),
+    }
+    built = parser.instantiate(parser.parse_object(given))
+    assert built.encoder(16, Tap(0, 4, 3)).cells == 2
+    assert built.scorer.image_score == "top_fraction"
+    assert isinstance(built.backbone, EfficientNetLite0)
+    again = {name: spec(built[name]) for name in given}
+    assert again["encoder"]["class_path"] == given["encoder"]["class_path"]
+    assert again["encoder"]["init_args"]["cells"] == 2
+    assert again["backbone"]["init_args"] == {"weights": "none"}
+
+
+@pytest.mark.parametrize("value", [lambda: 0, object(), partial(print, 1)])
+def test_what_no_checkpoint_can_name_is_refused(value):
+    with pytest.raises(PatchadError, match=r"^encoder is a"):
+        spec(value, "encoder")

@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 
 quickstart: setup
 	$(BIN)/patchad fit --config quickstart --trainer.logger.version quickstart
-	$(BIN)/patchad test --ckpt_path runs/quickstart/checkpoints/last.ckpt --trainer.logger.version quickstart
+	$(BIN)/patchad test --ckpt_path runs/quickstart/checkpoints/last.ckpt --trainer.logger.version quickstart-test
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,7 +26,9 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return ((image.astype(np.uint16) + heat) // 2).astype(np.uint8)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], titles: Sequence[str], cell: int = 160) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], titles: Sequence[str], cell: int = 160
+) -> Image.Image:
     """One picture with a row per image: its caption and its panels, each fitted into `cell` x `cell` pixels."""
     caption, gap, head = 190, 6, 22
     width, height = caption + len(titles) * (cell + gap), head + len(rows) * (cell + gap)

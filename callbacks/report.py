@@ -58,9 +58,9 @@ class Report(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the page, from the images of the first process."""
-        if not trainer.is_global_zero or not self.shown:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir asks the first process: all must ask
+        if not trainer.is_global_zero:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         threshold = float(pl_module.scorer.threshold)  # type: ignore[union-attr]
         sheet = self.sheet(threshold)

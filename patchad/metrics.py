@@ -22,7 +22,7 @@ EIGHT_NEIGHBOURS = np.ones((3, 3))
 
 
 def squash(score: Tensor) -> Tensor:
-    """d / (1 + d) in float64: scores >= 0 brought into [0, 1) without changing their order.
+    """D / (1 + d) in float64: scores >= 0 brought into [0, 1) without changing their order.
 
     torchmetrics passes scores outside [0, 1] through a sigmoid, update by update, which saturates on distances.
 
@@ -88,7 +88,8 @@ class PerRegionOverlap(Metric):
 
 def component_weights(mask: Bool[Tensor, "height width"]) -> Float[Tensor, " pixels"]:
     """1 / area of its component for each defect pixel, 0 for defect-free ones."""
-    components, _ = label_components(mask.cpu().numpy(), EIGHT_NEIGHBOURS)
+    components = np.zeros(mask.shape, dtype=np.int32)
+    label_components(mask.cpu().numpy(), EIGHT_NEIGHBOURS, output=components)
     areas = np.bincount(components.ravel()).astype(np.float64)
     weights = 1 / np.maximum(areas, 1)
     weights[0] = 0
@@ -215,16 +216,16 @@ class AnomalyMetrics(Metric):
         return found
 
 
-def two_class(name: str, metric: Callable[[Tensor, Tensor], Tensor], preds: Tensor, target: Tensor) -> dict[str, Tensor]:
+def two_class(
+    name: str, metric: Callable[[Tensor, Tensor], Tensor], preds: Tensor, target: Tensor
+) -> dict[str, Tensor]:
     """The metric under its name, or nothing where a class is missing (torchmetrics would say 0)."""
     if len(target) == 0 or target.min() == target.max():
         return {}
     return {name: metric(preds, target)}
 
 
-def per_region_overlap(
-    maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]
-) -> Tensor:
+def per_region_overlap(maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]) -> Tensor:
     """PRO of maps that are already gathered from all processes."""
     metric = PerRegionOverlap(sync_on_compute=False)
     metric.update(maps, masks)

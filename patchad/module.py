@@ -85,9 +85,7 @@ class PatchDetector(Configurable, LightningModule):
 
     # from images to predictions
 
-    def distances(
-        self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
-    ) -> Distances:
+    def distances(self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]) -> Distances:
         """How far each patch is from the nearest normal one.
 
         Args:
@@ -97,7 +95,7 @@ class PatchDetector(Configurable, LightningModule):
         found = {}
         for side, embeddings in self.encoder(image).items():
             queries = embeddings.permute(0, 2, 3, 1)
-            nearest = self.banks[str(side)].distances(queries.flatten(0, 2))
+            nearest = self._bank(side).distances(queries.flatten(0, 2))
             found[side] = nearest.reshape(queries.shape[:3])
         return Distances(found, content, image.shape[2], image.shape[3])
 
@@ -140,6 +138,7 @@ class PatchDetector(Configurable, LightningModule):
         """An optimizer that changes nothing."""
         return torch.optim.SGD([self.placeholder], lr=0.0)
 
+    @torch.no_grad()
     def on_fit_start(self) -> None:
         """Measures the encoders' input over the training normals, where an encoder standardises it."""
         standardizers = self.encoder.standardizers.values()
@@ -147,7 +146,11 @@ class PatchDetector(Configurable, LightningModule):
             for batch in self._batches(self._data.memory_dataloader(), "Measuring features"):
                 self.encoder.observe(batch.image)
             for standardize in standardizers:
-                standardize.finish(lambda moments: self.all_gather(moments).reshape(-1, *moments.shape).sum(0))
+                standardize.finish(self._total)
+
+    def _total(self, moments: Tensor) -> Tensor:
+        gathered = torch.as_tensor(self.all_gather(moments))  # with one process there is no axis of processes
+        return gathered.reshape(-1, *moments.shape).sum(0).cpu()
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """A loss of zero: the training-free encoder has nothing to learn."""
@@ -157,8 +160,8 @@ class PatchDetector(Configurable, LightningModule):
 
     def fill_banks(self) -> None:
         """Fills the bank of each side with the patches of the training normals, and prints its size first."""
-        for bank in self.banks.values():
-            bank.clear()
+        for side in self.encoder.sides:
+            self._bank(side).clear()
         loader = self._data.memory_dataloader()
         for number, batch in enumerate(self._batches(loader, "Filling the memory bank")):
             embeddings = self.encoder(batch.image)
@@ -166,15 +169,15 @@ class PatchDetector(Configurable, LightningModule):
                 self._announce(embeddings, len(loader.dataset))
             for side, values in embeddings.items():
                 counted = inside(batch.content, (values.shape[2], values.shape[3]), side, self.encoder.strides[side])
-                self.banks[str(side)].add(values, counted, batch.index)
-        for bank in self.banks.values():
-            bank.finish()
+                self._bank(side).add(values, counted, batch.number)
+        for side in self.encoder.sides:
+            self._bank(side).finish()
         self._filled_at = self.global_step
 
     def _announce(self, embeddings: Mapping[int, Tensor], images: int) -> None:
         for side, values in embeddings.items():
             patches = images * values.shape[2] * values.shape[3]
-            count = min(patches, self.banks[str(side)].max_vectors or patches)
+            count = min(patches, self._bank(side).max_vectors or patches)
             size = count * values.shape[1] * values.element_size() / 1e6
             rank_zero_info(f"memory bank, side {side}: {count} of {patches} vectors x {values.shape[1]}, {size:.1f} MB")
 
@@ -199,6 +202,11 @@ class PatchDetector(Configurable, LightningModule):
     def _counted(self, batch: Distances, side: int) -> Tensor:
         values = batch.sides[side]
         return values[inside(batch.content, (values.shape[1], values.shape[2]), side, self.encoder.strides[side])]
+
+    def _bank(self, side: int) -> MemoryBank:
+        bank = self.banks[str(side)]
+        assert isinstance(bank, MemoryBank)
+        return bank
 
     def _collect(self, batch: ImageBatch) -> None:
         self._calibration.append(to_device(self.distances(batch.image, batch.content), torch.device("cpu")))

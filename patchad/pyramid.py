@@ -57,9 +57,7 @@ def common_multiple(strides: Iterable[int]) -> int:
     return math.lcm(*strides)
 
 
-def inside(
-    content: Int[Tensor, "batch 2"], grid: Size, side: int, stride: int
-) -> Bool[Tensor, "batch rows columns"]:
+def inside(content: Int[Tensor, "batch 2"], grid: Size, side: int, stride: int) -> Bool[Tensor, "batch rows columns"]:
     """Which patches lie on the content of an image rather than on its padding.
 
     A patch counts when its centre is on the content (or, for strides above half a side, when it is needed to cover the
@@ -77,9 +75,7 @@ def inside(
     return (top < limit[:, :1])[:, :, None] & (left < limit[:, 1:])[:, None, :]
 
 
-def spread(
-    values: Float[Tensor, "batch rows columns"], side: int, stride: int
-) -> Float[Tensor, "batch height width"]:
+def spread(values: Float[Tensor, "batch rows columns"], side: int, stride: int) -> Float[Tensor, "batch height width"]:
     """Per pixel, the sum of the values of the patches that cover it (a box filter, one axis after the other)."""
     ones = values.new_ones(1, 1, side, 1)
     rows = F.conv_transpose2d(values[:, None], ones, stride=(stride, 1))

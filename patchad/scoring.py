@@ -27,6 +27,9 @@ class Scorer(Configurable, nn.Module):
         PatchadError: if a fraction lies outside (0, 1].
     """
 
+    threshold: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         image_score: Literal["max", "top_fraction"] = "max",

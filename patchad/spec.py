@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from patchad.types import PatchadError
 
@@ -24,7 +24,7 @@ class Configurable:
 
     init_args: dict[str, Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Configurable":
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """A bare object that knows its arguments."""
         self = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)

@@ -44,7 +44,7 @@ class ImageBatch(NamedTuple):
         image: RGB in [0, 1], float32 `[batch, 3, height, width]`; the content lies top left, the rest is edge padding.
         content: height x width of the content within `image`, in pixels, int64 `[batch, 2]`.
         size: height x width of the file, in pixels, int64 `[batch, 2]`.
-        index: number of the image within its dataset, int64 `[batch]`.
+        number: of the image within its dataset, int64 `[batch]`.
         label: 1 with a defect, 0 without, -1 unknown, int64 `[batch]`.
         mask: True on defects, bool `[batch, metric_height, metric_width]`; all False where no mask is known.
         has_mask: True where `mask` is the truth, bool `[batch]`.
@@ -55,7 +55,7 @@ class ImageBatch(NamedTuple):
     image: Tensor
     content: Tensor
     size: Tensor
-    index: Tensor
+    number: Tensor
     label: Tensor
     mask: Tensor
     has_mask: Tensor

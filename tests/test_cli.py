@@ -61,7 +61,13 @@ def test_a_run_folder_holds_the_resolved_config_and_the_metrics(run):
 def test_a_checkpoint_alone_is_tested(run, here, capsys):
     main(["test", "--ckpt_path", checkpoint(run), "--trainer.enable_progress_bar=false"])
     printed = capsys.readouterr().out
-    for name in ("detection_auroc", "segmentation_auroc_side_16", "pro", "detection_f1_max", "false_positive_rate_high"):
+    for name in (
+        "detection_auroc",
+        "segmentation_auroc_side_16",
+        "pro",
+        "detection_f1_max",
+        "false_positive_rate_high",
+    ):
         assert f"test/{name}" in printed
     with Image.open(here / "runs/version_0/contact_sheet.png") as sheet:
         assert sheet.width > 4 * 160 and len(np.unique(np.asarray(sheet))) > 100
@@ -104,7 +110,9 @@ def test_options_override_the_settings_of_the_checkpoint(run, here, product, cap
 
 def test_configs_compose_and_print(here, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", "data/magnetic_tile", "--data.layout.split=by_tile", "--data.root=x", "--print_config"])
+        main(
+            ["fit", "--config", "data/magnetic_tile", "--data.layout.split=by_tile", "--data.root=x", "--print_config"]
+        )
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["data"]["init_args"]["layout"]["init_args"]["split"] == "by_tile"

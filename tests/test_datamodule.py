@@ -33,7 +33,7 @@ def test_the_order_of_training_is_a_function_of_seed_and_epoch(product):
     def order(seed: int, epoch: int) -> list:
         loader = images(product, seed=seed).train_dataloader()
         loader.sampler.set_epoch(epoch)
-        return torch.cat([batch.index for batch in loader]).tolist()
+        return torch.cat([batch.number for batch in loader]).tolist()
 
     assert order(0, 0) == order(0, 0)
     assert sorted(order(0, 0)) == list(range(11))

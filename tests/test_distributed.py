@@ -38,7 +38,9 @@ def run(folder: Path, root: Path, *options: str) -> tuple[dict, dict[str, float]
     patchad(folder, "fit", f"--data.root={root}", *OPTIONS, *options, version)
     checkpoint = f"runs/{name}/checkpoints/last.ckpt"
     tested = patchad(folder, "test", f"--ckpt_path={checkpoint}", *OPTIONS[-2:], *options, version)
-    patchad(folder, "predict", f"--ckpt_path={checkpoint}", f"--data.root={root}/test", *OPTIONS[-2:], *options, version)
+    patchad(
+        folder, "predict", f"--ckpt_path={checkpoint}", f"--data.root={root}/test", *OPTIONS[-2:], *options, version
+    )
     rows = [line.split("│") for line in tested.splitlines() if "test/" in line]
     metrics = {row[1].strip(): float(row[2]) for row in rows}
     scores = (folder / "runs" / name / "predictions/scores.csv").read_text().splitlines()

@@ -97,7 +97,9 @@ def test_aspect_is_kept_and_the_rest_repeats_the_edge(native, content):
     if content[0] < 64:
         assert torch.equal(image[:, content[0] :], image[:, content[0] - 1 : content[0]].expand(3, 64 - content[0], 64))
     if content[1] < 64:
-        assert torch.equal(image[:, :, content[1] :], image[:, :, content[1] - 1 : content[1]].expand(3, 64, 64 - content[1]))
+        assert torch.equal(
+            image[:, :, content[1] :], image[:, :, content[1] - 1 : content[1]].expand(3, 64, 64 - content[1])
+        )
 
 
 def test_an_image_that_fits_is_unchanged_and_a_distorted_one_is_filled():

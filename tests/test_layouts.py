@@ -88,7 +88,7 @@ def test_an_unknown_split_names_the_known_ones():
 def test_a_tree_without_the_published_names_says_how_many_are_missing(tmp_path):
     touch(tmp_path, *(f"MT_{kind}/Imgs/exp1_num_{n}.jpg" for n, kind in enumerate(MagneticTile.defect_types, 1)))
     touch(tmp_path, "MT_Free/Imgs/exp0_num_1.jpg", "MT_Free/Imgs/exp1_num_2.jpg")
-    with pytest.raises(PatchadError, match="lacks 76[01] of its 761"):
+    with pytest.raises(PatchadError, match=r"lacks 76[01] of its 761"):
         MagneticTile().samples(tmp_path)
 
 

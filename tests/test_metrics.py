@@ -4,8 +4,8 @@ import socket
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from skimage.measure import label
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import multiprocessing
 
 from patchad.metrics import AnomalyMetrics, PerRegionOverlap, area_up_to, false_positive_rate_interval, squash
@@ -41,7 +41,7 @@ def evaluation(count: int = 13) -> tuple[Prediction, ImageBatch, dict]:
         image=torch.zeros(count, 3, 24, 24),
         content=torch.full((count, 2), 24),
         size=torch.full((count, 2), 24),
-        index=torch.arange(count),
+        number=torch.arange(count),
         label=truth.long(),
         mask=mask,
         has_mask=torch.ones(count, dtype=torch.bool),
@@ -93,7 +93,9 @@ def test_auroc_average_precision_and_f1_equal_scikit_learns_on_the_distances_the
         precision, recall, _ = precision_recall_curve(truth, score)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         assert found[f"{kind}_auroc"].item() == pytest.approx(roc_auc_score(truth, score), abs=1e-6)
-        assert found[f"{kind}_average_precision"].item() == pytest.approx(average_precision_score(truth, score), abs=1e-6)
+        assert found[f"{kind}_average_precision"].item() == pytest.approx(
+            average_precision_score(truth, score), abs=1e-6
+        )
         assert found[f"{kind}_f1_max"].item() == pytest.approx(f1.max(), abs=1e-6)
 
 

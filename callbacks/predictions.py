@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from patchad.callbacks.pictures import colour
+from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
 from patchad.types import ImageBatch, Prediction
 
@@ -27,11 +28,11 @@ class Predictions(Callback):
     """Writes what `patchad predict` found into `predictions/` of the run folder.
 
     `scores.csv` holds path, score and verdict of each image; below `maps/`, in the folders of the images, lie a heat
-    map (PNG: red from the threshold upwards) and the map itself (`.npy`, float32 `[height, width]`), both at the size
-    of the image's file.
+    map (PNG: blue up to the mean of calibration normals, red from the threshold upwards) and the map itself (`.npy`,
+    float32 `[height, width]`), both at the size of the image's file.
     """
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Starts with no rows."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
         self.rows: list[Row] = []
@@ -39,22 +40,23 @@ class Predictions(Callback):
     def on_predict_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: PatchDetector,
         outputs: Prediction,
         batch: ImageBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Writes the maps of a batch."""
-        root, threshold = Path(trainer.datamodule.root), float(pl_module.scorer.threshold)  # type: ignore[attr-defined]
+        root, scorer = Path(trainer.datamodule.root), pl_module.scorer  # type: ignore[attr-defined]
+        limits = (scorer.normal_level, float(scorer.threshold))
         for number, name in enumerate(batch.path):
             size = (int(batch.size[number, 0]), int(batch.size[number, 1]))
             values = crop_resize(outputs.map[number, None], batch.content[number, None], size)[0].cpu().numpy()
-            write_maps(self.folder / "maps" / Path(name).relative_to(root), values, threshold)
+            write_maps(self.folder / "maps" / Path(name).relative_to(root), values, limits)
             verdict = "anomalous" if outputs.anomalous[number] else "normal"
             self.rows.append(Row(name, float(outputs.score[number]), verdict))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Writes scores.csv, the rows of all processes sorted by path."""
         gathered: list[Any] = [self.rows]
         if trainer.world_size > 1:
@@ -76,12 +78,12 @@ def write_scores(path: Path, rows: list[Row]) -> None:
     part.replace(path)
 
 
-def write_maps(path: Path, values: np.ndarray, threshold: float) -> None:
+def write_maps(path: Path, values: np.ndarray, limits: tuple[float, float]) -> None:
     """Writes `<name>.npy` and `<name>.heatmap.png`, the file's suffix kept in the name so that no two collide."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with part.open("wb") as file:
         np.save(file, values.astype(np.float32))
     part.replace(path.with_name(f"{path.name}.npy"))
-    Image.fromarray(colour(values, 0, threshold)).save(part, format="PNG")
+    Image.fromarray(colour(values, *limits)).save(part, format="PNG")
     part.replace(path.with_name(f"{path.name}.heatmap.png"))

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from patchad.callbacks.pictures import colour, contact_sheet, overlay, to_rgb
+from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
 from patchad.types import NORMAL, ImageBatch, Prediction
 
@@ -34,17 +35,17 @@ class Report(Callback):
         images_per_defect: images shown of each defect type, and of the normal ones.
     """
 
-    def __init__(self, images_per_defect: int = 4) -> None:
+    def __init__(self, images_per_defect: int = 2) -> None:
         self.images_per_defect = images_per_defect
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Starts with nothing to show."""
         self.shown: dict[str, list[Shown]] = {}
 
     def on_test_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: PatchDetector,
         outputs: Prediction,
         batch: ImageBatch,
         batch_idx: int,
@@ -56,24 +57,25 @@ class Report(Callback):
             if len(kept) < self.images_per_defect:
                 kept.append(show(outputs, batch, number))
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Writes the page, from the images of the first process."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir asks the first process: all must ask
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        threshold = float(pl_module.scorer.threshold)  # type: ignore[union-attr]
-        sheet = self.sheet(threshold)
+        scorer = pl_module.scorer
+        threshold = float(scorer.threshold)
+        sheet = self.sheet(scorer.normal_level, threshold)
         replace_with(folder / "contact_sheet.png", lambda part: sheet.save(part, format="PNG"))
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         page = report_page(metrics, threshold)
         replace_with(folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
         rank_zero_info(f"report: {folder / 'report.html'}")
 
-    def sheet(self, threshold: float) -> Image.Image:
-        """The contact sheet, normal images first; heat maps are red from the threshold upwards."""
+    def sheet(self, low: float, threshold: float) -> Image.Image:
+        """The contact sheet, normal images first; heat maps are blue up to `low`, red from the threshold upwards."""
         order = sorted(self.shown, key=lambda defect: (defect != NORMAL, defect))
-        rows = [row(shown, threshold) for defect in order for shown in self.shown[defect]]
+        rows = [row(shown, low, threshold) for defect in order for shown in self.shown[defect]]
         return contact_sheet(rows, ("image", "truth", "heat map", "image + heat map"))
 
 
@@ -95,12 +97,12 @@ def show(prediction: Prediction, batch: ImageBatch, number: int) -> Shown:
     )
 
 
-def row(shown: Shown, threshold: float) -> tuple[str, list[np.ndarray]]:
+def row(shown: Shown, low: float, threshold: float) -> tuple[str, list[np.ndarray]]:
     """Caption and panels of one image."""
     verdict = "anomalous" if shown.anomalous else "normal"
     right = shown.anomalous == (shown.defect != NORMAL)
     text = f"{shown.name}\nscore {shown.score:.4g}\nthreshold {threshold:.4g}\nverdict: {verdict}"
-    heat = colour(shown.map, 0, threshold)
+    heat = colour(shown.map, low, threshold)
     caption = text if right else f"{text}\nWRONG"
     return caption, [shown.image, shown.truth, heat, overlay(shown.image, heat)]
 
@@ -113,7 +115,8 @@ def report_page(metrics: dict[str, float], threshold: float) -> str:
 <style>body {{ font: 15px sans-serif; margin: 2em; }} td {{ padding: 2px 1em; border-bottom: 1px solid #ddd; }}</style>
 </head><body>
 <h1>patchad test</h1>
-<p>Threshold {threshold:.4g}, from calibration normals only. Heat maps are red where the map reaches the threshold.</p>
+<p>Threshold {threshold:.4g}, from calibration normals only. Heat maps are blue up to the mean of
+calibration normals and red where the map reaches the threshold.</p>
 <table>
 {lines}
 </table>

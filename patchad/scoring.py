@@ -49,6 +49,11 @@ class Scorer(Configurable, nn.Module):
         self.register_buffer("scale", torch.ones(len(self.sides)))
         return self
 
+    @property
+    def normal_level(self) -> float:
+        """The mean of the combined map on calibration normals: each side counts 1."""
+        return float(len(self.sides))
+
     def combine(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
         """The sum of the sides' maps, each over its scale."""
         return torch.stack([maps[side] / scale for side, scale in zip(self.sides, self.scale, strict=True)]).sum(0)

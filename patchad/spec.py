@@ -4,9 +4,11 @@ import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from patchad.types import PatchadError
+
+Kind = TypeVar("Kind")  # beartype, which checks the tests' calls, does not know Self here
 
 INSTANTIATOR = "pytorch_lightning.cli.instantiate_module"
 
@@ -24,9 +26,9 @@ class Configurable:
 
     init_args: dict[str, Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls: type[Kind], *args: Any, **kwargs: Any) -> Kind:
         """A bare object that knows its arguments."""
-        self = super().__new__(cls)
+        self = object.__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         object.__setattr__(self, "init_args", dict(list(bound.arguments.items())[1:]))
         return self

@@ -1,0 +1,6 @@
+project = "patchad"
+author = "the patchad authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = "patchad"
+exclude_patterns = ["_build"]

@@ -1,0 +1,70 @@
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from the files that git knows, so that nothing left in the checkout slips in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        source, copy = CHECKOUT / name, folder / "source" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            copy.symlink_to(os.readlink(source))
+        else:
+            copy.write_bytes(source.read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    subprocess.run(command, cwd=folder / "source", check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_callbacks_configs_and_the_published_split(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    callbacks = {f"patchad/callbacks/{path.name}" for path in (CHECKOUT / "callbacks").glob("*.py")}
+    configs = {f"patchad/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / "configs").rglob("*.yaml")}
+    assert callbacks | configs | {"patchad/data/differnet_train_761.txt", "patchad/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "callbacks/", "configs/"))]
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_runs_the_quickstart_outside_the_checkout(wheel, tmp_path):
+    site, folder = tmp_path / "site", tmp_path / "elsewhere"
+    folder.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    small = ["--data.layout.train=8", "--data.layout.test_normal=2", "--data.layout.test_defective=2"]
+    run = [sys.executable, "-m", "patchad", "fit", "--config", "quickstart", "--model.max_vectors=100", *small]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    finished = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert (folder / "runs/version_0/checkpoints/last.ckpt").is_file()
+    where = [sys.executable, "-c", "import patchad.callbacks, patchad.configs; print(patchad.callbacks.__file__)"]
+    found = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(site))
+
+
+def test_every_dependency_has_its_reason_beside_it():
+    lines = (CHECKOUT / "pyproject.toml").read_text().splitlines()
+    project = tomllib.loads("\n".join(lines))["project"]
+    listed = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    for requirement in listed:
+        assert any(f'"{requirement}",' in line and "#" in line.split('",')[1] for line in lines), requirement
+
+
+def test_no_module_is_collected_twice():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "patchad", "callbacks"]
+    collected = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.splitlines()
+    assert not [line for line in collected if line.startswith("patchad/callbacks/")]
+    assert len(collected) == len(set(collected))

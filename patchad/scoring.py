@@ -101,8 +101,8 @@ def conformal_threshold(scores: Float[Tensor, " images"], target_fpr: float) -> 
         PatchadError: if there is no score.
 
     Example:
-        >>> conformal_threshold(torch.arange(1.0, 100.0), target_fpr=0.05)
-        (95.0, 0.05)
+        >>> conformal_threshold(torch.tensor([3.0, 1.0, 2.0]), target_fpr=0.01)
+        (3.0, 0.25)
     """
     count = len(scores)
     if not count:

@@ -1,5 +1,5 @@
-import os
 import socket
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -8,7 +8,14 @@ from skimage.measure import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import multiprocessing
 
-from patchad.metrics import AnomalyMetrics, PerRegionOverlap, area_up_to, false_positive_rate_interval, squash
+from patchad.metrics import (
+    AnomalyMetrics,
+    BinaryF1Max,
+    PerRegionOverlap,
+    area_up_to,
+    false_positive_rate_interval,
+    squash,
+)
 from patchad.types import ImageBatch, Prediction
 
 SIDES = (64, 16)
@@ -69,6 +76,10 @@ def measured(parts: list[slice], full: bool = True) -> dict[str, torch.Tensor]:
     return metrics.compute()
 
 
+def values(found: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in found.items()}
+
+
 def slow_pro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
     """Threshold by threshold, region by region."""
     regions = [(image, label(mask, connectivity=2)) for image, mask in enumerate(masks)]
@@ -78,8 +89,13 @@ def slow_pro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
         shares = [found[i][r == n].mean() for i, r in regions for n in range(1, r.max() + 1)]
         rates.append(found[~masks].mean())
         overlaps.append(float(np.mean(shares)))
-    grid = np.linspace(0, limit, 200_001)
-    return float(np.trapezoid(np.interp(grid, rates, overlaps), grid) / limit)
+    area = 0.0
+    for left, right, low, high in zip(rates, rates[1:], overlaps, overlaps[1:], strict=False):
+        if left < limit and right > left:
+            end = min(right, limit)
+            middle = low + (high - low) * (end - left) / (right - left)
+            area += (end - left) * (low + middle) / 2
+    return area / limit
 
 
 def test_auroc_average_precision_and_f1_equal_scikit_learns_on_the_distances_themselves():
@@ -110,15 +126,15 @@ def test_each_side_and_each_defect_type_has_its_own_auroc():
     for name in DEFECTS:
         chosen = torch.tensor([defect in ("good", name) for defect in batch.defect])
         expected = roc_auc_score(batch.label[chosen], prediction.score[chosen])
-        assert found[f"detection_auroc_{name}"].item() == pytest.approx(expected, abs=1e-6)
+        assert found[f"detection_auroc_defect_{name}"].item() == pytest.approx(expected, abs=1e-6)
         expected = roc_auc_score(batch.mask[chosen].flatten(), maps["combined"][chosen].flatten())
-        assert found[f"segmentation_auroc_{name}"].item() == pytest.approx(expected, abs=1e-6)
+        assert found[f"segmentation_auroc_defect_{name}"].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_pro_equals_a_loop_over_thresholds_and_regions():
     _, batch, maps = evaluation()
     expected = slow_pro(maps["combined"].numpy(), batch.mask.numpy())
-    assert measured([slice(0, 7), slice(7, 13)])["pro"].item() == pytest.approx(expected, abs=1e-4)
+    assert measured([slice(0, 7), slice(7, 13)])["pro"].item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_diagonal_touch_makes_one_region():
@@ -146,6 +162,49 @@ def test_the_area_under_a_curve_is_cut_between_its_points():
     assert area.item() == pytest.approx(0.5 * 0.25 * 0.5)
 
 
+def test_pro_without_a_defect_or_without_a_defect_free_pixel_is_nan():
+    for masks in (torch.zeros(1, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool)):
+        metric = PerRegionOverlap()
+        metric.update(torch.rand(1, 4, 4), masks)
+        assert metric.compute().isnan()
+
+
+def test_f1_max_is_the_best_of_all_thresholds():
+    random = np.random.default_rng(0)
+    score, truth = random.integers(0, 20, 200) / 20, random.random(200) < 0.3
+    found = [score >= threshold for threshold in np.unique(score)]
+    best = max(2 * (one & truth).sum() / (one.sum() + truth.sum()) for one in found)
+    metric = BinaryF1Max()
+    metric.update(torch.from_numpy(score), torch.from_numpy(truth).long())
+    assert metric.compute().item() == pytest.approx(best, abs=1e-6)
+
+
+def test_no_metric_of_ranks_changes_when_distances_are_squared():
+    prediction, batch, maps = evaluation()
+    squared = prediction._replace(
+        score=prediction.score**2, side_scores={side: one**2 for side, one in prediction.side_scores.items()}
+    )
+    metrics = AnomalyMetrics(SIDES, full=True, defects=DEFECTS)
+    metrics.update(squared, batch, {name: one**2 for name, one in maps.items()})
+    assert values(metrics.compute()) == values(measured([slice(0, 13)]))
+
+
+def test_validation_measures_the_aurocs_alone():
+    kinds = ("detection_auroc", "segmentation_auroc")
+    expected = {f"{kind}{ending}" for kind in kinds for ending in ("", "_side_64", "_side_16")}
+    assert set(measured([slice(0, 13)], full=False)) == expected
+
+
+def test_reset_forgets_what_was_measured():
+    prediction, batch, maps = evaluation()
+    metrics = AnomalyMetrics(SIDES, defects=DEFECTS)
+    metrics.update(prediction, batch._replace(label=1 - batch.label, mask=~batch.mask), maps)
+    metrics.compute()
+    metrics.reset()
+    metrics.update(prediction, batch, maps)
+    assert values(metrics.compute()) == values(measured([slice(0, 13)], full=False))
+
+
 def test_a_figure_without_both_classes_is_left_out():
     prediction, batch, maps = evaluation()
     metrics = AnomalyMetrics(SIDES, full=True, defects=DEFECTS)
@@ -164,6 +223,25 @@ def test_images_without_a_mask_count_for_detection_alone():
     assert not [name for name in found if name.startswith("segmentation") or name == "pro"]
 
 
+def test_pixels_of_defective_images_without_a_mask_are_left_out():
+    prediction, batch, maps = evaluation()
+    kept = torch.arange(13) != 4
+    metrics = AnomalyMetrics(SIDES, full=True, defects=DEFECTS)
+    metrics.update(prediction, batch._replace(has_mask=kept, mask=batch.mask & kept[:, None, None]), maps)
+    found = metrics.compute()
+    expected = roc_auc_score(batch.mask[kept].flatten(), maps["combined"][kept].flatten())
+    assert found["segmentation_auroc"].item() == pytest.approx(expected, abs=1e-6)
+    assert found["pro"].item() == pytest.approx(slow_pro(maps["combined"][kept].numpy(), batch.mask[kept].numpy()))
+    assert found["detection_auroc"].item() == pytest.approx(roc_auc_score(batch.label, prediction.score), abs=1e-6)
+
+
+def test_images_of_unknown_label_alone_give_no_figure():
+    prediction, batch, maps = evaluation()
+    metrics = AnomalyMetrics(SIDES, full=True, defects=DEFECTS)
+    metrics.update(prediction, batch._replace(label=torch.full_like(batch.label, -1)), maps)
+    assert metrics.compute() == {}
+
+
 def test_images_of_unknown_label_are_left_out():
     prediction, batch, maps = evaluation()
     metrics = AnomalyMetrics(SIDES, defects=DEFECTS)
@@ -171,9 +249,7 @@ def test_images_of_unknown_label_are_left_out():
     unknown[5:] = -1
     metrics.update(prediction, batch._replace(label=unknown), maps)
     expected = measured([slice(0, 5)], full=False)
-    assert {name: value.item() for name, value in metrics.compute().items()} == {
-        name: value.item() for name, value in expected.items()
-    }
+    assert values(metrics.compute()) == values(expected)
 
 
 def test_verdicts_are_counted_over_normal_and_defective_images():
@@ -190,31 +266,50 @@ def test_no_false_positive_among_n_gives_the_closed_form_upper_bound():
     assert high == pytest.approx(1 - 0.025 ** (1 / 20))
 
 
-def test_squashing_keeps_the_order_of_close_distances():
-    scores = torch.linspace(20, 60, 100_000)
-    assert (squash(scores).diff() > 0).all() and squash(scores).max() < 1
+@pytest.mark.parametrize("distance", [0.0, 1.0, 20.0, 60.0, 1e4])
+def test_squashing_keeps_neighbouring_float32_distances_apart(distance):
+    smaller = torch.tensor(distance)
+    larger = torch.nextafter(smaller, torch.tensor(torch.inf))
+    assert 0 <= squash(smaller) < squash(larger) < 1
+
+
+# Images of two processes: shares of 2 and 11, the first without a stain; all images on one of the two.
+SHARES = {"unequal": (slice(0, 2), slice(2, 13)), "one empty": (slice(0, 13), None)}
+
+
+def overlap(parts: list[slice]) -> dict[str, torch.Tensor]:
+    _, batch, maps = evaluation()
+    metric = PerRegionOverlap()
+    for chosen in parts:
+        metric.update(maps["combined"][chosen], batch.mask[chosen])
+    return {"pro": metric.compute()}
 
 
 def on_a_rank(rank: int, port: int, queue) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    found = measured([slice(0, 9)] if rank == 0 else [slice(9, 13)])
-    queue.put({name: value.item() for name, value in found.items()})
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    limit = timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=limit)
+    for name, shares in SHARES.items():
+        parts = [] if shares[rank] is None else [shares[rank]]
+        queue.put((name, values(measured(parts)), values(overlap(parts))))
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_with_unequal_shares_find_what_one_finds():
+def test_two_processes_with_unequal_or_empty_shares_find_what_one_finds():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    workers = [context.Process(target=on_a_rank, args=(rank, port, queue)) for rank in range(2)]
+    workers = [context.Process(target=on_a_rank, args=(rank, port, queue), daemon=True) for rank in range(2)]
     for worker in workers:
         worker.start()
-    found = [queue.get(timeout=120) for _ in workers]
+    found = [queue.get(timeout=120) for _ in range(2 * len(SHARES))]
     for worker in workers:
         worker.join()
-    expected = measured([slice(0, 13)])
-    for one in found:
-        assert one == pytest.approx({name: value.item() for name, value in expected.items()}, abs=1e-6)
+    assert sorted(name for name, _, _ in found) == sorted([*SHARES, *SHARES])
+    expected, region = values(measured([slice(0, 13)])), values(overlap([slice(0, 13)]))
+    for _, figures, pro in found:
+        assert figures == pytest.approx(expected, abs=1e-6)
+        assert pro == pytest.approx(region, abs=1e-9)

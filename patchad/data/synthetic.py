@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
+from rich.progress import track
 from scipy import ndimage
 
 from patchad.types import NORMAL, PatchadError
@@ -59,7 +60,10 @@ def paint_defect(
         PatchadError: if the kind is unknown or the image is too small.
     """
     if min(image.shape[:2]) < SMALLEST:
-        raise PatchadError(f"defects need images of {SMALLEST} pixels or more, not {image.shape[0]} x {image.shape[1]}")
+        raise PatchadError(
+            f"defects need images of {SMALLEST} pixels or more, not {image.shape[0]} x {image.shape[1]}; "
+            "raise image_size, or set data.validate_on to none or test"
+        )
     kind = str(rng.choice(list(DEFECTS))) if kind is None else kind
     if kind not in DEFECTS:
         raise PatchadError(f"there is no defect {kind}; there are {', '.join(DEFECTS)}")
@@ -397,14 +401,15 @@ def _move(made: Path, root: Path, parameters: dict[str, int]) -> None:
 
 
 def _write_all(root: Path, parameters: dict[str, int]) -> None:
-    size, seed, kinds = parameters["size"], parameters["seed"], list(DEFECTS)
-    for number in range(parameters["train"]):
-        _write(root / "train" / NORMAL / _name(number), _good_picture(size, np.random.default_rng((seed, 0, number))))
-    for number in range(parameters["test_normal"]):
-        _write(root / "test" / NORMAL / _name(number), _good_picture(size, np.random.default_rng((seed, 1, number))))
-    for number in range(parameters["test_defective"]):
-        turn, kind = divmod(number, len(kinds))
-        _write_defective(root, kinds[kind], turn, size, np.random.default_rng((seed, 2, number)))
+    size, seed, counts = parameters["size"], parameters["seed"], ("train", "test_normal", "test_defective")
+    images = [(split, number) for split, name in enumerate(counts) for number in range(parameters[name])]
+    for split, number in track(images, "Writing the synthetic set", transient=True):
+        rng = np.random.default_rng((seed, split, number))
+        if split == 2:
+            turn, kind = divmod(number, len(DEFECTS))
+            _write_defective(root, list(DEFECTS)[kind], turn, size, rng)
+        else:
+            _write(root / ("train", "test")[split] / NORMAL / _name(number), _good_picture(size, rng))
     (root / MANIFEST).write_text(json.dumps(parameters, indent=1) + "\n")
 
 

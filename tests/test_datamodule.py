@@ -3,6 +3,7 @@ import torch
 
 from patchad import PatchadError, PyramidDataModule
 from patchad.data import Folder
+from patchad.data.datamodule import ImageDataset, SyntheticDefects
 
 
 def images(root, **settings) -> PyramidDataModule:
@@ -50,6 +51,12 @@ def test_painted_defects_are_the_same_for_any_number_of_workers_and_are_marked(p
     assert not masks[0::2].any() and masks[1::2].flatten(1).any(1).all()
     assert (normal != painted).flatten(1).any(1).all()
     assert torch.cat([batch.label for batch in batches[0]]).tolist() == [0, 1] * len(normal)
+
+
+def test_validation_costs_the_same_for_any_number_of_calibration_images(product):
+    samples = images(product).train_set.samples
+    sizes = [len(SyntheticDefects(ImageDataset(n * samples, (96, 96), True, (96, 96)), seed=0)) for n in (1, 3, 30)]
+    assert sizes == [22, 40, 40]
 
 
 def test_masks_come_at_the_metric_size_and_normal_images_have_empty_ones(product):

@@ -103,9 +103,9 @@ class PatchDetector(Configurable, LightningModule):
         """The anomaly map of each side at the pixels of the image."""
         maps = {}
         for side, values in distances.sides.items():
-            stride = self.encoder.strides[side]
-            counted = inside(distances.content, (values.shape[1], values.shape[2]), side, stride)
-            maps[side] = fold(values, counted, side, stride)[:, : distances.height, : distances.width]
+            counted = self._counted(distances.content, values, side)
+            folded = fold(values, counted, side, self.encoder.strides[side])
+            maps[side] = folded[:, : distances.height, : distances.width]
         return maps
 
     def score(self, distances: Distances) -> Prediction:
@@ -168,11 +168,9 @@ class PatchDetector(Configurable, LightningModule):
             if number == 0:
                 self._announce(embeddings, len(loader.dataset))
             for side, values in embeddings.items():
-                counted = inside(batch.content, (values.shape[2], values.shape[3]), side, self.encoder.strides[side])
-                self._bank(side).add(values, counted, batch.number)
+                self._bank(side).add(values, self._counted(batch.content, values, side), batch.number)
         for side in self.encoder.sides:
             self._bank(side).finish()
-        self._filled_at = self.global_step
 
     def _announce(self, embeddings: Mapping[int, Tensor], images: int) -> None:
         for side, values in embeddings.items():
@@ -189,7 +187,8 @@ class PatchDetector(Configurable, LightningModule):
             torch.distributed.all_gather_object(gathered, self._calibration)
         batches = [to_device(batch, self.device) for part in gathered for batch in part]
         for number, side in enumerate(self.encoder.sides):
-            values = torch.cat([self._counted(batch, side) for batch in batches]).double()
+            found = [(batch.content, batch.sides[side]) for batch in batches]
+            values = torch.cat([values[self._counted(content, values, side)] for content, values in found]).double()
             self.scorer.scale[number] = values.mean().clamp(min=torch.finfo(torch.float32).tiny)
         scores = torch.cat([self.score(batch).score for batch in batches])
         rate = self.scorer.set_threshold(scores)
@@ -198,10 +197,11 @@ class PatchDetector(Configurable, LightningModule):
             f"false-positive rate promised at most {rate:.3g}, asked for {self.scorer.target_fpr:.3g}"
         )
         self._calibration = []
+        self._filled_at = self.global_step  # only now: a fit that ends between filling and calibrating starts over
 
-    def _counted(self, batch: Distances, side: int) -> Tensor:
-        values = batch.sides[side]
-        return values[inside(batch.content, (values.shape[1], values.shape[2]), side, self.encoder.strides[side])]
+    def _counted(self, content: Tensor, values: Tensor, side: int) -> Tensor:
+        grid = (values.shape[-2], values.shape[-1])
+        return inside(content, grid, side, self.encoder.strides[side])
 
     def _bank(self, side: int) -> MemoryBank:
         bank = self.banks[str(side)]

@@ -1,11 +1,12 @@
 """Detection and segmentation metrics, on torchmetrics. The one place that squashes scores."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from rich.progress import track
 from scipy.ndimage import label as label_components
 from scipy.stats import binomtest
 from torch import Tensor
@@ -16,6 +17,8 @@ from torchmetrics.utilities import dim_zero_cat
 from patchad.types import ImageBatch, Prediction
 
 COMBINED = "combined"
+NO_DEFECT = -1
+"""Number of the defect type of normal images."""
 EIGHT_NEIGHBOURS = np.ones((3, 3))
 
 
@@ -117,6 +120,20 @@ def false_positive_rate_interval(false_positives: int, normals: int, confidence:
     return float(interval.low), float(interval.high)
 
 
+class Elements(NamedTuple):
+    """Images or pixels, by falling score.
+
+    Attributes:
+        score: squashed, float64 `[elements]`.
+        label: 1 on defects, 0 elsewhere, `[elements]`.
+        defect: number of the defect type of the element's image, `NO_DEFECT` on normal images, `[elements]`.
+    """
+
+    score: Tensor
+    label: Tensor
+    defect: Tensor
+
+
 class AnomalyMetrics(Metric):
     """Every figure of an evaluation, from one copy of the scores and maps.
 
@@ -129,15 +146,18 @@ class AnomalyMetrics(Metric):
         sides: sides in pixels.
         full: whether to compute more than the AUROCs.
         defects: names of the defect types, the same on all processes.
+        progress: whether `compute` shows a bar.
     """
 
     full_state_update = False
     rows: Tensor
 
-    def __init__(self, sides: Sequence[int], full: bool = False, defects: Sequence[str] = ()) -> None:
+    def __init__(
+        self, sides: Sequence[int], full: bool = False, defects: Sequence[str] = (), progress: bool = False
+    ) -> None:
         super().__init__()
         self.names = (COMBINED, *sides)
-        self.full, self.defects = full, list(defects)
+        self.full, self.defects, self.progress = full, list(defects), progress
         # Flat states, one number per image or pixel; scores as they come, which loses nothing at half of float64's size
         self.types = dict.fromkeys(("label", "defect", "anomalous", "has_mask"), torch.int64) | {"mask": torch.uint8}
         self.types |= {f"{kind}_{name}": torch.float32 for kind in ("score", "map") for name in self.names}
@@ -154,7 +174,7 @@ class AnomalyMetrics(Metric):
             maps: `combined` and each side's, at the size of the masks, `[batch, metric_height, metric_width]`.
         """
         known = batch.label >= 0
-        numbers = [self.defects.index(name) if name in self.defects else -1 for name in batch.defect]
+        numbers = [self.defects.index(name) if name in self.defects else NO_DEFECT for name in batch.defect]
         scores: Mapping[str | int, Tensor] = {COMBINED: prediction.score, **prediction.side_scores}
         taken = {"label": batch.label, "has_mask": batch.has_mask, "mask": batch.mask}
         taken |= {"anomalous": prediction.anomalous, "defect": torch.tensor(numbers, device=known.device)}
@@ -173,48 +193,52 @@ class AnomalyMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The figures by name, such as `detection_auroc`, `segmentation_auroc_side_16` and `pro`."""
-        found: dict[str, Tensor] = {}
         if len(self._state("label")) == 0:
-            return found
+            return {}
+        steps = 2 * len(self.names) + (2 * (2 + len(self.defects)) + 2 if self.full else 0)
+        parts = track(self._parts(), "Computing metrics", steps, disable=not self.progress, transient=True)
+        return {name: value for part in parts for name, value in part.items()}
+
+    def _parts(self) -> Iterator[dict[str, Tensor]]:
         for name in self.names:
             ending = "" if name == COMBINED else f"_side_{name}"
-            found |= two_class(f"detection_auroc{ending}", BinaryAUROC, *self._images(name))
-            found |= two_class(f"segmentation_auroc{ending}", BinaryAUROC, *self._pixels(name))
+            for kind, read in (("detection", self._images), ("segmentation", self._pixels)):
+                elements = read(name)
+                yield two_class(f"{kind}_auroc{ending}", BinaryAUROC, elements)
+                if self.full and name == COMBINED:
+                    yield from self._further(kind, elements)
         if self.full:
-            found |= self._further() | self._per_defect() | self._at_threshold()
-        return found
+            yield self._per_region_overlap()
+            yield self._at_threshold()
+
+    def _further(self, kind: str, elements: Elements) -> Iterator[dict[str, Tensor]]:
+        yield two_class(f"{kind}_average_precision", BinaryAveragePrecision, elements)
+        yield two_class(f"{kind}_f1_max", BinaryF1Max, elements)
+        for number, defect in enumerate(self.defects):
+            chosen = (elements.defect == NO_DEFECT) | (elements.defect == number)
+            part = Elements(*(values[chosen] for values in elements))
+            yield two_class(f"{kind}_auroc_defect_{defect}", BinaryAUROC, part)
 
     def _state(self, name: str) -> Tensor:
         return dim_zero_cat(getattr(self, name))
 
-    def _planes(self, state: str, chosen: Tensor) -> Tensor:
-        return self._state(state).view(len(chosen), int(self.rows), -1)[chosen]
-
-    def _images(self, name: str | int = COMBINED, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        chosen = torch.ones_like(self._state("label"), dtype=torch.bool) if chosen is None else chosen
-        return squash(self._state(f"score_{name}")[chosen]), self._state("label")[chosen]
-
-    def _pixels(self, name: str | int = COMBINED, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _planes(self, state: str) -> Tensor:
+        """The maps or masks of the images whose mask is known, `[images, height, width]`."""
         masked = self._state("has_mask").bool()
-        chosen = masked if chosen is None else masked & chosen
-        return squash(self._planes(f"map_{name}", chosen).flatten()), self._planes("mask", chosen).flatten()
+        return self._state(state).view(len(masked), int(self.rows), -1)[masked]
 
-    def _further(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for kind, data in (("detection", self._images()), ("segmentation", self._pixels())):
-            found |= two_class(f"{kind}_average_precision", BinaryAveragePrecision, *data)
-            found |= two_class(f"{kind}_f1_max", BinaryF1Max, *data)
-        masked = self._state("has_mask").bool()
-        maps, masks = self._planes(f"map_{COMBINED}", masked), self._planes("mask", masked).bool()
-        return found | ({"pro": per_region_overlap(maps, masks)} if masks.any() and not masks.all() else {})
+    def _images(self, name: str | int) -> Elements:
+        return in_order(self._state(f"score_{name}"), self._state("label"), self._state("defect"))
 
-    def _per_defect(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for number, defect in enumerate(self.defects):
-            chosen = (self._state("label") == 0) | (self._state("defect") == number)
-            found |= two_class(f"detection_auroc_defect_{defect}", BinaryAUROC, *self._images(chosen=chosen))
-            found |= two_class(f"segmentation_auroc_defect_{defect}", BinaryAUROC, *self._pixels(chosen=chosen))
-        return found
+    def _pixels(self, name: str | int) -> Elements:
+        maps = self._planes(f"map_{name}")
+        defect = self._state("defect")[self._state("has_mask").bool()].to(torch.int16)
+        defects = defect[:, None].expand(len(maps), maps[0].numel() if len(maps) else 0)
+        return in_order(maps.flatten(), self._planes("mask").flatten(), defects.flatten())
+
+    def _per_region_overlap(self) -> dict[str, Tensor]:
+        maps, masks = self._planes(f"map_{COMBINED}"), self._planes("mask").bool()
+        return {"pro": per_region_overlap(maps, masks)} if masks.any() and not masks.all() else {}
 
     def _at_threshold(self) -> dict[str, Tensor]:
         flagged, normal = self._state("anomalous").bool(), self._state("label") == 0
@@ -230,19 +254,24 @@ class AnomalyMetrics(Metric):
         return found
 
 
-def two_class(name: str, kind: type[Metric], preds: Tensor, target: Tensor) -> dict[str, Tensor]:
+def in_order(score: Tensor, label: Tensor, defect: Tensor) -> Elements:
+    """Squashed elements, sorted once, so that the metrics that sort them again have little to do."""
+    score, order = squash(score).sort(descending=True)
+    return Elements(score, label[order], defect[order])
+
+
+def two_class(name: str, kind: type[Metric], elements: Elements) -> dict[str, Tensor]:
     """The metric under its name, or nothing where a class is missing (torchmetrics would say 0).
 
     Args:
         name: key of the result.
-        kind: class of the metric; it does not sync, because these samples are those of all processes already.
-        preds: squashed scores, `[samples]`.
-        target: 0 or 1, `[samples]`.
+        kind: class of the metric; it does not sync, because these elements are those of all processes already.
+        elements: images or pixels.
     """
-    if len(target) == 0 or target.min() == target.max():
+    if len(elements.label) == 0 or elements.label.min() == elements.label.max():
         return {}
     metric = kind(thresholds=None, validate_args=False, sync_on_compute=False)
-    metric.update(preds, target)
+    metric.update(elements.score, elements.label)
     return {name: metric.compute()}
 
 

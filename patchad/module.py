@@ -257,7 +257,7 @@ class PatchDetector(Configurable, LightningModule):
         """Makes the metrics, which know the defect types of the test set."""
         if stage != "predict":
             defects = self._data.defects if stage == "test" else []
-            self.metrics = AnomalyMetrics(self.encoder.sides, full=stage == "test", defects=defects)
+            self.metrics = AnomalyMetrics(self.encoder.sides, stage == "test", defects, progress=self._shows_bars)
 
     def _measure(self, batch: ImageBatch) -> Prediction:
         prediction = self(batch.image, batch.content)
@@ -304,6 +304,10 @@ class PatchDetector(Configurable, LightningModule):
         return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
 
     @property
+    def _shows_bars(self) -> bool:
+        return self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+
+    @property
     def _data(self) -> Any:
         datamodule = getattr(self.trainer, "datamodule", None)
         if not isinstance(datamodule, LightningDataModule):
@@ -311,8 +315,7 @@ class PatchDetector(Configurable, LightningModule):
         return datamodule
 
     def _batches(self, loader: DataLoader, title: str) -> Iterable[ImageBatch]:
-        hidden = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
-        for batch in track(loader, title, disable=hidden, transient=True):
+        for batch in track(loader, title, disable=not self._shows_bars, transient=True):
             yield self.trainer.strategy.batch_to_device(batch, self.device)
 
 

@@ -1,29 +1,36 @@
 """The method, in the order in which it happens. The file to read first."""
 
-from collections.abc import Iterable, Mapping
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from patchad.clustering import PseudoLabels, churn
+from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
 from patchad.memory import MemoryBank
 from patchad.metrics import AnomalyMetrics
 from patchad.models.backbones import Backbone
-from patchad.models.encoders import EncoderFactory, PyramidEncoder, WindowEncoder
-from patchad.pyramid import crop_resize, fold, inside
+from patchad.models.cache import FeatureCache
+from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, LearnedEncoder
+from patchad.pyramid import crop_resize, fits_pyramids, fold, inside, window_size
 from patchad.scoring import Scorer
 from patchad.spec import Configurable, hyperparameters
-from patchad.types import ImageBatch, PatchadError, Prediction
+from patchad.types import ImageBatch, PatchadError, PatchViews, Prediction, PyramidBatch, PyramidPlan
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 """Raised whenever checkpoints of an older patchad no longer load."""
+COLLAPSED = 0.01
+"""Deviation of embeddings, which lie in (-1, 1), below which they tell no patch from another."""
 
 
 class Distances(NamedTuple):
@@ -34,25 +41,41 @@ class Distances(NamedTuple):
     height: int
     width: int
 
+    def rows(self, chosen: Tensor | slice) -> "Distances":
+        """The distances of some images of the batch."""
+        sides = {side: values[chosen] for side, values in self.sides.items()}
+        return self._replace(sides=sides, content=self.content[chosen])
+
 
 class PatchDetector(Configurable, LightningModule):
-    """Embeds patches of three sides, remembers the normal ones, and scores images by the distance to them.
+    """Learns to embed patches of three sides, remembers the normal ones, and scores images by the distance to them.
 
-    In `fit`, before each validation, the memory bank is filled with the training normals, and scales and threshold are
-    set from the calibration normals. All three are buffers: a checkpoint alone tests and predicts.
+    In `fit`, encoders are trained on pyramids of patches, with pseudo-labels that K-means reassigns each epoch. Before
+    each validation the memory bank is filled with the training normals, and scales and threshold are set from the
+    calibration normals. All of these are buffers: a checkpoint alone tests and predicts.
+
+    Source: Tsai, Wu, Lai, Multi-Scale Patch-Based Representation Learning for Image Anomaly Detection and Segmentation,
+    WACV 2022.
 
     Args:
         backbone: image -> feature maps.
-        encoder: makes the encoder of one side: a subclass of `PatchEncoder`, or a `functools.partial` of one.
+        encoder: makes the encoder of one side: a subclass of `PatchEncoder`, or a `functools.partial` of one; None is
+            `LearnedEncoder`.
+        losses: terms of the loss of each side; by default position, similarity and clustering, weighted 1, 1e-3, 1e-3.
+        mode: `dense` passes each image through the backbone once, `sliding` each patch on its own, as in the paper.
         sides: sides of the patches in pixels.
         taps: name of the backbone's layer for each side; by default the backbone's own choice.
         scoring_strides: distance between scored patches for each side in pixels.
+        clusters: pseudo-labels of each side.
+        warmup: share of the epochs that pass before there are pseudo-labels.
+        learning_rate: of Adam.
+        cache: keeps the features of a frozen backbone on disk, in dense mode; None computes them in each step.
         max_vectors: most vectors that the bank of each side keeps; None keeps all.
         scorer: combines the maps and holds the threshold.
-        seed: of the vectors that the bank keeps.
+        seed: of the vectors that the bank keeps, and of the first centroids.
 
     Raises:
-        PatchadError: if sides, taps and strides do not fit each other.
+        PatchadError: if sides, taps and strides do not fit each other, or the mode fits neither name nor cache.
 
     Example:
         >>> from patchad.models.backbones import EfficientNetLite0
@@ -64,23 +87,37 @@ class PatchDetector(Configurable, LightningModule):
     def __init__(
         self,
         backbone: Backbone,
-        encoder: EncoderFactory = WindowEncoder,
+        encoder: EncoderFactory | None = None,
+        losses: Sequence[PatchLoss] | None = None,
+        mode: Literal["dense", "sliding"] = "dense",
         sides: tuple[int, ...] = (64, 32, 16),
         taps: dict[int, str] | None = None,
         scoring_strides: dict[int, int] | None = None,
+        clusters: int = 50,
+        warmup: float = 0.1,
+        learning_rate: float = 3e-4,
+        cache: FeatureCache | None = None,
         max_vectors: int | None = 10_000,
         scorer: Scorer | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(hyperparameters(self))
-        self.encoder = PyramidEncoder(backbone, encoder, sides, taps, scoring_strides)
-        self.banks = nn.ModuleDict({str(side): MemoryBank(side, max_vectors, seed) for side in self.encoder.sides})
-        self.scorer = (scorer or Scorer()).prepare(self.encoder.sides)
-        # Nothing is learned yet, but Lightning saves no checkpoint before a first optimizer step, and
-        # DistributedDataParallel refuses a module without a trainable parameter: this one is stepped and never used.
+        self.encoder = MODES[mode](backbone, encoder or LearnedEncoder, sides, taps, scoring_strides)
+        if cache is not None and not isinstance(self.encoder, DenseEncoder):
+            raise PatchadError(f"mode {mode} has no features to cache; set model.cache to null")
+        terms = [Position(), RelativeSimilarity(), Clustering()] if losses is None else losses
+        self.losses = nn.ModuleDict({str(side): nn.ModuleList(map(copy.deepcopy, terms)) for side in sides})
+        dims = {side: self.encoder.patch_encoder(side).dim for side in sides}
+        self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dims[side], seed) for side in sides})
+        self.banks = nn.ModuleDict({str(side): MemoryBank(side, max_vectors, seed) for side in sides})
+        self.scorer = (scorer or Scorer()).prepare(sides)
+        self.warmup, self.learning_rate, self.cache = warmup, learning_rate, cache
+        # The loss starts from it, so that there is one where every term is off or nothing is to be learned.
         self.placeholder = nn.Parameter(torch.zeros(()))
-        self._calibration: list[Distances] = []
+        self._probe_batches: list[PyramidBatch] = []
+        self._probe_labels: dict[int, Tensor] = {}
+        self._calibration: Distances | None = None
         self._filled_at: int | None = None
 
     # from images to predictions
@@ -132,29 +169,186 @@ class PatchDetector(Configurable, LightningModule):
             content = torch.tensor(image.shape[2:], device=image.device).expand(len(image), 2)
         return self.score(self.distances(image, content))
 
-    # learning: nothing yet but what the encoders' input looks like
+    # learning
+
+    @property
+    def learns(self) -> bool:
+        """Whether an encoder or the backbone has anything to train."""
+        return any(parameter.requires_grad for parameter in self.encoder.parameters())
+
+    @property
+    def pyramid_plan(self) -> PyramidPlan:
+        """What the datamodule must know to draw the pyramids."""
+        return PyramidPlan(self.encoder.grids, self.cache.views if self.cache and self.learns else 0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """An optimizer that changes nothing."""
-        return torch.optim.SGD([self.placeholder], lr=0.0)
+        """Adam over all that is trainable."""
+        return torch.optim.Adam((one for one in self.parameters() if one.requires_grad), lr=self.learning_rate)
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Measures the encoders' input over the training normals, where an encoder standardises it."""
+        """Caches features where asked to, and measures the encoders' input where an encoder standardises it."""
+        if self.learns and self.cache is not None:
+            self._fill_cache(self.cache)
+        if self.learns:
+            self._say_what_does_not_fit()
         standardizers = self.encoder.standardizers.values()
         if any(not standardize.ready for standardize in standardizers):
-            for batch in self._batches(self._data.memory_dataloader(), "Measuring features"):
-                self.encoder.observe(batch.image)
+            self._observe()
             for standardize in standardizers:
                 standardize.finish(self._total)
+
+    def _fill_cache(self, cache: FeatureCache) -> None:
+        data, encoder = self._data, self.encoder
+        assert isinstance(encoder, DenseEncoder)
+        paths = [str(sample.path) for sample in data.train_set.samples]
+        cache.open(paths, f"{data.image_size} {data.keep_aspect} {data.seed}", encoder, data.image_size)
+        missing = cache.missing()
+        rank_zero_info(f"feature cache: {cache.gigabytes:.2f} GB in {cache.home}, {len(missing)} views to compute")
+        for numbers, views, images in self._batches(data.views_dataloader(missing), "Caching features"):
+            features = encoder.features(images)
+            for place, (number, view) in enumerate(zip(numbers.tolist(), views.tolist(), strict=True)):
+                cache.write(number, view, {side: values[place] for side, values in features.items()})
+        self.trainer.strategy.barrier()
+
+    def _observe(self) -> None:
+        if self.learns and self.cache is not None:
+            for side, standardize in self.encoder.standardizers.items():
+                for features in self.cache.whole(side):
+                    standardize.observe(features)
+            return
+        for batch in self._batches(self._data.memory_dataloader(), "Measuring features"):
+            self.encoder.observe(self.encoder.observable(batch.image))
 
     def _total(self, moments: Tensor) -> Tensor:
         gathered = torch.as_tensor(self.all_gather(moments))  # with one process there is no axis of processes
         return gathered.reshape(-1, *moments.shape).sum(0).cpu()
 
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """A loss of zero: the training-free encoder has nothing to learn."""
-        return self.placeholder * 0
+    def _say_what_does_not_fit(self) -> None:
+        size = self._data.image_size
+        for side in self.encoder.sides:
+            if not self._has_neighbours(side):
+                rank_zero_info(
+                    f"side {side}: neighbours and far patches do not fit images of {size[0]} x {size[1]} pixels "
+                    f"(height x width), so losses that need them are off; they need image_size of at least {2 * side}"
+                )
+
+    def _has_neighbours(self, side: int) -> bool:
+        return fits_pyramids(window_size(self._data.image_size, side, self.encoder.grids[side]), side)
+
+    def on_train_epoch_start(self) -> None:
+        """Reassigns the pseudo-labels, from the end of the warm-up on."""
+        epochs = self.trainer.max_epochs or 0
+        if self.learns and self.current_epoch >= math.ceil(self.warmup * max(epochs, 0)):
+            self.reassign_pseudo_labels()
+
+    @torch.no_grad()
+    def reassign_pseudo_labels(self) -> None:
+        """Refits the centroids of each side on the probe patches, the same each time; held until the next call."""
+        for side, embeddings in self._probe().items():
+            clusters = self._clusters(side)
+            clusters.refit(embeddings)
+            clusters.centroids.copy_(self.trainer.strategy.broadcast(clusters.centroids))
+            labels = clusters(embeddings)
+            sizes = torch.bincount(labels, minlength=len(clusters.centroids)).float()
+            found = {"smallest_cluster": sizes.min(), "largest_cluster": sizes.max()}
+            if side in self._probe_labels:
+                found["label_churn"] = torch.tensor(churn(self._probe_labels[side], labels))
+            self._probe_labels[side] = labels
+            self.log_dict({f"train/{name}_side_{side}": value for name, value in found.items()}, sync_dist=True)
+
+    def _probe(self) -> dict[int, Tensor]:
+        training, found = self.encoder.training, {side: [] for side in self.encoder.sides}
+        self.encoder.eval()
+        if not self._probe_batches:
+            self._probe_batches = list(self._data.probe_dataloader())
+        for batch in self._probe_batches:
+            batch = self.trainer.strategy.batch_to_device(batch, self.device)
+            windows = self._windows(batch, view=0)
+            for side, pyramid in batch.sides.items():
+                found[side].append(self.encoder.embed(side, windows[side], pyramid.anchor).flatten(0, 1))
+        self.encoder.train(training)
+        return {side: torch.cat(parts) for side, parts in found.items()}
+
+    def training_step(self, batch: PyramidBatch, batch_idx: int) -> Tensor:
+        """Pyramids -> embeddings -> views -> loss terms -> their sum."""
+        loss = self.placeholder * 0
+        for views in self.patch_views(batch):
+            terms = self.loss_terms(views)
+            loss = loss + sum(terms.values())
+            self._watch(views, terms)
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def patch_views(self, batch: PyramidBatch) -> Iterable[PatchViews]:
+        """The embeddings of each side's patches; nothing where there is nothing to learn."""
+        if not self.learns:
+            return
+        first, second = self._windows(batch, view=0), self._windows(batch, view=1)
+        for side, pyramid in batch.sides.items():
+            count = pyramid.anchor.shape[1]
+            others = torch.cat([pyramid.near, pyramid.far, pyramid.neighbour], dim=1)
+            anchor = self.encoder.embed(side, first[side], pyramid.anchor).flatten(0, 1)
+            embedded = self.encoder.embed(side, second[side], others).split(count, dim=1)
+            near, far, neighbour = (part.flatten(0, 1) for part in embedded)
+            fits, clusters = self._has_neighbours(side), self._clusters(side)
+            yield PatchViews(
+                side=side,
+                anchor=anchor,
+                near=near,
+                far=far if fits else None,
+                neighbour=neighbour if fits else None,
+                direction=pyramid.direction.flatten(),
+                label=clusters(anchor) if clusters.ready else None,
+                centroids=clusters.centroids if clusters.ready else None,
+            )
+
+    def _windows(self, batch: PyramidBatch, view: int) -> dict[int, Tensor]:
+        corners = {side: pyramid.window for side, pyramid in batch.sides.items()}
+        if self.cache is None:
+            return self.encoder.windows(batch.image[:, view], corners)
+        extents = {side: window_size(self._data.image_size, side, grid) for side, grid in self.encoder.grids.items()}
+        windows = self.cache.read(batch.number, batch.views[:, view], corners, extents)
+        return {side: window.to(self.device) for side, window in windows.items()}
+
+    def loss_terms(self, views: PatchViews) -> dict[str, Tensor]:
+        """The weighted terms of one side by name, to be summed. Override it to change the loss.
+
+        Args:
+            views: embeddings of one side's patches.
+        """
+        terms = {}
+        for loss in self._losses(views.side):
+            if all(getattr(views, name) is not None for name in loss.needs):
+                terms[type(loss).__name__.lower()] = loss.weight * loss(views)
+        return terms
+
+    def _clusters(self, side: int) -> PseudoLabels:
+        clusters = self.pseudo_labels[str(side)]
+        assert isinstance(clusters, PseudoLabels)
+        return clusters
+
+    def _losses(self, side: int) -> list[PatchLoss]:
+        return [loss for loss in self.losses[str(side)].children() if isinstance(loss, PatchLoss)]
+
+    def _watch(self, views: PatchViews, terms: Mapping[str, Tensor]) -> None:
+        found = {name: term.detach() for name, term in terms.items()}
+        found["deviation"] = views.anchor.detach().std(dim=0).mean()
+        for loss in self._losses(views.side):
+            if all(getattr(views, name) is not None for name in loss.needs):
+                found |= loss.watched(views)
+        named = {f"train/{name}_side_{views.side}": value for name, value in found.items()}
+        self.log_dict(named, on_step=False, on_epoch=True, sync_dist=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Warns in words where embeddings have collapsed."""
+        for side in self.encoder.sides:
+            deviation = self.trainer.callback_metrics.get(f"train/deviation_side_{side}")
+            if deviation is not None and deviation < COLLAPSED:
+                rank_zero_warn(
+                    f"the embeddings of side {side} have collapsed: their deviation is {float(deviation):.2g}, so "
+                    "every patch looks alike; lower the learning rate, or the weights of similarity and clustering"
+                )
 
     # the memory of what is normal
 
@@ -181,23 +375,30 @@ class PatchDetector(Configurable, LightningModule):
 
     def calibrate(self) -> None:
         """Sets the scale of each side and the threshold from the collected distances of the calibration normals."""
-        gathered: list[list[Distances]] = [self._calibration]
-        if self.trainer.world_size > 1:
-            gathered = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(gathered, self._calibration)
-        batches = [to_device(batch, self.device) for part in gathered for batch in part]
-        for number, side in enumerate(self.encoder.sides):
-            found = [(batch.content, batch.sides[side]) for batch in batches]
-            values = torch.cat([values[self._counted(content, values, side)] for content, values in found]).double()
+        assert self._calibration is not None
+        images = self._everywhere(self._calibration)
+        for number, (side, found) in enumerate(images.sides.items()):
+            values = found[self._counted(images.content, found, side)].double()
             self.scorer.scale[number] = values.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        scores = torch.cat([self.score(batch).score for batch in batches])
+        scores = torch.cat(
+            [self.score(images.rows(slice(number, number + 1))).score for number in range(len(images.content))]
+        )
         rate = self.scorer.set_threshold(scores)
         rank_zero_info(
             f"threshold {float(self.scorer.threshold):.4g} from {len(scores)} calibration images: "
             f"false-positive rate promised at most {rate:.3g}, asked for {self.scorer.target_fpr:.3g}"
         )
-        self._calibration = []
+        self._calibration = None
         self._filled_at = self.global_step  # only now: a fit that ends between filling and calibrating starts over
+
+    def _everywhere(self, collected: Distances) -> Distances:
+        """The images that any process has seen; each has a content of at least one pixel."""
+        sides = {side: self._summed(values) for side, values in collected.sides.items()}
+        content = self._summed(collected.content)
+        return collected._replace(sides=sides, content=content).rows(content[:, 0] > 0)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return torch.as_tensor(self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum"))
 
     def _counted(self, content: Tensor, values: Tensor, side: int) -> Tensor:
         grid = (values.shape[-2], values.shape[-1])
@@ -209,7 +410,17 @@ class PatchDetector(Configurable, LightningModule):
         return bank
 
     def _collect(self, batch: ImageBatch) -> None:
-        self._calibration.append(to_device(self.distances(batch.image, batch.content), torch.device("cpu")))
+        """Notes the distances of calibration normals, in one place that is allocated once: memory stays flat."""
+        found = self.distances(batch.image, batch.content)
+        if self._calibration is None:
+            count = len(self._data.calibration_set)
+            sides = {side: torch.zeros(count, *values.shape[1:]) for side, values in found.sides.items()}
+            content = torch.zeros(count, 2, dtype=torch.int64)
+            self._calibration = found._replace(sides=sides, content=content)
+        numbers = batch.number.cpu()
+        self._calibration.content[numbers] = found.content.cpu()
+        for side, values in found.sides.items():
+            self._calibration.sides[side][numbers] = values.cpu()
 
     # validation: calibration normals, then labelled images
 
@@ -230,12 +441,12 @@ class PatchDetector(Configurable, LightningModule):
 
     def on_validation_batch_start(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Calibrates once all calibration normals are collected."""
-        if dataloader_idx and self._calibration:
+        if dataloader_idx and self._calibration is not None:
             self.calibrate()
 
     def on_validation_epoch_end(self) -> None:
         """Calibrates if no labelled image did, and logs the AUROCs."""
-        if self._calibration:
+        if self._calibration is not None:
             self.calibrate()
         self._log("val")
 
@@ -287,7 +498,7 @@ class PatchDetector(Configurable, LightningModule):
         self.eval()
         with torch.no_grad():
             self.fill_banks()
-            self._calibration = []
+            self._calibration = None
             for batch in self._batches(self._data.calibration_dataloader(), "Calibrating"):
                 self._collect(batch)
             self.calibrate()
@@ -314,15 +525,9 @@ class PatchDetector(Configurable, LightningModule):
             raise PatchadError("PatchDetector needs a PyramidDataModule: call trainer.fit(model, datamodule=...)")
         return datamodule
 
-    def _batches(self, loader: DataLoader, title: str) -> Iterable[ImageBatch]:
+    def _batches(self, loader: DataLoader, title: str) -> Iterable[Any]:
         for batch in track(loader, title, disable=not self._shows_bars, transient=True):
             yield self.trainer.strategy.batch_to_device(batch, self.device)
-
-
-def to_device(distances: Distances, device: torch.device) -> Distances:
-    """The distances on another device."""
-    sides = {side: values.to(device) for side, values in distances.sides.items()}
-    return distances._replace(sides=sides, content=distances.content.to(device))
 
 
 def check_format(checkpoint: Mapping[str, Any], path: str | Path = "") -> None:

@@ -1,4 +1,4 @@
-"""Geometry only: where patches sit, and how their values are folded back to pixels.
+"""Geometry only: where patches sit, which are compared, and how their values are folded back to pixels.
 
 A side of K pixels is scored at positions `stride` pixels apart; the patch at position (row, column) covers the pixels
 `[row * stride, row * stride + K)` x `[column * stride, column * stride + K)`.
@@ -7,12 +7,18 @@ A side of K pixels is scored at positions `stride` pixels apart; the patch at po
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchad.types import PatchadError, Size
+from patchad.types import PatchadError, Pyramid, Size
+
+DIRECTIONS = 12
+"""Directions in which a neighbour may lie, 30 degrees apart; 0 points along the rows, 3 along the columns."""
+WINDOW = 3
+"""Sides of the window that holds all pyramids of an image; a smaller one is faster."""
 
 
 def positions(size: Size, side: int, stride: int) -> Size:
@@ -50,6 +56,28 @@ def pad_to_multiple(
     height, width = image.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
     return F.pad(image, (0, right, 0, bottom), mode="replicate") if bottom or right else image
+
+
+def cut(
+    maps: Float[Tensor, "batch channels rows columns"], corners: Int[Tensor, "batch 2"], size: Size
+) -> Float[Tensor, "batch channels new_rows new_columns"]:
+    """One window of each map.
+
+    Args:
+        maps: images or feature maps.
+        corners: top left of the windows, in cells of the maps.
+        size: rows x columns of the windows.
+    """
+    places = zip(maps, corners.tolist(), strict=True)
+    return torch.stack([one[:, top : top + size[0], left : left + size[1]] for one, (top, left) in places])
+
+
+def cut_grid(
+    image: Float[Tensor, "batch channels height width"], side: int, stride: int
+) -> Float[Tensor, "patches channels side side"]:
+    """The patches at every multiple of the stride, image by image, row by row."""
+    patches = image.unfold(2, side, stride).unfold(3, side, stride)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
 
 def common_multiple(strides: Iterable[int]) -> int:
@@ -105,3 +133,122 @@ def crop_resize(
     """Each map's content alone, resized to one size (bilinear), so that padding is never looked at."""
     cropped = [one[None, None, :height, :width] for one, (height, width) in zip(maps, content.tolist(), strict=True)]
     return torch.cat([F.interpolate(one, size, mode="bilinear", align_corners=False) for one in cropped])[:, 0]
+
+
+def fits_pyramids(size: Size, side: int) -> bool:
+    """Whether neighbours and far patches of a side fit an image (height x width in pixels): it needs two sides.
+
+    Example:
+        >>> fits_pyramids((128, 128), side=64), fits_pyramids((127, 128), side=64)
+        (True, False)
+    """
+    return min(size) >= 2 * side
+
+
+def sample_pyramids(
+    size: Size,
+    content: Size,
+    side: int,
+    grid: int,
+    count: int,
+    shift: Size,
+    generator: np.random.Generator,
+) -> Pyramid:
+    """Draws the pyramids of one side in one image, without the batch axis.
+
+    Source: supplement of Tsai et al. (WACV 2022) and its loss definitions: neighbours lie 3K/4 to K pixels away in one
+    of 12 directions, near patches up to K/16, far patches 3K/2 to 7K/4, for patches of side K. The neighbour's
+    direction and distance are drawn first and never changed; near and far are drawn among those that fit beside it (a
+    far one moves closer, to no less than K, where it must); the place of the whole is drawn last, uniformly where all
+    of it fits. Nothing is clipped. Where neighbours do not fit the image (see `fits_pyramids`), all are the anchor.
+
+    Args:
+        size: height x width of the image in pixels.
+        content: height x width of its content, top left; patches leave it only if it is too small for them.
+        side: side of a patch in pixels.
+        grid: distance between allowed positions in pixels; all displacements are rounded to it.
+        count: pyramids to draw.
+        shift: rows x columns in pixels by which the second view's content is moved against the first's.
+        generator: draws everything.
+    """
+    area = np.array(size) // grid * grid
+    limit = np.minimum(area, np.maximum(np.array(content) // grid * grid, WINDOW * side))  # where the window may lie
+    extent = np.array(window_size(size, side, grid))
+    window, room = _draw_up_to(limit - extent, grid, generator), extent - side
+    direction = generator.integers(DIRECTIONS, size=count)
+    nowhere = np.zeros((count, 2), dtype=np.int64)
+    if not fits_pyramids((int(extent[0]), int(extent[1])), side):
+        anchor = _draw_up_to(nowhere + room, grid, generator)
+        return _pyramid(window, anchor, anchor, anchor, anchor, direction)
+    neighbour = displacements(direction, generator.uniform(0.75 * side, side, size=count), grid)
+    far = _draw_far(neighbour, side, grid, room, generator)
+    near = _draw_fitting(_near_candidates(side, grid), np.stack([nowhere, neighbour, far]), room, generator)
+    moved = -np.round(np.array(shift) / grid).astype(np.int64) * grid if extent.min() >= WINDOW * side else nowhere
+    offsets = np.stack([nowhere, near + moved, far + moved, neighbour + moved])
+    low, high = offsets.min(0), offsets.max(0)
+    anchor = _draw_up_to((room - (high - low)).clip(min=0), grid, generator) - low
+    return _pyramid(window, *(anchor + offset for offset in offsets), direction)
+
+
+def window_size(size: Size, side: int, grid: int) -> Size:
+    """Height x width in pixels of the window that holds the pyramids of an image of that size."""
+    height, width = (min(length // grid * grid, WINDOW * side) for length in size)
+    return height, width
+
+
+def displacements(
+    direction: Int[np.ndarray, "*draws"], distance: Float[np.ndarray, "*draws"], grid: int
+) -> Int[np.ndarray, "*draws 2"]:
+    """Rows and columns in pixels, rounded to the grid, of steps of some distance in one of the 12 directions."""
+    angle = direction * (2 * np.pi / DIRECTIONS)
+    step = distance[..., None] * np.stack([np.sin(angle), np.cos(angle)], axis=-1)
+    return np.round(step / grid).astype(np.int64) * grid
+
+
+def _draw_up_to(most: np.ndarray, grid: int, generator: np.random.Generator) -> np.ndarray:
+    """Multiples of the grid from 0 to `most`, uniformly."""
+    return generator.integers(0, most // grid, endpoint=True) * grid
+
+
+def _near_candidates(side: int, grid: int) -> Int[np.ndarray, "candidates 2"]:
+    """Every displacement of at most K/16 rows and columns but none; or no displacement, where the grid is coarser."""
+    steps = np.arange(-(side // 16 // grid), side // 16 // grid + 1) * grid
+    candidates = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+    return candidates[candidates.any(1)] if len(candidates) > 1 else candidates
+
+
+def _draw_far(
+    neighbour: Int[np.ndarray, "count 2"], side: int, grid: int, room: np.ndarray, generator: np.random.Generator
+) -> Int[np.ndarray, "count 2"]:
+    """At 3K/2 to 7K/4 in any direction that fits beside the neighbour, or else as far as one fits, but at least K."""
+    count, nearer = len(neighbour), np.linspace(0, 1, 4)
+    drawn = generator.uniform(1.5 * side, 1.75 * side, size=count)[:, None]
+    distance = np.repeat((drawn + (side - drawn) * nearer)[:, :, None], DIRECTIONS, axis=2)
+    candidates = displacements(np.broadcast_to(np.arange(DIRECTIONS), distance.shape), distance, grid)
+    fitting = _fits(candidates, np.stack([np.zeros_like(neighbour), neighbour])[:, :, None, None], room)
+    fitting &= np.linalg.norm(candidates, axis=-1) >= side
+    first = fitting.any(2).argmax(1)
+    rows = np.arange(count)
+    return candidates[rows, first, _choose(fitting[rows, first], generator)]
+
+
+def _draw_fitting(
+    candidates: Int[np.ndarray, "candidates 2"], taken: np.ndarray, room: np.ndarray, generator: np.random.Generator
+) -> Int[np.ndarray, "count 2"]:
+    every = np.broadcast_to(candidates, (taken.shape[1], *candidates.shape))
+    return candidates[_choose(_fits(every, taken[:, :, None], room), generator)]
+
+
+def _fits(candidates: np.ndarray, taken: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Whether a candidate lies in one window with what is taken (first axis), `room` pixels of free play."""
+    low, high = np.minimum(candidates, taken.min(0)), np.maximum(candidates, taken.max(0))
+    return np.all(high - low <= room, axis=-1)
+
+
+def _choose(allowed: Bool[np.ndarray, "count choices"], generator: np.random.Generator) -> Int[np.ndarray, " count"]:
+    """One of the allowed choices of each row, uniformly."""
+    return np.where(allowed, generator.random(allowed.shape), -1).argmax(1)
+
+
+def _pyramid(*fields: np.ndarray) -> Pyramid:
+    return Pyramid(*(torch.from_numpy(np.ascontiguousarray(field)) for field in fields))

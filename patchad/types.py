@@ -63,6 +63,81 @@ class ImageBatch(NamedTuple):
     path: Sequence[str]
 
 
+class Pyramid(NamedTuple):
+    """Patches of one side, all within one window of each image.
+
+    Positions are the top left corners of patches relative to the window, in pixels, int64 `[batch, pyramids, 2]` (row,
+    column). Anchors lie in the first view of an image; near, far and neighbour in the second.
+
+    Attributes:
+        window: top left corner of the window within the image, in pixels, int64 `[batch, 2]`.
+        anchor: the patch that the others are compared with.
+        near: where the anchor is, or a few pixels beside it.
+        far: a patch that shares nothing with the anchor.
+        neighbour: a patch in one of 12 directions from the anchor.
+        direction: that direction, 0..11, int64 `[batch, pyramids]`.
+    """
+
+    window: Tensor
+    anchor: Tensor
+    near: Tensor
+    far: Tensor
+    neighbour: Tensor
+    direction: Tensor
+
+
+class PyramidPlan(NamedTuple):
+    """What the datamodule must know of a detector to draw its pyramids.
+
+    Attributes:
+        grids: distance in pixels between the places where a patch may lie, by side in pixels.
+        cached_views: how many views of each image have cached features; 0 where each epoch makes views of its own.
+    """
+
+    grids: dict[int, int]
+    cached_views: int = 0
+
+
+class PyramidBatch(NamedTuple):
+    """Two views of each image and the patches to compare in them.
+
+    Attributes:
+        number: of the image within the training set, int64 `[batch]`.
+        views: numbers of the two views, int64 `[batch, 2]`.
+        image: both views, RGB, float32 `[batch, 2, 3, height, width]`; empty where their features are cached.
+        sides: the patches by side in pixels.
+    """
+
+    number: Tensor
+    views: Tensor
+    image: Tensor
+    sides: dict[int, Pyramid]
+
+
+class PatchViews(NamedTuple):
+    """Embeddings of the patches of one side, as the losses read them.
+
+    Attributes:
+        side: side of the patches in pixels.
+        anchor: embeddings, float32 `[patches, dim]`, as are `near`, `far` and `neighbour`.
+        near: of the patches (nearly) at the anchors' places.
+        far: of patches that share nothing with the anchors; None where the image is too small for them.
+        neighbour: of patches in one of 12 directions; None where the image is too small for them.
+        direction: 0..11, int64 `[patches]`.
+        label: pseudo-label of each anchor, int64 `[patches]`; None until the warm-up ends.
+        centroids: of the clusters, float32 `[clusters, dim]`; None until the warm-up ends.
+    """
+
+    side: int
+    anchor: Tensor
+    near: Tensor
+    far: Tensor | None
+    neighbour: Tensor | None
+    direction: Tensor
+    label: Tensor | None
+    centroids: Tensor | None
+
+
 class Prediction(NamedTuple):
     """What patchad says about a batch of images.
 

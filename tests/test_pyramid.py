@@ -1,9 +1,22 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
-from patchad.pyramid import crop_resize, fold, inside, pad_to_multiple, positions, spread
-from patchad.types import PatchadError
+from patchad.pyramid import (
+    crop_resize,
+    cut,
+    cut_grid,
+    fits_pyramids,
+    fold,
+    inside,
+    pad_to_multiple,
+    positions,
+    sample_pyramids,
+    spread,
+    window_size,
+)
+from patchad.types import PatchadError, Pyramid
 
 
 def slow_fold(values: np.ndarray, counted: np.ndarray, side: int, stride: int) -> np.ndarray:
@@ -84,3 +97,91 @@ def test_maps_are_cropped_to_their_content_before_they_are_resized():
     resized = crop_resize(maps, torch.tensor([[4, 8], [8, 2]]), (16, 16))
     assert torch.equal(resized[0], torch.ones(16, 16))
     assert torch.equal(resized[1], torch.full((16, 16), 2.0))
+
+
+SIZES = [(128, 128), (256, 256), (200, 131)]
+GRIDS = [(64, 16), (32, 4), (16, 2), (64, 1), (32, 1), (16, 1)]  # dense on VGG16, sliding
+
+
+def draw(size, side, grid, images=30, content=None) -> list[Pyramid]:
+    generator = np.random.default_rng(0)
+    shifts = generator.integers(-4, 5, (images, 2)).tolist()
+    return [sample_pyramids(size, content or size, side, grid, 256, tuple(shift), generator) for shift in shifts]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("side", "grid"), GRIDS)
+def test_no_patch_of_a_pyramid_is_clipped_and_all_lie_on_the_grid(size, side, grid):
+    extent = torch.tensor(window_size(size, side, grid))
+    for pyramid in draw(size, side, grid):
+        assert (pyramid.window >= 0).all() and (pyramid.window + extent <= torch.tensor(size)).all()
+        for position in (pyramid.anchor, pyramid.near, pyramid.far, pyramid.neighbour, pyramid.window):
+            assert (position >= 0).all() and not (position % grid).any()
+            assert (position + side <= extent).all() or position is pyramid.window
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("side", "grid"), GRIDS)
+def test_directions_are_uniform_whatever_fits(size, side, grid):
+    counts = np.bincount(torch.cat([pyramid.direction for pyramid in draw(size, side, grid)]), minlength=12)
+    assert chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("side", "grid"), GRIDS)
+def test_patches_lie_where_the_paper_puts_them(side, grid):
+    """Without a shift, in an image with room: within half a cell of the distances and directions that were drawn."""
+    generator = np.random.default_rng(0)
+    slack = grid / 2 * 2**0.5 + 1e-6
+    drawn = sample_pyramids((256, 256), (256, 256), side, grid, 2000, (0, 0), generator)
+    near, far, neighbour = ((one - drawn.anchor).double() for one in (drawn.near, drawn.far, drawn.neighbour))
+    assert near.abs().max() <= side // 16 and (near.any() if grid <= side // 16 else not near.any())
+    assert (near.abs().sum(1) > 0).all() or grid > side // 16
+    distance = neighbour.norm(dim=1)
+    assert (distance >= 0.75 * side - slack).all() and (distance <= side + slack).all()
+    assert (far.norm(dim=1) >= side).all() and (far.norm(dim=1) <= 1.75 * side + slack).all()
+    angle = drawn.direction * (2 * torch.pi / 12)
+    expected = distance[:, None] * torch.stack([angle.sin(), angle.cos()], dim=1)
+    assert ((neighbour - expected).norm(dim=1) <= 2 * slack).all()
+
+
+def test_far_patches_keep_their_distance_where_there_is_room():
+    drawn = sample_pyramids((256, 256), (256, 256), 16, 1, 2000, (0, 0), np.random.default_rng(0))
+    distance = (drawn.far - drawn.anchor).double().norm(dim=1)
+    assert ((distance >= 23) & (distance <= 29)).float().mean() > 0.9
+
+
+def test_a_shift_of_the_second_view_is_taken_back_to_half_a_cell():
+    steady, moved = (
+        sample_pyramids((256, 256), (256, 256), 16, 2, 500, shift, np.random.default_rng(0))
+        for shift in ((0, 0), (4, -3))
+    )
+    offset = (moved.near - moved.anchor) - (steady.near - steady.anchor)
+    assert (offset == torch.tensor([-4, 4])).all()
+
+
+def test_pyramids_stay_on_the_content_where_it_is_large_enough():
+    for pyramid in draw((256, 256), 16, 2, content=(120, 256)):
+        assert (pyramid.window[0] + pyramid.anchor[:, 0] + 16 <= 120).all()
+    tall = [pyramid.window[0] + pyramid.anchor[:, 0].max() for pyramid in draw((256, 256), 64, 16, content=(60, 256))]
+    assert max(tall) > 60  # too small for pyramids of side 64: these reach over the padding
+
+
+def test_pyramids_that_do_not_fit_say_so():
+    assert fits_pyramids((128, 128), 64) and not fits_pyramids((127, 300), 64)
+    pyramid = draw((96, 96), 64, 16, images=1)[0]
+    assert torch.equal(pyramid.anchor, pyramid.neighbour) and torch.equal(pyramid.anchor, pyramid.far)
+
+
+def test_cut_takes_the_window_of_each_map():
+    maps = torch.arange(2 * 5 * 6.0).reshape(2, 1, 5, 6)
+    windows = cut(maps, torch.tensor([[0, 1], [3, 2]]), (2, 3))
+    assert torch.equal(windows[0], maps[0, :, 0:2, 1:4]) and torch.equal(windows[1], maps[1, :, 3:5, 2:5])
+
+
+def test_cut_grid_takes_every_patch_in_reading_order():
+    image = torch.rand(2, 3, 10, 12)
+    patches = cut_grid(image, side=4, stride=2)
+    expected = [
+        one[:, top : top + 4, left : left + 4] for one in image for top in range(0, 7, 2) for left in range(0, 9, 2)
+    ]
+    assert torch.equal(patches, torch.stack(expected))

@@ -1,21 +1,38 @@
 """Samples -> batches: which images train, calibrate, validate and test, and how they reach the model."""
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from patchad.data.images import fit, read_image, read_mask, resize_mask
+from patchad.data.images import (
+    Augmentation,
+    augment,
+    content_size,
+    draw_augmentation,
+    fit,
+    native_size,
+    read_image,
+    read_mask,
+    resize_mask,
+)
 from patchad.data.layouts import Layout, detect_layout, images_below
 from patchad.data.synthetic import paint_defect
+from patchad.pyramid import sample_pyramids
 from patchad.spec import Configurable, hyperparameters
-from patchad.types import NORMAL, UNKNOWN, ImageBatch, PatchadError, Sample, Size
+from patchad.types import NORMAL, UNKNOWN, ImageBatch, PatchadError, PyramidBatch, PyramidPlan, Sample, Size
+
+PROBE_EPOCH = -1
+"""The epoch whose pyramids the clusters are fitted on; training begins with 0."""
+PROBE_IMAGES = 32
+"""Most images that the clusters are fitted on, each with `pyramids_per_image` anchors."""
 
 
 class ImageDataset(Dataset[ImageBatch]):
@@ -96,11 +113,91 @@ class SyntheticDefects(Dataset[ImageBatch]):
         )
 
 
+class PyramidDataset(Dataset[PyramidBatch]):
+    """Two views of each image with pyramids of patches; an item is a `PyramidBatch` without its batch axis.
+
+    Everything about an item is a function of (seed, epoch, image), so neither workers nor processes change it.
+
+    Args:
+        images: the training images.
+        plan: which sides, on which grids, from which views.
+        count: pyramids per image and side.
+        seed: of all that is drawn.
+    """
+
+    def __init__(self, images: ImageDataset, plan: PyramidPlan, count: int, seed: int) -> None:
+        self.images, self.plan, self.count, self.seed = images, plan, count, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> PyramidBatch:
+        epoch, number = place
+        generator = np.random.default_rng((self.seed, epoch - PROBE_EPOCH, number))
+        views = self._views(epoch, generator)
+        first, second = (self.augmentation(number, view) for view in views)
+        shift = (second.shift[0] - first.shift[0], second.shift[1] - first.shift[1])
+        size, content = self.images.image_size, self._content(number)
+        return PyramidBatch(
+            number=torch.tensor(number),
+            views=torch.tensor(views),
+            image=torch.empty(0) if self.plan.cached_views else torch.stack([self.view(number, one) for one in views]),
+            sides={
+                side: sample_pyramids(size, content, side, grid, self.count, shift, generator)
+                for side, grid in self.plan.grids.items()
+            },
+        )
+
+    def _views(self, epoch: int, generator: np.random.Generator) -> tuple[int, int]:
+        cached = self.plan.cached_views
+        if not cached:
+            return 2 * (epoch - PROBE_EPOCH), 2 * (epoch - PROBE_EPOCH) + 1
+        first, second = generator.choice(cached, 2, replace=cached < 2).tolist()
+        return first, second
+
+    def _content(self, number: int) -> Size:
+        native = native_size(self.images.samples[number].path)
+        return content_size(native, self.images.image_size, self.images.keep_aspect)
+
+    def augmentation(self, number: int, view: int) -> Augmentation:
+        """How a view of an image differs from it: a function of (seed, file name, view), so that a cache stays true."""
+        name = self.images.samples[number].path.name
+        return draw_augmentation((self.seed, zlib.crc32(name.encode()), view))
+
+    def view(self, number: int, view: int) -> torch.Tensor:
+        """The view itself, `[3, height, width]`."""
+        return augment(self.images[number].image, self.augmentation(number, view))
+
+
+class ViewDataset(Dataset[tuple[int, int, torch.Tensor]]):
+    """Some views of the training images: number, view, and the view itself.
+
+    Args:
+        pyramids: makes the views.
+        pairs: number and view of each item.
+    """
+
+    def __init__(self, pyramids: PyramidDataset, pairs: Sequence[tuple[int, int]]) -> None:
+        self.pyramids, self.pairs = pyramids, list(pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[int, int, torch.Tensor]:
+        return *self.pairs[index], self.pyramids.view(*self.pairs[index])
+
+
+class EpochSampler(DistributedSampler):
+    """Images in an order that is a function of (seed, epoch), each with its epoch."""
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Epoch and number of each image."""
+        return ((self.epoch, number) for number in super().__iter__())
+
+
 class PyramidDataModule(Configurable, LightningDataModule):
     """Images of one product: normal ones to learn from, others to test.
 
-    The training images of the layout are split, seeded, into training and calibration; scales and threshold come from
-    the calibration normals, and nothing is chosen on test.
+    Training batches hold two views of each image and pyramids of patches of 64, 32 and 16 pixels in them; the detector
+    says which sides it wants, and on which grids (`PyramidPlan`). The training images of the layout are split, seeded,
+    into training and calibration; scales and threshold come from the calibration normals, nothing is chosen on test.
 
     Args:
         root: the folder of images.
@@ -109,6 +206,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         keep_aspect: keep the aspect and pad the right or bottom edge; otherwise distort.
         metric_size: height x width in pixels at which pixel metrics are computed.
         batch_size: images per batch.
+        pyramids_per_image: pyramids of patches that are drawn per side, image and epoch.
         num_workers: processes that decode images.
         calibration_fraction: share of the training normals kept for calibration (at least one image).
         validate_on: `synthetic_defects` paints defects on 20 calibration normals; `test` watches the test images (for
@@ -130,6 +228,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         keep_aspect: bool = True,
         metric_size: tuple[int, int] = (256, 256),
         batch_size: int = 8,
+        pyramids_per_image: int = 256,
         num_workers: int = 2,
         calibration_fraction: float = 0.1,
         validate_on: Literal["synthetic_defects", "test", "none"] = "synthetic_defects",
@@ -140,11 +239,11 @@ class PyramidDataModule(Configurable, LightningDataModule):
             raise PatchadError("no images: give --data.root FOLDER, or try --config quickstart")
         if not 0 < calibration_fraction < 1:
             raise PatchadError(f"calibration_fraction {calibration_fraction} must lie between 0 and 1")
-        if min(*image_size, *metric_size, batch_size) < 1:
-            raise PatchadError("image_size, metric_size and batch_size must be at least 1")
+        if min(*image_size, *metric_size, batch_size, pyramids_per_image) < 1:
+            raise PatchadError("image_size, metric_size, batch_size and pyramids_per_image must be at least 1")
         self.root, self.layout = Path(root), layout
         self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.pyramids_per_image, self.num_workers = batch_size, pyramids_per_image, num_workers
         self.calibration_fraction, self.validate_on, self.seed = calibration_fraction, validate_on, seed
         self.save_hyperparameters(hyperparameters(self))
 
@@ -193,9 +292,26 @@ class PyramidDataModule(Configurable, LightningDataModule):
         """The defect types of the test images, sorted."""
         return sorted({sample.defect for sample in self.test_set.samples} - {NORMAL})
 
+    @property
+    def pyramids(self) -> PyramidDataset:
+        """The pyramids that the detector wants; without a detector, those of VGG16 in dense mode."""
+        detector = self.trainer.lightning_module if self.trainer else None
+        plan = getattr(detector, "pyramid_plan", PyramidPlan({64: 16, 32: 4, 16: 2}))
+        return PyramidDataset(self.train_set, plan, self.pyramids_per_image, self.seed)
+
     def train_dataloader(self) -> DataLoader:
-        """Training normals in an order that is a function of (seed, epoch)."""
-        return self._loader(self.train_set, self._sampler(DistributedSampler, self.train_set, shuffle=True))
+        """Pyramids of the training normals in an order that is a function of (seed, epoch)."""
+        return self._loader(self.pyramids, self._sampler(EpochSampler, self.train_set, shuffle=True))
+
+    def probe_dataloader(self) -> DataLoader:
+        """The same pyramids of some training normals each time and on each process."""
+        count = min(PROBE_IMAGES, len(self.train_set))
+        chosen = np.random.default_rng(self.seed).permutation(len(self.train_set))[:count]
+        return self._loader(self.pyramids, [(PROBE_EPOCH, number) for number in sorted(chosen.tolist())])
+
+    def views_dataloader(self, pairs: Sequence[tuple[int, int]]) -> DataLoader:
+        """Views of the training normals, each once, by number and view."""
+        return self._each_once(ViewDataset(self.pyramids, pairs))
 
     def memory_dataloader(self) -> DataLoader:
         """Training normals, each once, as the memory bank reads them."""
@@ -235,7 +351,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
     def _each_once(self, dataset: Dataset) -> DataLoader:
         return self._loader(dataset, self._sampler(UnrepeatedDistributedSampler, dataset, shuffle=False))
 
-    def _loader(self, dataset: Dataset, sampler: DistributedSampler) -> DataLoader:
+    def _loader(self, dataset: Dataset, sampler: Sampler | Sequence[tuple[int, int]]) -> DataLoader:
         generator = torch.Generator().manual_seed(self.seed)  # its own, so that reading draws nothing from training
         return DataLoader(
             dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, generator=generator

@@ -1,6 +1,7 @@
 """Files -> tensors: decoding, size, padding."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,14 @@ from patchad.types import PatchadError, Size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """Lower case; files are matched in any case."""
+ORIENTATION = 0x0112
+"""The EXIF tag."""
+MOST_SHIFT = 2
+"""Pixels; two views then differ by at most 4, a sixteenth of the largest side."""
+COLOUR_DEVIATION = 0.02
+"""Of the shift of each channel, of [0, 1]."""
+NOISE_DEVIATION = 0.02
+"""Of the noise at each pixel and channel, of [0, 1]."""
 
 
 def read_image(path: Path) -> Float[Tensor, "3 height width"]:
@@ -96,14 +105,73 @@ def fit(
         (128, 256)
     """
     height, width = image.shape[1:]
-    content = size
-    if keep_aspect:
-        scale = min(size[0] / height, size[1] / width)
-        content = max(1, round(height * scale)), max(1, round(width * scale))
+    content = content_size((height, width), size, keep_aspect)
     if content != (height, width):
         image = F.interpolate(image[None], content, mode="bilinear", align_corners=False, antialias=True)[0]
     padding = (0, size[1] - content[1], 0, size[0] - content[0])
     return F.pad(image[None], padding, mode="replicate")[0], content
+
+
+def content_size(native: Size, size: Size, keep_aspect: bool) -> Size:
+    """Height x width that an image takes up within `size`, in pixels.
+
+    Example:
+        >>> content_size((100, 200), (256, 256), keep_aspect=True)
+        (128, 256)
+    """
+    if not keep_aspect:
+        return size
+    scale = min(size[0] / native[0], size[1] / native[1])
+    return max(1, round(native[0] * scale)), max(1, round(native[1] * scale))
+
+
+def native_size(path: Path) -> Size:
+    """Height x width of the upright image in a file, in pixels, from its header alone.
+
+    Raises:
+        PatchadError: if the file is missing or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ORIENTATION, 1) >= 5  # a quarter turn, mirrored or not
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise PatchadError(f"cannot read image {path}: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+class Augmentation(NamedTuple):
+    """How one view of an image differs from it.
+
+    Attributes:
+        shift: rows x columns in pixels by which the content moves up and left.
+        colour: added to each channel.
+        seed: of the noise.
+    """
+
+    shift: Size
+    colour: np.ndarray
+    seed: tuple[int, ...]
+
+
+def draw_augmentation(seed: tuple[int, ...]) -> Augmentation:
+    """The augmentation of a view: a shift of at most 2 pixels, and colours that vary by 0.02 as in the paper."""
+    generator = np.random.default_rng(seed)
+    down, right = generator.integers(-MOST_SHIFT, MOST_SHIFT, size=2, endpoint=True).tolist()
+    return Augmentation((down, right), generator.normal(0, COLOUR_DEVIATION, 3).astype(np.float32), (*seed, 1))
+
+
+def augment(image: Float[Tensor, "3 height width"], view: Augmentation) -> Float[Tensor, "3 height width"]:
+    """A view of an image: moved (edges are repeated), each channel shifted, noise added; values may leave [0, 1].
+
+    Source: Tsai et al., WACV 2022: random shifts of each channel and additive noise, of deviation 0.02 each.
+    """
+    noise = np.random.default_rng(view.seed).standard_normal(tuple(image.shape), dtype=np.float32)
+    height, width = image.shape[1:]
+    padded = F.pad(image[None], (MOST_SHIFT,) * 4, mode="replicate")[0]
+    top, left = (MOST_SHIFT + step for step in view.shift)
+    moved = padded[:, top : top + height, left : left + width]
+    return moved + torch.from_numpy(view.colour)[:, None, None] + torch.from_numpy(noise) * NOISE_DEVIATION
 
 
 def resize_mask(mask: Bool[Tensor, "height width"], size: Size) -> Bool[Tensor, "new_height new_width"]:

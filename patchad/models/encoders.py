@@ -1,19 +1,20 @@
 """Feature maps -> embeddings of patches.
 
 A `PatchEncoder` serves one side: it reads the feature map of one tap and gives one embedding per patch position. A
-`PyramidEncoder` runs one backbone pass for all sides.
+`PyramidEncoder` runs the backbone and the encoders of all sides, in one of two modes: `DenseEncoder` passes the whole
+image through the backbone once, `SlidingEncoder` each patch on its own.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchad.models.backbones import Backbone, Tap
-from patchad.pyramid import common_multiple, pad_to_multiple, positions
+from patchad.pyramid import common_multiple, cut, cut_grid, pad_to_multiple, positions, window_size
 from patchad.types import PatchadError, Size
 
 
@@ -71,6 +72,7 @@ class PatchEncoder(nn.Module, ABC):
     Args:
         side: side of a patch in pixels.
         tap: where the feature map comes from.
+        dim: numbers per embedding.
 
     Raises:
         PatchadError: if the side is no multiple of the tap's stride.
@@ -79,11 +81,11 @@ class PatchEncoder(nn.Module, ABC):
     standardize: Standardize | None = None
     """Set by encoders whose input is standardised over the training set."""
 
-    def __init__(self, side: int, tap: Tap) -> None:
+    def __init__(self, side: int, tap: Tap, dim: int = 64) -> None:
         super().__init__()
         if side % tap.stride:
             raise PatchadError(f"side {side} is no multiple of its tap's stride of {tap.stride} pixels")
-        self.window = side // tap.stride
+        self.window, self.dim = side // tap.stride, dim
 
     @abstractmethod
     def forward(
@@ -120,7 +122,7 @@ class WindowEncoder(PatchEncoder):
     def __init__(
         self, side: int, tap: Tap, cells: int = 1, standardized: bool = False, dim: int = 64, seed: int = 0
     ) -> None:
-        super().__init__(side, tap)
+        super().__init__(side, tap, dim)
         if cells < 1 or self.window % cells:
             raise PatchadError(f"cells {cells} does not divide the window of {self.window} cells of side {side}")
         self.cells = cells
@@ -141,12 +143,81 @@ class WindowEncoder(PatchEncoder):
         return F.conv2d(means, self.projection, stride=stride, dilation=dilation)
 
 
+Convolutions = tuple[tuple[int, int], ...]
+"""Channels and kernel of each convolution of an encoder."""
+
+PAPER_ENCODERS: Mapping[tuple[int, int], Convolutions] = {
+    (512, 4): ((256, 2), (128, 2), (64, 2), (64, 1)),
+    (256, 8): ((256, 3), (128, 3), (128, 2), (64, 2), (64, 2)),
+    (128, 8): ((128, 3), (64, 3), (32, 3), (64, 2)),
+}
+"""The encoders of sides 64, 32 and 16 on VGG16 by channels and window of the tap (supplement, figure 2)."""
+
+
+def convolutions(channels: int, window: int, dim: int) -> Convolutions:
+    """The convolutions that bring a window of a tap to 1 x 1: the paper's where it names them for this tap.
+
+    Otherwise 3 x 3 while the map side exceeds 3, then 2 x 2; channels are halved, but not below `dim`.
+
+    Example:
+        >>> convolutions(channels=112, window=4, dim=64)
+        ((64, 3), (64, 2))
+    """
+    if (channels, window) in PAPER_ENCODERS and dim == 64:
+        return PAPER_ENCODERS[channels, window]
+    kernels = []
+    while window > 1:
+        kernels.append(3 if window > 3 else 2)
+        window -= kernels[-1] - 1
+    kernels = kernels or [1]
+    widths = [max(dim, channels >> number) for number in range(1, len(kernels))] + [dim]
+    return tuple(zip(widths, kernels, strict=True))
+
+
+class LearnedEncoder(PatchEncoder):
+    """The encoder of the paper: convolutions without padding over the tap's window, tanh at the end.
+
+    LeakyReLU (slope 0.1) after all convolutions but the last. Its input is standardised per channel over the training
+    set: on features as large as VGG16's, tanh saturates and the embeddings collapse. Source: Tsai et al., WACV 2022,
+    supplement, figure 2.
+
+    Args:
+        side: side of a patch in pixels.
+        tap: where the feature map comes from.
+        standardized: standardise each channel over the training set first.
+        dim: numbers per embedding.
+
+    Example:
+        >>> encoder = LearnedEncoder(side=32, tap=Tap(layer=15, stride=4, channels=256))
+        >>> encoder(torch.zeros(1, 256, 24, 24), step=1).shape
+        torch.Size([1, 64, 17, 17])
+    """
+
+    def __init__(self, side: int, tap: Tap, standardized: bool = True, dim: int = 64) -> None:
+        super().__init__(side, tap, dim)
+        self.standardize = Standardize(tap.channels) if standardized else None
+        layers: list[nn.Module] = []
+        channels = tap.channels
+        for width, kernel in convolutions(tap.channels, self.window, dim):
+            layers += [nn.Conv2d(channels, width, kernel), nn.LeakyReLU(0.1)]
+            channels = width
+        self.layers = nn.Sequential(*layers[:-1], nn.Tanh()).to(memory_format=torch.channels_last)
+
+    def forward(
+        self, features: Float[Tensor, "batch channels rows columns"], step: int
+    ) -> Float[Tensor, "batch dim new_rows new_columns"]:
+        """Embeddings in (-1, 1)."""
+        if self.standardize is not None:
+            features = self.standardize(features)
+        return self.layers(features.contiguous(memory_format=torch.channels_last))[:, :, ::step, ::step]
+
+
 EncoderFactory = Callable[[int, Tap], PatchEncoder]
 """Makes the encoder of a side (pixels) from its tap: a subclass of `PatchEncoder`, or a `partial` of it."""
 
 
-class PyramidEncoder(nn.Module):
-    """Embeddings at every scoring position of every side, from one backbone pass over the whole image.
+class PyramidEncoder(nn.Module, ABC):
+    """Embeddings of the patches of every side.
 
     Args:
         backbone: image -> feature maps.
@@ -180,16 +251,12 @@ class PyramidEncoder(nn.Module):
         self.encoders = nn.ModuleDict({str(side): encoder(side, self.taps[side]) for side in self.sides})
         self.multiple = common_multiple([*self.strides.values(), *(tap.stride for tap in self.taps.values())])
 
-    def grid(self, size: Size, side: int) -> Size:
-        """Rows x columns of scored positions of a side in an image of that size (height x width, pixels)."""
-        padded = [length + -length % self.multiple for length in size]
-        return positions((padded[0], padded[1]), side, self.strides[side])
+    @property
+    @abstractmethod
+    def grids(self) -> dict[int, int]:
+        """Distance in pixels between the places where a patch may lie, by side."""
 
-    def features(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
-        """The feature map of each side's tap, `[batch, channels, rows, columns]`."""
-        maps = self.backbone(pad_to_multiple(image, self.multiple), set(self.tap_names.values()))
-        return {side: maps[name] for side, name in self.tap_names.items()}
-
+    @abstractmethod
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
         """Embeddings of each side, `[batch, dim, rows, columns]`, rows x columns as in `grid`.
 
@@ -199,23 +266,154 @@ class PyramidEncoder(nn.Module):
         Raises:
             PatchadError: if a side does not fit the image.
         """
+
+    @abstractmethod
+    def observable(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
+        """What the encoders of each side read in an image, `[maps, channels, rows, columns]`."""
+
+    @abstractmethod
+    def windows(
+        self, image: Float[Tensor, "batch 3 height width"], corners: Mapping[int, Int[Tensor, "batch 2"]]
+    ) -> dict[int, Tensor]:
+        """What `embed` needs of one window of each image, by side.
+
+        Args:
+            image: RGB in [0, 1].
+            corners: of the windows in pixels.
+        """
+
+    @abstractmethod
+    def embed(
+        self, side: int, window: Tensor, positions: Int[Tensor, "batch patches 2"]
+    ) -> Float[Tensor, "batch patches dim"]:
+        """Embeddings of patches within windows.
+
+        Args:
+            side: side of the patches in pixels.
+            window: what `windows` gave for that side.
+            positions: top left corners within the window in pixels, multiples of the side's grid.
+        """
+
+    def patch_encoder(self, side: int) -> PatchEncoder:
+        """The encoder of a side."""
+        encoder = self.encoders[str(side)]
+        assert isinstance(encoder, PatchEncoder)
+        return encoder
+
+    def grid(self, size: Size, side: int) -> Size:
+        """Rows x columns of scored positions of a side in an image of that size (height x width, pixels)."""
+        padded = [length + -length % self.multiple for length in size]
+        return positions((padded[0], padded[1]), side, self.strides[side])
+
+    def check_size(self, image: Float[Tensor, "batch 3 height width"]) -> None:
+        """Raises PatchadError if a side does not fit the image."""
         for side in self.sides:
             self.grid((image.shape[-2], image.shape[-1]), side)
-        features = self.features(image)
-        steps = {side: self.strides[side] // self.taps[side].stride for side in self.sides}
-        return {side: self.encoders[str(side)](features[side], steps[side]) for side in self.sides}
 
     @property
     def standardizers(self) -> dict[int, Standardize]:
         """The standardised sides."""
-        found = {side: self.encoders[str(side)].standardize for side in self.sides}
-        return {side: standardize for side, standardize in found.items() if isinstance(standardize, Standardize)}
+        found = {side: self.patch_encoder(side).standardize for side in self.sides}
+        return {side: standardize for side, standardize in found.items() if standardize is not None}
 
-    def observe(self, image: Float[Tensor, "batch 3 height width"]) -> None:
-        """Lets the standardised sides take note of an image."""
-        features = self.features(image)
+    def observe(self, features: Mapping[int, Tensor]) -> None:
+        """Lets the standardised sides take note of what their encoders read."""
         for side, standardize in self.standardizers.items():
             standardize.observe(features[side])
+
+
+class DenseEncoder(PyramidEncoder):
+    """One backbone pass over the whole image feeds all sides; a patch sees its surroundings through the backbone."""
+
+    @property
+    def grids(self) -> dict[int, int]:
+        """The strides of the taps."""
+        return {side: tap.stride for side, tap in self.taps.items()}
+
+    def features(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
+        """The feature map of each side's tap, `[batch, channels, rows, columns]`."""
+        maps = self.backbone(pad_to_multiple(image, self.multiple), set(self.tap_names.values()))
+        return {side: maps[name] for side, name in self.tap_names.items()}
+
+    observable = features
+
+    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
+        """Embeddings at every scoring position."""
+        self.check_size(image)
+        features = self.features(image)
+        steps = {side: self.strides[side] // self.taps[side].stride for side in self.sides}
+        return {side: self.patch_encoder(side)(features[side], steps[side]) for side in self.sides}
+
+    def windows(
+        self, image: Float[Tensor, "batch 3 height width"], corners: Mapping[int, Int[Tensor, "batch 2"]]
+    ) -> dict[int, Tensor]:
+        """The windows of the taps, `[batch, channels, rows, columns]`."""
+        features, size = self.features(image), (image.shape[2], image.shape[3])
+        extents = {side: window_size(size, side, grid) for side, grid in self.grids.items()}
+        return {
+            side: cut(features[side], corners[side] // grid, (extents[side][0] // grid, extents[side][1] // grid))
+            for side, grid in self.grids.items()
+        }
+
+    def embed(
+        self, side: int, window: Tensor, positions: Int[Tensor, "batch patches 2"]
+    ) -> Float[Tensor, "batch patches dim"]:
+        """Every place of the window is embedded at once; the asked ones are picked."""
+        embeddings = self.patch_encoder(side)(window, 1)
+        cells = positions // self.grids[side]
+        places = cells[..., 0] * embeddings.shape[3] + cells[..., 1]
+        flat = embeddings.flatten(2)
+        return flat.gather(2, places[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+
+
+class SlidingEncoder(PyramidEncoder):
+    """Each patch passes the backbone on its own, as in the paper; slow, and at any pixel."""
+
+    patches_at_once = 512
+
+    @property
+    def grids(self) -> dict[int, int]:
+        """One pixel."""
+        return dict.fromkeys(self.sides, 1)
+
+    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
+        """Embeddings at every scoring position."""
+        self.check_size(image)
+        padded, found = pad_to_multiple(image, self.multiple), {}
+        for side, stride in self.strides.items():
+            rows, columns = self.grid((image.shape[2], image.shape[3]), side)
+            embeddings = self._encode(side, cut_grid(padded, side, stride))
+            found[side] = embeddings.unflatten(0, (len(image), rows, columns)).permute(0, 3, 1, 2)
+        return found
+
+    def observable(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
+        """The taps of patches side by side."""
+        return {side: self._features(side, cut_grid(image, side, side)) for side in self.sides}
+
+    def windows(
+        self, image: Float[Tensor, "batch 3 height width"], corners: Mapping[int, Int[Tensor, "batch 2"]]
+    ) -> dict[int, Tensor]:
+        """The windows of the image, `[batch, 3, height, width]`."""
+        size = (image.shape[2], image.shape[3])
+        return {side: cut(image, corners[side], window_size(size, side, 1)) for side in self.sides}
+
+    def embed(
+        self, side: int, window: Tensor, positions: Int[Tensor, "batch patches 2"]
+    ) -> Float[Tensor, "batch patches dim"]:
+        """The asked patches are cut out and embedded."""
+        patches = torch.stack([cut(window, corners, (side, side)) for corners in positions.unbind(1)], dim=1)
+        return self._encode(side, patches.flatten(0, 1)).unflatten(0, positions.shape[:2])
+
+    def _features(self, side: int, patches: Float[Tensor, "patches 3 side side"]) -> Tensor:
+        name = self.tap_names[side]
+        return self.backbone(patches, [name])[name]
+
+    def _encode(self, side: int, patches: Float[Tensor, "patches 3 side side"]) -> Float[Tensor, "patches dim"]:
+        parts = patches.split(self.patches_at_once)
+        return torch.cat([self.patch_encoder(side)(self._features(side, part), 1).flatten(1) for part in parts])
+
+
+MODES: Mapping[str, type[PyramidEncoder]] = {"dense": DenseEncoder, "sliding": SlidingEncoder}
 
 
 def tap_name(backbone: Backbone, side: int, taps: Mapping[int, str]) -> str:

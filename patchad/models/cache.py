@@ -1,0 +1,135 @@
+"""Features of frozen backbones on disk, so that training does not compute them again in every step."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from patchad.models.encoders import DenseEncoder
+from patchad.spec import Configurable
+from patchad.types import PatchadError, Size
+
+
+class FeatureCache(Configurable):
+    """Feature maps of some augmented views of each training image, float16, memory-mapped.
+
+    A file holds one tap of one view, `[rows, columns, channels]`; its folders hold the hash of the image file and the
+    hash of everything else that the features depend on, so a cache is never out of date. It may be deleted at any
+    time when no fit runs.
+
+    Args:
+        folder: where the files go.
+        views: views of each image.
+        max_gigabytes: a larger cache is refused before it is begun.
+
+    Raises:
+        PatchadError: if there is less than one view.
+    """
+
+    def __init__(self, folder: str = "runs/features", views: int = 2, max_gigabytes: float = 30.0) -> None:
+        if views < 1:
+            raise PatchadError(f"views {views} of a cache must be at least 1; model.cache null switches it off")
+        self.folder, self.views, self.max_gigabytes = Path(folder), views, max_gigabytes
+
+    def open(self, paths: Sequence[str], key: str, encoder: DenseEncoder, size: Size) -> None:
+        """Says which images are meant.
+
+        Args:
+            paths: the training images, by number.
+            key: whatever else the views depend on.
+            encoder: makes the features.
+            size: height x width of the images in pixels.
+
+        Raises:
+            PatchadError: if the cache would be too large.
+        """
+        if not encoder.backbone.frozen:
+            raise PatchadError("features of a backbone that is fine-tuned cannot be cached; set model.cache to null")
+        self.names = {side: f"{encoder.tap_names[side]}.npy" for side in encoder.sides}
+        self.grids = encoder.grids
+        self.home = self.folder / hashlib.sha256(f"{key} {fingerprint(encoder)}".encode()).hexdigest()[:16]
+        self.images = [file_hash(Path(path)) for path in paths]
+        padded = [length + -length % encoder.multiple for length in size]
+        taps = {encoder.tap_names[side]: encoder.taps[side] for side in encoder.sides}.values()
+        numbers = sum(tap.channels * padded[0] * padded[1] // tap.stride**2 for tap in taps)
+        self.gigabytes = 2 * numbers * self.views * len(set(self.images)) / 1e9
+        if self.gigabytes > self.max_gigabytes:
+            raise PatchadError(
+                f"the features of {len(paths)} images x {self.views} views need {self.gigabytes:.1f} GB in "
+                f"{self.folder}, more than max_gigabytes {self.max_gigabytes:g}; raise it, or set model.cache to null"
+            )
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Image and view numbers that are not there yet, each file's once."""
+        first = {image: number for number, image in reversed(list(enumerate(self.images)))}
+        pairs = ((number, view) for number in sorted(first.values()) for view in range(self.views))
+        return [pair for pair in pairs if not all(self._path(*pair, side).exists() for side in self.names)]
+
+    def write(self, number: int, view: int, features: Mapping[int, Tensor]) -> None:
+        """Keeps the features of one view, `[channels, rows, columns]` by side."""
+        for side, values in features.items():
+            path = self._path(number, view, side)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            with part.open("wb") as file:
+                np.save(file, values.permute(1, 2, 0).half().cpu().numpy())
+            part.replace(path)
+
+    def read(
+        self,
+        numbers: Int[Tensor, " batch"],
+        views: Int[Tensor, " batch"],
+        corners: Mapping[int, Int[Tensor, "batch 2"]],
+        extents: Mapping[int, Size],
+    ) -> dict[int, Tensor]:
+        """Windows of the taps, float32 `[batch, channels, rows, columns]` by side, as from `DenseEncoder.windows`.
+
+        Args:
+            numbers: of the images.
+            views: of each of them.
+            corners: of the windows by side, in pixels.
+            extents: height x width of the windows by side, in pixels.
+        """
+        pairs = list(zip(numbers.tolist(), views.tolist(), strict=True))
+        return {side: self._windows(side, pairs, corners[side], extents[side]) for side in corners}
+
+    def whole(self, side: int) -> Iterable[Tensor]:
+        """Every feature map of a side, `[1, channels, rows, columns]`, image by image."""
+        for number in range(len(self.images)):
+            for view in range(self.views):
+                yield torch.from_numpy(self._open(number, view, side)[:]).float().permute(2, 0, 1)[None]
+
+    def _windows(self, side: int, pairs: Sequence[tuple[int, int]], corners: Tensor, extent: Size) -> Tensor:
+        grid = self.grids[side]
+        cut = []
+        for (number, view), (top, left) in zip(pairs, (corners // grid).tolist(), strict=True):
+            rows, columns = slice(top, top + extent[0] // grid), slice(left, left + extent[1] // grid)
+            cut.append(self._open(number, view, side)[rows, columns])
+        return torch.from_numpy(np.stack(cut)).float().permute(0, 3, 1, 2)
+
+    def _open(self, number: int, view: int, side: int) -> np.ndarray:
+        return np.load(self._path(number, view, side), mmap_mode="r")
+
+    def _path(self, number: int, view: int, side: int) -> Path:
+        return self.home / self.images[number] / f"{view}-{self.names[side]}"
+
+
+def file_hash(path: Path) -> str:
+    """A hash of a file's bytes and of its name, from which the augmentations are drawn."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(path.name.encode())
+    return digest.hexdigest()[:32]
+
+
+def fingerprint(encoder: DenseEncoder) -> str:
+    """A hash of the layers that the taps depend on."""
+    digest = hashlib.sha256(type(encoder.backbone).__qualname__.encode())
+    last = max(tap.layer for tap in encoder.taps.values())
+    for name, values in encoder.backbone.layers[: last + 1].state_dict().items():
+        digest.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

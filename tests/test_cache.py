@@ -1,0 +1,103 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchad import PatchDetector, PyramidDataModule
+from patchad.data.datamodule import PyramidDataset
+from patchad.models import EfficientNetLite0, FeatureCache
+from patchad.types import PatchadError, PyramidPlan
+
+
+@pytest.fixture
+def parts(product, tmp_path):
+    """A datamodule, its pyramids, a detector, and a cache filled with two views of each image."""
+    data = PyramidDataModule(product, image_size=(96, 96), num_workers=0)
+    data.setup("fit")
+    detector = PatchDetector(EfficientNetLite0()).eval()
+    pyramids = PyramidDataset(data.train_set, PyramidPlan(detector.encoder.grids, 2), 16, seed=0)
+    cache = FeatureCache(str(tmp_path / "features"))
+    fill(cache, pyramids, detector)
+    return pyramids, detector, cache
+
+
+def paths(pyramids) -> list[str]:
+    return [str(sample.path) for sample in pyramids.images.samples]
+
+
+@torch.no_grad()
+def fill(cache, pyramids, detector) -> list[tuple[int, int]]:
+    cache.open(paths(pyramids), "key", detector.encoder, (96, 96))
+    missing = cache.missing()
+    for number, view in missing:
+        features = detector.encoder.features(pyramids.view(number, view)[None])
+        cache.write(number, view, {side: values[0] for side, values in features.items()})
+    return missing
+
+
+def test_cached_windows_equal_computed_ones_to_half_precision(parts):
+    pyramids, detector, cache = parts
+    items = [pyramids[(0, number)] for number in (3, 5)]
+    numbers, views = torch.tensor([3, 5]), torch.stack([item.views for item in items])
+    corners = {side: torch.stack([item.sides[side].window for item in items]) for side in (64, 32, 16)}
+    extents = {64: (96, 96), 32: (96, 96), 16: (48, 48)}
+    read = cache.read(numbers, views[:, 1], corners, extents)
+    images = torch.stack([pyramids.view(number, int(view)) for number, view in zip((3, 5), views[:, 1], strict=True)])
+    with torch.no_grad():
+        computed = detector.encoder.windows(images, corners)
+    for side in (64, 32, 16):
+        assert read[side].shape == computed[side].shape
+        torch.testing.assert_close(read[side], computed[side], rtol=2e-3, atol=2e-3)
+
+
+def test_a_second_fill_computes_nothing_and_other_weights_everything(parts):
+    pyramids, detector, cache = parts
+    again = FeatureCache(str(cache.folder))
+    assert fill(again, pyramids, detector) == []
+    with torch.no_grad():
+        next(detector.encoder.backbone.parameters()).mul_(1.01)
+    again.open(paths(pyramids), "key", detector.encoder, (96, 96))
+    assert len(again.missing()) == 2 * len(pyramids.images)
+
+
+def test_an_image_that_changed_is_computed_anew_and_a_removed_one_moves_no_other(parts, tmp_path):
+    pyramids, detector, cache = parts
+    files = [Path(path) for path in paths(pyramids)]
+    copies = [shutil.copy(path, tmp_path / path.name) for path in files]
+    copies[1].write_bytes(copies[1].read_bytes() + b"\0")
+    again = FeatureCache(str(cache.folder))
+    again.open([str(path) for path in copies[1:]], "key", detector.encoder, (96, 96))
+    assert again.missing() == [(0, 0), (0, 1)]
+
+
+def test_a_repeated_image_is_kept_once(parts):
+    pyramids, detector, cache = parts
+    again = FeatureCache(str(cache.folder.parent / "repeated"))
+    again.open(3 * paths(pyramids), "key", detector.encoder, (96, 96))
+    assert len(again.missing()) == 2 * len(pyramids.images)
+    assert again.gigabytes == pytest.approx(cache.gigabytes)
+
+
+def test_the_announced_size_is_the_size_on_disk(parts):
+    cache = parts[2]
+    on_disk = sum(path.stat().st_size for path in cache.folder.rglob("*.npy")) / 1e9
+    assert cache.gigabytes == pytest.approx(on_disk, rel=0.01)
+
+
+def test_a_cache_that_would_be_too_large_is_refused_with_its_size(parts):
+    pyramids, detector, _ = parts
+    with pytest.raises(PatchadError, match=r"need 0\.0 GB in .*more than max_gigabytes 1e-06; raise it"):
+        FeatureCache(max_gigabytes=1e-6).open(paths(pyramids), "key", detector.encoder, (96, 96))
+
+
+def test_features_of_a_fine_tuned_backbone_are_not_cached(parts):
+    pyramids = parts[0]
+    detector = PatchDetector(EfficientNetLite0(weights="none", trainable="stage3"))
+    with pytest.raises(PatchadError, match="fine-tuned cannot be cached"):
+        FeatureCache().open(paths(pyramids), "key", detector.encoder, (96, 96))
+
+
+def test_sliding_patches_have_nothing_to_cache():
+    with pytest.raises(PatchadError, match="mode sliding has no features to cache"):
+        PatchDetector(EfficientNetLite0(weights="none"), mode="sliding", cache=FeatureCache())

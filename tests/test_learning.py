@@ -1,0 +1,209 @@
+"""What happens in `fit` with losses: pyramids, pseudo-labels, what is logged, resuming."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger
+
+from patchad import PatchDetector, PyramidDataModule
+from patchad.callbacks import LastCheckpoint
+from patchad.losses import Clustering, Position, RelativeSimilarity
+from patchad.models import EfficientNetLite0, FeatureCache, WindowEncoder
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def detector(**settings) -> PatchDetector:
+    seed_everything(0, verbose=False)
+    return PatchDetector(EfficientNetLite0(), **{"max_vectors": 500, "clusters": 10, **settings})
+
+
+def images(root: Path, **settings) -> PyramidDataModule:
+    defaults = {"image_size": (96, 96), "metric_size": (96, 96), "batch_size": 4, "num_workers": 0}
+    return PyramidDataModule(root, **{**defaults, "pyramids_per_image": 32, **settings})
+
+
+def trainer(folder: Path, *callbacks: Callback, **settings) -> Trainer:
+    defaults = {"max_epochs": 3, "check_val_every_n_epoch": 3, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "deterministic": True}
+    logger = CSVLogger(folder, name=None, version="log")
+    every = [LastCheckpoint(), *callbacks]
+    return Trainer(
+        accelerator="cpu", default_root_dir=folder, logger=logger, callbacks=every, **(defaults | quiet | settings)
+    )
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "log/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def fitted(product, tmp_path_factory) -> Path:
+    """A fit of three epochs, features cached."""
+    folder = tmp_path_factory.mktemp("learned")
+    trainer(folder).fit(detector(cache=FeatureCache(str(folder / "features"))), images(product))
+    return folder
+
+
+def logged(folder: Path) -> dict[str, list[float]]:
+    rows = list(csv.DictReader((folder / "log/metrics.csv").read_text().splitlines()))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+
+
+def test_training_brings_the_loss_down_and_logs_what_a_trainer_watches(fitted):
+    found = logged(fitted)
+    assert found["train/loss"][-1] < found["train/loss"][0]
+    for name in ("position", "relativesimilarity", "position_accuracy", "deviation"):
+        assert len(found[f"train/{name}_side_16"]) == 3
+    for name in ("clustering", "smallest_cluster", "largest_cluster"):
+        assert len(found[f"train/{name}_side_32"]) == 2  # the first of three epochs is warm-up
+    assert len(found["train/label_churn_side_32"]) == 1 and 0 <= found["train/label_churn_side_32"][0] < 1
+    assert "train/position_side_64" not in found  # 96 pixels are too few for neighbours of side 64
+    assert "val/detection_auroc" in found
+
+
+def test_sides_whose_neighbours_do_not_fit_are_named_with_the_size_they_need(product, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, max_epochs=1).fit(detector(), images(product))
+    said = [line for line in caplog.messages if "do not fit images" in line]
+    assert len(said) == 1 and said[0].startswith("side 64") and said[0].endswith("they need image_size of at least 128")
+
+
+def test_the_same_seed_gives_the_same_tensors_with_workers_and_a_cache_that_is_filled(fitted, product):
+    cache = FeatureCache(str(fitted / "features"))
+    again = fitted / "again"
+    trainer(again).fit(detector(cache=cache), images(product, num_workers=2))
+    assert same(state(fitted), state(again))
+
+
+def test_views_of_each_epoch_train_without_a_cache_and_the_same_seed_gives_the_same_tensors(product, tmp_path):
+    for name in ("one", "two"):
+        trainer(tmp_path / name, max_epochs=2).fit(detector(), images(product))
+    assert same(state(tmp_path / "one"), state(tmp_path / "two"))
+
+
+def test_twenty_golden_steps(product, tmp_path):
+    """A refactor may not move them; rounded, since processors differ."""
+    losses = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+            losses.append(outputs["loss"].item())
+
+    run = trainer(tmp_path, Watch(), max_epochs=-1, max_steps=20, limit_val_batches=0)
+    run.fit(detector(), images(product))
+    golden = [float(line) for line in (GOLDEN / "losses.txt").read_text().split()]
+    assert losses == pytest.approx(golden, rel=2e-3)
+
+
+def test_pseudo_labels_begin_after_the_warm_up_and_are_held_for_an_epoch(product, tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            labels = pl_module.pseudo_labels["16"]
+            seen.append((trainer.current_epoch, bool(labels.ready), labels.centroids.clone()))
+
+    trainer(tmp_path, Watch(), max_epochs=4, limit_val_batches=0).fit(detector(warmup=0.5), images(product))
+    assert [(epoch, ready) for epoch, ready, _ in seen[::3]] == [(0, False), (1, False), (2, True), (3, True)]
+    for epoch in (2, 3):
+        held = [centroids for found, _, centroids in seen if found == epoch]
+        assert all(torch.equal(held[0], one) for one in held)
+    assert not torch.equal(seen[-1][2], seen[-4][2])
+
+
+def test_clustering_alone_moves_the_encoders(product, tmp_path):
+    run, model = trainer(tmp_path, max_epochs=2, limit_val_batches=0), detector(losses=[Clustering(1.0)], warmup=0.0)
+    before = {name: value.clone() for name, value in model.encoder.encoders.named_parameters()}
+    run.fit(model, images(product))
+    assert all(not torch.equal(before[name], value) for name, value in model.encoder.encoders.named_parameters())
+
+
+def test_collapse_is_said_in_words(product, tmp_path):
+    collapsing = [RelativeSimilarity(), Position(weight=0.0), Clustering(weight=1e4)]
+    run = trainer(tmp_path, max_epochs=12, check_val_every_n_epoch=12, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="embeddings of side 16 have collapsed"):
+        model = detector(losses=collapsing, warmup=0.0, learning_rate=3e-2, clusters=1, sides=(16,))
+        run.fit(model, images(product))
+
+
+def test_zero_epochs_leave_a_checkpoint_with_a_bank(product, tmp_path):
+    trainer(tmp_path, max_epochs=0).fit(detector(), images(product))
+    found = state(tmp_path)
+    assert len(found["banks.16.vectors"]) == 500 and found["scorer.threshold"].isfinite()
+
+
+def test_frozen_layers_stay_as_they_are_and_trainable_ones_learn(product, tmp_path):
+    model = detector()
+    model.encoder.backbone = EfficientNetLite0(trainable="stage3")
+    before = {name: value.clone() for name, value in model.encoder.backbone.state_dict().items()}
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, images(product))
+    changed = {
+        name.split(".")[1]
+        for name, value in model.encoder.backbone.state_dict().items()
+        if not torch.equal(before[name], value)
+    }
+    assert changed and min(map(int, changed)) == EfficientNetLite0.taps["stage3"].layer + 1
+
+
+def test_sliding_patches_learn_and_score(product, tmp_path):
+    model = detector(mode="sliding", sides=(32, 16), scoring_strides={32: 16, 16: 16})
+    data = images(product, pyramids_per_image=4)
+    run = trainer(tmp_path, max_epochs=2, check_val_every_n_epoch=2)
+    run.fit(model, data)
+    assert run.callback_metrics["train/position_side_16"].isfinite()
+    metrics = run.test(model, data, verbose=False)[0]
+    assert metrics["test/detection_auroc"] >= 0.5
+
+
+RESUMED = """
+import sys, time
+from tests.test_learning import *
+
+folder, root, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+
+class Slow(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        print("epoch", trainer.current_epoch, flush=True)
+        time.sleep(0.5 if trainer.current_epoch == 2 and not resume else 0)
+
+run = trainer(folder, Slow(), max_epochs=4, check_val_every_n_epoch=2)
+run.fit(detector(), images(root, num_workers=2), ckpt_path=resume[0] if resume else None, weights_only=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_in_mid_epoch_resumes_and_ends_with_the_tensors_of_one_that_was_not(product, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    piped = {"env": environment, "text": True, "stdout": subprocess.PIPE}
+
+    def command(folder: str, *resume: str) -> list[str]:
+        return [sys.executable, "-c", RESUMED, str(tmp_path / folder), str(product), *resume]
+
+    subprocess.run(command("whole"), check=True, **piped)
+    with subprocess.Popen(command("killed"), **piped) as killed:
+        next(line for line in killed.stdout if line.startswith("epoch 2"))
+        killed.send_signal(signal.SIGKILL)
+    last = tmp_path / "killed/log/checkpoints/last.ckpt"
+    resumed = subprocess.run(command("killed", str(last)), check=True, **piped)
+    assert "epoch 1" not in resumed.stdout and "epoch 2" in resumed.stdout
+    assert same(state(tmp_path / "whole"), state(tmp_path / "killed"))
+
+
+def test_a_training_free_encoder_learns_nothing_and_reads_no_pyramids(product, tmp_path):
+    model = PatchDetector(EfficientNetLite0(), WindowEncoder, [], max_vectors=100)
+    assert not model.learns
+    trainer(tmp_path, max_epochs=1, check_val_every_n_epoch=1).fit(model, images(product))
+    assert "val/detection_auroc" in logged(tmp_path)

@@ -1,7 +1,9 @@
 """Callbacks: each watches or writes, none changes a number."""
 
+from patchad.callbacks.anomaly_maps import AnomalyMaps
 from patchad.callbacks.checkpoint import LastCheckpoint
+from patchad.callbacks.clusters import Clusters
 from patchad.callbacks.predictions import Predictions
 from patchad.callbacks.report import Report
 
-__all__ = ["LastCheckpoint", "Predictions", "Report"]
+__all__ = ["AnomalyMaps", "Clusters", "LastCheckpoint", "Predictions", "Report"]

@@ -1,10 +1,16 @@
 """Arrays -> pictures: heat maps, outlines, contact sheets."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from patchad.pyramid import crop_resize
+from patchad.types import NORMAL, ImageBatch, Prediction
 
 # from dark blue over green to red: the ends differ in brightness, so the map reads in grey, too
 RAMP = np.array([[20, 20, 80], [30, 100, 200], [60, 190, 160], [250, 220, 70], [220, 30, 30]], dtype=np.float32)
@@ -44,3 +50,63 @@ def contact_sheet(
             picture.thumbnail((cell, cell))
             sheet.paste(picture, (caption + column * (cell + gap), top))
     return sheet
+
+
+def montage(rows: Sequence[tuple[str, Sequence[np.ndarray]]], cell: int) -> Image.Image:
+    """One picture with a row of small pictures for each caption, each filling `cell` x `cell` pixels."""
+    caption, gap = 80, 2
+    width = caption + max((len(pictures) for _, pictures in rows), default=0) * (cell + gap)
+    board = Image.new("RGB", (width, max(1, len(rows)) * (cell + gap)), "white")
+    draw = ImageDraw.Draw(board)
+    for row, (text, pictures) in enumerate(rows):
+        draw.text((4, row * (cell + gap) + 4), text, fill="black")
+        for column, picture in enumerate(pictures):
+            fitted = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
+            board.paste(fitted, (caption + column * (cell + gap), row * (cell + gap)))
+    return board
+
+
+class Shown(NamedTuple):
+    """What the contact sheet shows of one image."""
+
+    name: str
+    defect: str
+    score: float
+    anomalous: bool
+    image: np.ndarray
+    truth: np.ndarray
+    map: np.ndarray
+
+
+def show(prediction: Prediction, batch: ImageBatch, number: int) -> Shown:
+    """One image of a batch, at the size of its content."""
+    height, width = batch.content[number].tolist()
+    content = torch.tensor([[height, width]])
+    values = crop_resize(prediction.map[number, None].cpu(), content, (height, width))[0].numpy()
+    truth = Image.fromarray(batch.mask[number].cpu().numpy()).resize((width, height), Image.Resampling.NEAREST)
+    path = Path(batch.path[number])
+    return Shown(
+        name=f"{path.parent.name}/{path.name}",
+        defect=batch.defect[number],
+        score=float(prediction.score[number]),
+        anomalous=bool(prediction.anomalous[number]),
+        image=to_rgb(batch.image[number, :, :height, :width]),
+        truth=np.asarray(truth, dtype=np.uint8)[:, :, None].repeat(3, axis=2) * 255,
+        map=values,
+    )
+
+
+def row(shown: Shown, low: float, threshold: float) -> tuple[str, list[np.ndarray]]:
+    """Caption and panels of one image."""
+    verdict = "anomalous" if shown.anomalous else "normal"
+    right = shown.anomalous == (shown.defect != NORMAL)
+    text = f"{shown.name}\nscore {shown.score:.4g}\nthreshold {threshold:.4g}\nverdict: {verdict}"
+    heat = colour(shown.map, low, threshold)
+    caption = text if right else f"{text}\nWRONG"
+    return caption, [shown.image, shown.truth, heat, overlay(shown.image, heat)]
+
+
+def sheet(shown: Sequence[Shown], low: float, threshold: float) -> Image.Image:
+    """The contact sheet of some images; heat maps are blue up to `low`, red from the threshold upwards."""
+    rows = [row(one, low, threshold) for one in shown]
+    return contact_sheet(rows, ("image", "truth", "heat map", "image + heat map"))

@@ -1,6 +1,7 @@
 """`patchad predict` -> scores.csv, and a heat map and a float32 map per image."""
 
 import csv
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from patchad.callbacks.pictures import colour
+from patchad.callbacks.publish import run_folder, write_whole
 from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
 from patchad.types import ImageBatch, Prediction
@@ -34,7 +36,7 @@ class Predictions(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Starts with no rows."""
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
+        self.folder = run_folder(trainer) / "predictions"
         self.rows: list[Row] = []
 
     def on_predict_batch_end(
@@ -68,22 +70,21 @@ class Predictions(Callback):
 
 
 def write_scores(path: Path, rows: list[Row]) -> None:
-    """Writes rows as CSV, under a temporary name until complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows((row.path, repr(row.score), row.verdict) for row in rows)
-    part.replace(path)
+    """Writes rows as CSV."""
+
+    def write(part: Path) -> None:
+        with part.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(Row._fields)
+            writer.writerows((row.path, repr(row.score), row.verdict) for row in rows)
+
+    write_whole(path, write)
 
 
 def write_maps(path: Path, values: np.ndarray, limits: tuple[float, float]) -> None:
     """Writes `<name>.npy` and `<name>.heatmap.png`, the file's suffix kept in the name so that no two collide."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        np.save(file, values.astype(np.float32))
-    part.replace(path.with_name(f"{path.name}.npy"))
-    Image.fromarray(colour(values, *limits)).save(part, format="PNG")
-    part.replace(path.with_name(f"{path.name}.heatmap.png"))
+    heat_map = Image.fromarray(colour(values, *limits))
+    array = io.BytesIO()
+    np.save(array, values.astype(np.float32))
+    write_whole(path.with_name(f"{path.name}.npy"), lambda part: part.write_bytes(array.getvalue()))
+    write_whole(path.with_name(f"{path.name}.heatmap.png"), lambda part: heat_map.save(part, format="PNG"))

@@ -1,31 +1,15 @@
 """`patchad test` -> a page with the metrics and a contact sheet: image, truth, heat map, verdict."""
 
 import html
-from pathlib import Path
-from typing import NamedTuple
+import math
 
-import numpy as np
-import torch
-from PIL import Image
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
-from patchad.callbacks.pictures import colour, contact_sheet, overlay, to_rgb
+from patchad.callbacks.pictures import Shown, sheet, show
+from patchad.callbacks.publish import publish_picture, publish_table, run_folder, write_whole
 from patchad.module import PatchDetector
-from patchad.pyramid import crop_resize
 from patchad.types import NORMAL, ImageBatch, Prediction
-
-
-class Shown(NamedTuple):
-    """What the contact sheet shows of one image."""
-
-    name: str
-    defect: str
-    score: float
-    anomalous: bool
-    image: np.ndarray
-    truth: np.ndarray
-    map: np.ndarray
 
 
 class Report(Callback):
@@ -59,52 +43,30 @@ class Report(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Writes the page, from the images of the first process."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir asks the first process: all must ask
+        folder, scorer = run_folder(trainer), pl_module.scorer
         if not trainer.is_global_zero:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        scorer = pl_module.scorer
         threshold = float(scorer.threshold)
-        sheet = self.sheet(scorer.normal_level, threshold)
-        replace_with(folder / "contact_sheet.png", lambda part: sheet.save(part, format="PNG"))
+        order = sorted(self.shown, key=lambda defect: (defect != NORMAL, defect))
+        picture = sheet([one for defect in order for one in self.shown[defect]], scorer.normal_level, threshold)
+        publish_picture(trainer, folder / "contact_sheet.png", picture, "contact_sheet")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         page = report_page(metrics, threshold)
-        replace_with(folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
+        write_whole(folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
+        publish_table(trainer, ("defect", "detection_auroc", "segmentation_auroc"), per_defect(metrics), "defects")
         rank_zero_info(f"report: {folder / 'report.html'}")
 
-    def sheet(self, low: float, threshold: float) -> Image.Image:
-        """The contact sheet, normal images first; heat maps are blue up to `low`, red from the threshold upwards."""
-        order = sorted(self.shown, key=lambda defect: (defect != NORMAL, defect))
-        rows = [row(shown, low, threshold) for defect in order for shown in self.shown[defect]]
-        return contact_sheet(rows, ("image", "truth", "heat map", "image + heat map"))
 
+def per_defect(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
+    """Each defect type with its detection and segmentation AUROC (nan where there is none); first all together."""
+    start = "test/detection_auroc_defect_"
+    defects = [name.removeprefix(start) for name in metrics if name.startswith(start)]
 
-def show(prediction: Prediction, batch: ImageBatch, number: int) -> Shown:
-    """One image of a batch, at the size of its content."""
-    height, width = batch.content[number].tolist()
-    content = torch.tensor([[height, width]])
-    values = crop_resize(prediction.map[number, None].cpu(), content, (height, width))[0].numpy()
-    truth = Image.fromarray(batch.mask[number].cpu().numpy()).resize((width, height), Image.Resampling.NEAREST)
-    path = Path(batch.path[number])
-    return Shown(
-        name=f"{path.parent.name}/{path.name}",
-        defect=batch.defect[number],
-        score=float(prediction.score[number]),
-        anomalous=bool(prediction.anomalous[number]),
-        image=to_rgb(batch.image[number, :, :height, :width]),
-        truth=np.asarray(truth, dtype=np.uint8)[:, :, None].repeat(3, axis=2) * 255,
-        map=values,
-    )
+    def auroc(kind: str, end: str) -> float:
+        return metrics.get(f"test/{kind}_auroc{end}", math.nan)
 
-
-def row(shown: Shown, low: float, threshold: float) -> tuple[str, list[np.ndarray]]:
-    """Caption and panels of one image."""
-    verdict = "anomalous" if shown.anomalous else "normal"
-    right = shown.anomalous == (shown.defect != NORMAL)
-    text = f"{shown.name}\nscore {shown.score:.4g}\nthreshold {threshold:.4g}\nverdict: {verdict}"
-    heat = colour(shown.map, low, threshold)
-    caption = text if right else f"{text}\nWRONG"
-    return caption, [shown.image, shown.truth, heat, overlay(shown.image, heat)]
+    ends = {"all": "", **{defect: f"_defect_{defect}" for defect in defects}}
+    return [(defect, auroc("detection", end), auroc("segmentation", end)) for defect, end in ends.items()]
 
 
 def report_page(metrics: dict[str, float], threshold: float) -> str:
@@ -124,10 +86,3 @@ calibration normals and red where the map reaches the threshold.</p>
 <img src="contact_sheet.png" alt="image, truth, heat map and verdict of some test images">
 </body></html>
 """
-
-
-def replace_with(path: Path, write) -> None:  # noqa: ANN001
-    """Writes a file under a temporary name and renames it."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    part.replace(path)

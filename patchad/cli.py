@@ -9,8 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from pytorch_lightning import Trainer
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+import yaml
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from patchad.data.datamodule import PyramidDataModule
 from patchad.module import PatchDetector, check_format
@@ -23,9 +24,20 @@ CONFIG_OPTIONS = ("--config", "-c")
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen backbones are meant to be
     r"The dirpath has changed",  # a test has a run folder of its own
+    r".*configure_optimizers` will be overridden",  # by --optimizer, as the user asked
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with newer torch
 )
 """Warnings of Lightning about what patchad does on purpose, or about Lightning itself."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved config into the run folder, and hands it to the loggers."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hands it over; the file is Lightning's."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"config": config})
 
 
 class PatchadCLI(LightningCLI):
@@ -56,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             trainer_class=Trainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf", "description": "Finds defects after seeing good images only."},
             seed_everything_default=0,

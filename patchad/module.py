@@ -115,8 +115,8 @@ class PatchDetector(Configurable, LightningModule):
         self.warmup, self.learning_rate, self.cache = warmup, learning_rate, cache
         # The loss starts from it, so that there is one where every term is off or nothing is to be learned.
         self.placeholder = nn.Parameter(torch.zeros(()))
-        self._probe_batches: list[PyramidBatch] = []
-        self._probe_labels: dict[int, Tensor] = {}
+        self.probe_batches: list[PyramidBatch] = []  # the patches that clusters are fitted on, and their labels
+        self.probe_labels: dict[int, Tensor] = {}
         self._calibration: Distances | None = None
         self._filled_at: int | None = None
 
@@ -252,17 +252,17 @@ class PatchDetector(Configurable, LightningModule):
             labels = clusters(embeddings)
             sizes = torch.bincount(labels, minlength=len(clusters.centroids)).float()
             found = {"smallest_cluster": sizes.min(), "largest_cluster": sizes.max()}
-            if side in self._probe_labels:
-                found["label_churn"] = torch.tensor(churn(self._probe_labels[side], labels))
-            self._probe_labels[side] = labels
+            if side in self.probe_labels:
+                found["label_churn"] = torch.tensor(churn(self.probe_labels[side], labels))
+            self.probe_labels[side] = labels
             self.log_dict({f"train/{name}_side_{side}": value for name, value in found.items()}, sync_dist=True)
 
     def _probe(self) -> dict[int, Tensor]:
         training, found = self.encoder.training, {side: [] for side in self.encoder.sides}
         self.encoder.eval()
-        if not self._probe_batches:
-            self._probe_batches = list(self._data.probe_dataloader())
-        for batch in self._probe_batches:
+        if not self.probe_batches:
+            self.probe_batches = list(self._data.probe_dataloader())
+        for batch in self.probe_batches:
             batch = self.trainer.strategy.batch_to_device(batch, self.device)
             windows = self._windows(batch, view=0)
             for side, pyramid in batch.sides.items():

@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+from patchad import PatchDetector
 from patchad.cli import main
 
 SMALL = [
@@ -119,26 +120,42 @@ def test_configs_compose_and_print(here, capsys):
     assert config["model"]["init_args"]["backbone"]["class_path"] == "patchad.models.VGG16"
 
 
-USER_CODE = """
-from patchad.models import EfficientNetLite0
-from patchad.data import Layout, MVTecAD
+EXTEND = Path(__file__).parent.parent / "docs" / "extend.md"
+LEARN = ["--config=backbone/efficientnet_lite0", "--model.max_vectors=100", "--model.clusters=8", *SMALL]
+FEW = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--data.pyramids_per_image=32"]
+OWN = {
+    "a loss appended": ["--model.losses+=mine.Spread", "--model.losses.weight=0.1"],
+    "a loss that needs centroids": ["--model.losses+=mine.Compact"],
+    "a detector of their own": ["--model=mine.SpreadDetector"],
+    "a backbone and a layout": ["--model.backbone=mine.Shallow", "--data.layout=mine.Twice"],
+}
+LOGGED = {
+    "a loss appended": "train/spread_side_16",
+    "a loss that needs centroids": "train/compact_side_16",
+    "a detector of their own": "train/size_side_16",
+    "a backbone and a layout": "train/position_side_16",
+}
 
-class Mine(EfficientNetLite0):
-    side_taps = {64: "stage4", 32: "stage3", 16: "stage2"}
 
-class Twice(Layout):
-    def samples(self, root):
-        return 2 * MVTecAD().samples(root)
-"""
-
-
-def test_a_users_backbone_and_layout_are_named_by_class_path(here, product):
-    (here / "mine.py").write_text(USER_CODE)
-    own = ["--model.backbone=mine.Mine", "--data.layout=mine.Twice", "--model.max_vectors=50"]
-    main(["fit", "--config=training_free", f"--data.root={product}", *own, *SMALL])
+@pytest.mark.parametrize("own", OWN)
+def test_the_examples_of_docs_extend_run_and_their_checkpoints_reload(own, here, product, capsys):
+    (here / "mine.py").write_text("\n\n".join(re.findall(r"```python\n(.*?)```", EXTEND.read_text(), re.DOTALL)))
+    main(["fit", f"--data.root={product}", *LEARN, *FEW, *OWN[own]])
+    assert LOGGED[own] in (here / "runs/version_0/metrics.csv").read_text()
     path = "runs/version_0/checkpoints/last.ckpt"
     main(["test", "--ckpt_path", path, "--trainer.enable_progress_bar=false"])
-    assert torch.load(path, weights_only=True)["hyper_parameters"]["backbone"]["class_path"] == "mine.Mine"
+    assert "test/detection_auroc" in capsys.readouterr().out
+    settings = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert "mine." in str(settings) or own == "a detector of their own"
+    loaded = PatchDetector.load_from_checkpoint(path, weights_only=True)
+    assert len(loaded.banks["16"]) == 100
+
+
+def test_an_optimizer_on_the_command_line_is_the_one_that_is_used(here, product):
+    options = ["--optimizer=SGD", "--optimizer.lr=0.125"]
+    main(["fit", f"--data.root={product}", *LEARN, *FEW, *options])
+    state = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert state["param_groups"][0]["lr"] == 0.125
 
 
 def broken_image(here: Path, product: Path) -> list[str]:
@@ -204,7 +221,13 @@ def test_what_the_user_can_mend_ends_as_one_line_and_code_2(mistake, here, produ
 
 
 def test_a_bug_keeps_its_traceback(here, product):
-    (here / "mine.py").write_text(USER_CODE.replace("2 * ", "unknown_name * "))
+    body = [
+        "from patchad.data import Layout",
+        "class Twice(Layout):",
+        "    def samples(self, root):",
+        "        unknown_name",
+    ]
+    (here / "mine.py").write_text("\n".join(body))
     command = [sys.executable, "-m", "patchad", "fit", f"--data.root={product}", "--data.layout=mine.Twice", *LITE]
     finished = subprocess.run([*command, *SMALL], capture_output=True, text=True, env={**os.environ})
     assert finished.returncode == 1

@@ -1,0 +1,45 @@
+"""Pictures of what validation sees, epoch by epoch."""
+
+from pytorch_lightning import Callback, Trainer
+
+from patchad.callbacks.pictures import Shown, sheet, show
+from patchad.callbacks.publish import publish_picture, run_folder
+from patchad.module import PatchDetector
+from patchad.types import ImageBatch, Prediction
+
+
+class AnomalyMaps(Callback):
+    """Writes `anomaly_maps/epoch_<N>.png` at each validation: image, truth and heat map of the first labelled images.
+
+    Args:
+        images: how many.
+    """
+
+    def __init__(self, images: int = 8) -> None:
+        self.images = images
+
+    def on_validation_start(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+        """Starts with nothing to show."""
+        self.shown: list[Shown] = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: PatchDetector,
+        outputs: Prediction | None,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps the first labelled images."""
+        if outputs is not None:
+            missing = self.images - len(self.shown)
+            self.shown += [show(outputs, batch, number) for number in range(min(missing, len(batch.path)))]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+        """Writes the picture."""
+        folder, scorer = run_folder(trainer), pl_module.scorer
+        if trainer.is_global_zero and self.shown:
+            picture = sheet(self.shown, scorer.normal_level, float(scorer.threshold))
+            path = folder / "anomaly_maps" / f"epoch_{trainer.current_epoch:04d}.png"
+            publish_picture(trainer, path, picture, "anomaly_maps")

@@ -1,0 +1,57 @@
+"""A montage of patches per cluster, to see what pseudo-labels mean."""
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_lightning import Callback, Trainer
+from torch import Tensor
+
+from patchad.callbacks.pictures import montage, to_rgb
+from patchad.callbacks.publish import publish_picture, run_folder
+from patchad.module import PatchDetector
+from patchad.pyramid import cut
+
+
+class Clusters(Callback):
+    """Writes `clusters/epoch_<N>_side_<K>.png` at each validation: a row per cluster, the largest first.
+
+    Args:
+        clusters: rows.
+        patches: patches in a row.
+    """
+
+    def __init__(self, clusters: int = 10, patches: int = 12) -> None:
+        self.clusters, self.patches = clusters, patches
+
+    def on_validation_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+        """Writes the montages, once there are pseudo-labels."""
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        for side, labels in pl_module.probe_labels.items():
+            picture = self.picture(pl_module, side, labels)
+            path = folder / "clusters" / f"epoch_{trainer.current_epoch:04d}_side_{side}.png"
+            publish_picture(trainer, path, picture, f"clusters/side_{side}")
+
+    def picture(self, pl_module: PatchDetector, side: int, labels: Tensor) -> Image.Image:
+        """The montage of one side."""
+        sizes = torch.bincount(labels.cpu())
+        order = sizes.argsort(descending=True, stable=True)[: self.clusters]
+        chosen = [(labels.cpu() == number).nonzero()[: self.patches, 0].tolist() for number in order]
+        rows = [[self.patch(pl_module, side, place) for place in places] for places in chosen if places]
+        captions = [f"{int(number)}: {int(sizes[number])}" for number in order]
+        return montage(list(zip(captions, rows, strict=False)), cell=48)
+
+    def patch(self, pl_module: PatchDetector, side: int, place: int) -> np.ndarray:
+        """The pixels of the probe patch at some place of the labels."""
+        pyramids = pl_module.trainer.datamodule.pyramids  # type: ignore[attr-defined]
+        for batch in pl_module.probe_batches:
+            pyramid = batch.sides[side]
+            images, count = pyramid.anchor.shape[:2]
+            if place < images * count:
+                row, column = divmod(place, count)
+                view = pyramids.view(int(batch.number[row]), int(batch.views[row, 0]))
+                corner = (pyramid.window[row] + pyramid.anchor[row, column])[None]
+                return to_rgb(cut(view[None], corner, (side, side))[0])
+            place -= images * count
+        raise IndexError(place)

@@ -1,0 +1,49 @@
+"""Where results go: files in the run folder, whole or not at all, and, where one is used, the wandb dashboard."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import WandbLogger
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of this run; all processes must ask."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file under a temporary name and renames it.
+
+    Args:
+        path: the file; its folder is made.
+        write: writes to the path that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    os.replace(part, path)
+
+
+def publish_picture(trainer: Trainer, path: Path, picture: Image.Image, key: str) -> None:
+    """Writes a PNG file, and shows it on dashboards.
+
+    Args:
+        trainer: whose loggers are asked.
+        path: the file.
+        picture: what to write.
+        key: its name on dashboards.
+    """
+    write_whole(path, lambda part: picture.save(part, format="PNG"))
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [picture])
+
+
+def publish_table(trainer: Trainer, columns: Sequence[str], rows: Sequence[Sequence[object]], key: str) -> None:
+    """Shows a table on dashboards."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(key, columns=list(columns), data=[list(row) for row in rows])

@@ -1,0 +1,125 @@
+"""What a run really leaves behind: pictures in the run folder, and a wandb run that is read back from its file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from wandb.proto import wandb_internal_pb2
+
+BLOCK, FILE_HEADER, CHUNK_HEADER = 32768, 7, 7
+SMALL = [
+    "--config=backbone/efficientnet_lite0",
+    "--data.image_size=[96,96]",
+    "--data.metric_size=[96,96]",
+    "--data.num_workers=0",
+    "--model.clusters=8",
+    "--model.max_vectors=200",
+    "--trainer.max_epochs=4",
+    "--trainer.check_val_every_n_epoch=2",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def records(path: Path) -> list:
+    """The records of a .wandb file, which is a log of LevelDB's format: chunks that do not cross blocks of 32 KiB."""
+    data, found, place, pending = path.read_bytes(), [], FILE_HEADER, b""
+    while place + CHUNK_HEADER <= len(data):
+        if BLOCK - place % BLOCK < CHUNK_HEADER:
+            place += BLOCK - place % BLOCK
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        pending += data[place + CHUNK_HEADER : place + CHUNK_HEADER + length]
+        place += CHUNK_HEADER + length
+        if kind in (1, 4):  # whole, or the last of several
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pending)
+            found.append(record)
+            pending = b""
+    return found
+
+
+def patchad(folder: Path, *arguments: str) -> None:
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    command = [sys.executable, "-m", "patchad", *arguments]
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(product, tmp_path_factory) -> Path:
+    """A fit and a test with a wandb dashboard."""
+    folder = tmp_path_factory.mktemp("dashboard")
+    patchad(folder, "fit", f"--data.root={product}", "--config=logger/wandb", *SMALL)
+    last = "runs/version_0/checkpoints/last.ckpt"
+    patchad(folder, "test", f"--ckpt_path={last}", "--config=logger/wandb", "--trainer.enable_progress_bar=false")
+    return folder / "runs"
+
+
+def dashboards(runs: Path) -> tuple[Path, Path]:
+    fit, test = sorted((runs / "wandb").glob("offline-run-*"), key=lambda path: path.name)
+    return fit, test
+
+
+def history(folder: Path) -> set[str]:
+    found = [record for record in records(next(folder.glob("*.wandb"))) if record.HasField("history")]
+    return {item.key or item.nested_key[0] for record in found for item in record.history.item}
+
+
+def test_wandb_gets_what_a_trainer_watches(runs):
+    expected = {
+        *(f"train/{name}_side_32" for name in ("position", "relativesimilarity", "clustering", "position_accuracy")),
+        *(f"train/{name}_side_32" for name in ("deviation", "label_churn", "smallest_cluster", "largest_cluster")),
+        *("val/detection_auroc", "val/segmentation_auroc_side_16", "train/loss"),
+        *("anomaly_maps", "clusters/side_32"),
+    }
+    assert expected <= history(dashboards(runs)[0])
+
+
+def test_wandb_gets_the_resolved_config(runs):
+    found = {
+        item.key: json.loads(item.value_json)
+        for record in records(next(dashboards(runs)[0].glob("*.wandb")))
+        if record.HasField("config")
+        for item in record.config.update
+    }
+    assert found["config"]["model"]["init_args"]["backbone"]["class_path"] == "patchad.models.EfficientNetLite0"
+    assert found["config"]["data"]["init_args"]["image_size"] == [96, 96]
+
+
+def test_wandb_gets_pictures_and_the_table_of_defect_types(runs, product):
+    fit, test = dashboards(runs)
+    assert len(list(fit.glob("files/media/images/anomaly_maps*.png"))) == 2
+    assert len(list(fit.glob("files/media/images/clusters/side_32*.png"))) == 2
+    assert list(test.glob("files/media/images/contact_sheet*.png"))
+    table = json.loads(next(test.glob("files/media/table/defects*.json")).read_text())
+    defects = sorted(path.name for path in (product / "ground_truth").iterdir())
+    assert table["columns"] == ["defect", "detection_auroc", "segmentation_auroc"]
+    assert [row[0] for row in table["data"]] == ["all", *defects]
+    assert all(0 <= row[1] <= 1 for row in table["data"])
+
+
+def test_the_run_folder_holds_the_same_pictures(runs):
+    for name in ("anomaly_maps/epoch_0003.png", "clusters/epoch_0003_side_16.png"):
+        with Image.open(runs / "version_0" / name) as picture:
+            assert len(np.unique(np.asarray(picture))) > 50
+    assert not list(runs.rglob("*.part"))
+
+
+def test_a_montage_shows_the_patches_that_the_clusters_were_fitted_on(product, tmp_path):
+    from patchad.callbacks import Clusters
+    from tests.test_learning import detector, images, trainer
+
+    run, model = trainer(tmp_path, max_epochs=2, check_val_every_n_epoch=2), detector()
+    run.fit(model, images(product))
+    batch = model.probe_batches[0]
+    pyramid, count = batch.sides[16], batch.sides[16].anchor.shape[1]
+    top, left = (pyramid.window[2] + pyramid.anchor[2, 5]).tolist()
+    expected = batch.image[2, 0, :, top : top + 16, left : left + 16].permute(1, 2, 0).numpy()
+    found = Clusters().patch(model, 16, 2 * count + 5)
+    assert np.abs(found / 255 - expected.clip(0, 1)).max() <= 0.5 / 255 + 1e-6

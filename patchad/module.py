@@ -66,6 +66,7 @@ class PatchDetector(Configurable, LightningModule):
         sides: sides of the patches in pixels.
         taps: name of the backbone's layer for each side; by default the backbone's own choice.
         scoring_strides: distance between scored patches for each side in pixels.
+        subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
         clusters: pseudo-labels of each side.
         warmup: share of the epochs that pass before there are pseudo-labels.
         learning_rate: of Adam.
@@ -93,6 +94,7 @@ class PatchDetector(Configurable, LightningModule):
         sides: tuple[int, ...] = (64, 32, 16),
         taps: dict[int, str] | None = None,
         scoring_strides: dict[int, int] | None = None,
+        subtract_mean_image: bool = False,
         clusters: int = 50,
         warmup: float = 0.1,
         learning_rate: float = 3e-4,
@@ -103,7 +105,9 @@ class PatchDetector(Configurable, LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(hyperparameters(self))
-        self.encoder = MODES[mode](backbone, encoder or LearnedEncoder, sides, taps, scoring_strides)
+        self.encoder = MODES[mode](
+            backbone, encoder or LearnedEncoder, sides, taps, scoring_strides, subtract_mean_image
+        )
         if cache is not None and not isinstance(self.encoder, DenseEncoder):
             raise PatchadError(f"mode {mode} has no features to cache; set model.cache to null")
         terms = [Position(), RelativeSimilarity(), Clustering()] if losses is None else losses
@@ -187,11 +191,14 @@ class PatchDetector(Configurable, LightningModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Caches features where asked to, and measures the encoders' input where an encoder standardises it."""
+        """Measures the mean image, caches features, and measures the encoders' input, where these are asked for."""
+        mean_image = self.encoder.mean_image
+        if mean_image is not None and not mean_image.ready:
+            for batch in self._batches(self._data.memory_dataloader(), "Averaging images"):
+                mean_image.observe(batch.image)
+            mean_image.finish(self._total)
         if self.learns and self.cache is not None:
             self._fill_cache(self.cache)
-        if self.learns:
-            self._say_what_does_not_fit()
         standardizers = self.encoder.standardizers.values()
         if any(not standardize.ready for standardize in standardizers):
             self._observe()
@@ -204,6 +211,7 @@ class PatchDetector(Configurable, LightningModule):
         paths = [str(sample.path) for sample in data.train_set.samples]
         cache.open(paths, f"{data.image_size} {data.keep_aspect} {data.seed}", encoder, data.image_size)
         missing = cache.missing()
+        self.trainer.strategy.barrier()  # all processes have seen the same before one of them writes
         rank_zero_info(f"feature cache: {cache.gigabytes:.2f} GB in {cache.home}, {len(missing)} views to compute")
         for numbers, views, images in self._batches(data.views_dataloader(missing), "Caching features"):
             features = encoder.features(images)
@@ -224,10 +232,12 @@ class PatchDetector(Configurable, LightningModule):
         gathered = torch.as_tensor(self.all_gather(moments))  # with one process there is no axis of processes
         return gathered.reshape(-1, *moments.shape).sum(0).cpu()
 
-    def _say_what_does_not_fit(self) -> None:
+    def _switch_off_what_does_not_fit(self) -> None:
         size = self._data.image_size
         for side in self.encoder.sides:
             if not self._has_neighbours(side):
+                for loss in self._losses(side):  # DistributedDataParallel waits for every parameter that is trainable
+                    loss.requires_grad_(not {"far", "neighbour"}.intersection(loss.needs))
                 rank_zero_info(
                     f"side {side}: neighbours and far patches do not fit images of {size[0]} x {size[1]} pixels "
                     f"(height x width), so losses that need them are off; they need image_size of at least {2 * side}"
@@ -275,7 +285,8 @@ class PatchDetector(Configurable, LightningModule):
         loss = self.placeholder * 0
         for views in self.patch_views(batch):
             terms = self.loss_terms(views)
-            loss = loss + sum(terms.values())
+            # an encoder whose terms are all off takes part, too: DistributedDataParallel waits for its gradient
+            loss = loss + 0 * views.anchor.mean() + sum(terms.values())
             self._watch(views, terms)
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
         return loss
@@ -465,7 +476,9 @@ class PatchDetector(Configurable, LightningModule):
         return self(batch.image, batch.content)
 
     def setup(self, stage: str) -> None:
-        """Makes the metrics, which know the defect types of the test set."""
+        """Makes the metrics, which know the defect types of the test set, and switches off losses that do not fit."""
+        if stage == "fit" and self.learns:
+            self._switch_off_what_does_not_fit()
         if stage != "predict":
             defects = self._data.defects if stage == "test" else []
             self.metrics = AnomalyMetrics(self.encoder.sides, stage == "test", defects, progress=self._shows_bars)

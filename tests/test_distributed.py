@@ -60,3 +60,44 @@ def test_two_processes_give_the_bank_and_the_auroc_of_one(tmp_path):
     torch.testing.assert_close(one["scorer.threshold"], two["scorer.threshold"], rtol=1e-5, atol=0)
     assert "test/detection_auroc" in metrics and metrics_of_two == pytest.approx(metrics, abs=1e-6)
     assert [row["path"] for row in rows] == [row["path"] for row in rows_of_two] and len(rows) == 11
+
+
+LEARN = """
+import sys
+from pathlib import Path
+
+import torch
+from pytorch_lightning import Trainer, seed_everything
+
+from patchad import PatchDetector, PyramidDataModule
+from patchad.models import EfficientNetLite0, FeatureCache
+
+root, devices = sys.argv[1:]
+seed_everything(0)
+data = PyramidDataModule(root, image_size=(96, 96), batch_size=2, num_workers=0, pyramids_per_image=16)
+model = PatchDetector(EfficientNetLite0(), clusters=8, warmup=0.3, cache=FeatureCache("features"), max_vectors=200)
+trainer = Trainer(accelerator="cpu", devices=int(devices), strategy="ddp" if devices == "2" else "auto", max_epochs=3,
+                  limit_val_batches=0, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+trainer.fit(model, data)
+torch.save(model.state_dict(), f"state-{devices}-{trainer.global_rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_encoders_and_hold_the_same_centroids(tmp_path):
+    root = tmp_path / "product"
+    write_synthetic(root, train=14, test_normal=1, test_defective=1, size=96)
+    (tmp_path / "learn.py").write_text(LEARN)
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for devices in ("2", "1"):
+        command = [sys.executable, "learn.py", str(root), devices]
+        finished = subprocess.run(command, cwd=tmp_path, env=threads, capture_output=True, text=True, timeout=300)
+        assert finished.returncode == 0, finished.stderr
+    first, second, alone = (
+        torch.load(tmp_path / f"state-{name}.pt", weights_only=True) for name in ("2-0", "2-1", "1-0")
+    )
+    learned = [name for name in first if name.startswith(("encoder.encoders", "pseudo_labels", "losses"))]
+    assert first["pseudo_labels.16.ready"] and all(torch.equal(first[name], second[name]) for name in learned)
+    measured = [name for name in learned if "standardize" in name]
+    for name in measured:
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-5, atol=1e-6)

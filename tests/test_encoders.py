@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from patchad.models.backbones import VGG16, EfficientNetLite0, Tap
-from patchad.models.encoders import DenseEncoder, Standardize, WindowEncoder
+from patchad.models.encoders import (
+    DenseEncoder,
+    LearnedEncoder,
+    MeanImage,
+    SlidingEncoder,
+    Standardize,
+    WindowEncoder,
+    convolutions,
+)
 from patchad.types import PatchadError
 
 TAP = Tap(layer=0, stride=4, channels=6)
@@ -118,3 +126,75 @@ def test_a_side_without_a_tap_asks_for_one():
 def test_an_image_smaller_than_a_side_is_refused():
     with pytest.raises(PatchadError, match="side 64 does not fit an image of 48 x 48 pixels"):
         pyramid()(torch.rand(1, 3, 40, 44))
+
+
+def learned(mode, **settings):
+    torch.manual_seed(0)
+    return mode(EfficientNetLite0(weights="none"), LearnedEncoder, (32, 16), **settings).eval()
+
+
+def test_the_papers_encoders_end_at_one_cell_of_64_numbers():
+    """Supplement, figure 2."""
+    for side, tap in ((64, Tap(29, 16, 512)), (32, Tap(15, 4, 256)), (16, Tap(8, 2, 128))):
+        encoder = LearnedEncoder(side, tap)
+        window = side // tap.stride
+        assert encoder(torch.zeros(1, tap.channels, window, window), step=1).shape == (1, 64, 1, 1)
+    assert convolutions(256, 8, 64) == ((256, 3), (128, 3), (128, 2), (64, 2), (64, 2))
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 16])
+def test_any_other_window_is_brought_to_one_cell(window):
+    layers = convolutions(40, window, 48)
+    assert layers[-1][0] == 48
+    assert window - sum(kernel - 1 for _, kernel in layers) == 1
+
+
+def test_a_patch_has_the_same_embedding_wherever_its_window_is_cut_out():
+    """Training picks patches from windows of a tap; scoring reads the whole tap."""
+    encoder, image = learned(DenseEncoder), torch.rand(2, 3, 128, 128)
+    whole = encoder.encoders["16"](encoder.features(image)[16], 1)
+    corners = {32: torch.tensor([[0, 0], [8, 16]]), 16: torch.tensor([[4, 8], [40, 64]])}
+    windows = encoder.windows(image, corners)
+    positions = torch.tensor([[[0, 0], [8, 4]], [[32, 32], [12, 20]]])
+    found = encoder.embed(16, windows[16], positions)
+    for number in range(2):
+        for patch in range(2):
+            row, column = ((corners[16][number] + positions[number, patch]) // 4).tolist()
+            torch.testing.assert_close(found[number, patch], whole[number, :, row, column], rtol=1e-4, atol=1e-5)
+
+
+def test_sliding_embeds_each_patch_as_if_it_were_an_image_of_its_own():
+    encoder, image = learned(SlidingEncoder, scoring_strides={32: 16, 16: 8}), torch.rand(2, 3, 64, 80)
+    found = encoder(image)[16]
+    assert found.shape == (2, 64, *encoder.grid((64, 80), 16))
+    for row, column in ((0, 0), (3, 5), (6, 8)):
+        patch = image[:, :, 8 * row : 8 * row + 16, 8 * column : 8 * column + 16]
+        alone = encoder.encoders["16"](encoder.backbone(patch, ["stage2"])["stage2"], 1)[:, :, 0, 0]
+        torch.testing.assert_close(found[:, :, row, column], alone, rtol=1e-3, atol=1e-5)
+
+
+def test_sliding_patches_of_pyramids_are_those_of_scoring():
+    encoder, image = learned(SlidingEncoder, scoring_strides={32: 16, 16: 8}), torch.rand(2, 3, 64, 64)
+    corners = {32: torch.zeros(2, 2, dtype=torch.int64), 16: torch.tensor([[8, 0], [16, 16]])}
+    found = encoder.embed(16, encoder.windows(image, corners)[16], torch.tensor([[[0, 8]], [[24, 0]]]))
+    whole = encoder(image)[16]
+    torch.testing.assert_close(found[0, 0], whole[0, :, 1, 1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[1, 0], whole[1, :, 5, 2], rtol=1e-3, atol=1e-5)
+
+
+def test_the_mean_image_is_subtracted_instead_of_the_backbones_normalisation():
+    encoder, images = learned(DenseEncoder, subtract_mean_image=True), torch.rand(3, 3, 64, 64)
+    assert torch.equal(encoder.mean_image(images), images)
+    for part in images.split(2):
+        encoder.mean_image.observe(part)
+    encoder.mean_image.finish(lambda moments: moments)
+    torch.testing.assert_close(encoder.mean_image(images), images - images.mean(0))
+    seen = []
+    encoder.backbone.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    encoder(images)
+    torch.testing.assert_close(seen[0], images - images.mean(0), rtol=1e-4, atol=1e-5)
+    fresh = learned(DenseEncoder, subtract_mean_image=True)
+    fresh.load_state_dict(encoder.state_dict())
+    assert torch.equal(fresh.mean_image.mean, encoder.mean_image.mean)
+    with pytest.raises(PatchadError, match=r"64 x 64 pixels .*, this image 32 x 64"):
+        MeanImage.forward(encoder.mean_image, images[:, :, :32])

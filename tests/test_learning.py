@@ -158,8 +158,9 @@ def test_frozen_layers_stay_as_they_are_and_trainable_ones_learn(product, tmp_pa
     assert changed and min(map(int, changed)) == EfficientNetLite0.taps["stage3"].layer + 1
 
 
-def test_sliding_patches_learn_and_score(product, tmp_path):
-    model = detector(mode="sliding", sides=(32, 16), scoring_strides={32: 16, 16: 16})
+def test_sliding_patches_learn_and_score_as_in_the_paper(product, tmp_path):
+    strides = {32: 16, 16: 16}
+    model = detector(mode="sliding", sides=(32, 16), scoring_strides=strides, subtract_mean_image=True)
     data = images(product, pyramids_per_image=4)
     run = trainer(tmp_path, max_epochs=2, check_val_every_n_epoch=2)
     run.fit(model, data)

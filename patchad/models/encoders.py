@@ -66,6 +66,49 @@ class Standardize(nn.Module):
         return torch.where(self.ready, standardized.clamp(-self.limit, self.limit), features)
 
 
+class MeanImage(nn.Module):
+    """The mean of the training images, subtracted from each image as in the paper; nothing until it is measured."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.empty(0))
+        self._moments = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it was measured."""
+        return bool(len(self.mean))
+
+    def observe(self, image: Float[Tensor, "batch 3 height width"]) -> None:
+        """Takes note of images, all of one size."""
+        summed = image.double().sum(0).cpu()
+        self._moments = self._moments + torch.stack([torch.full_like(summed, len(image)), summed])
+
+    def finish(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Turns what was observed into the mean; `total` sums a tensor over all processes."""
+        count, summed = total(self._moments)
+        self.mean = (summed / count).float().to(self.mean.device)
+
+    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """The image minus the mean.
+
+        Raises:
+            PatchadError: if the image has another size than the training images.
+        """
+        if self.ready and image.shape[1:] != self.mean.shape:
+            raise PatchadError(
+                f"the mean image has {self.mean.shape[1]} x {self.mean.shape[2]} pixels (height x width), this image "
+                f"{image.shape[2]} x {image.shape[3]}; give all images the image_size of the fit"
+            )
+        return image - self.mean if self.ready else image
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        self.mean = torch.empty_like(state_dict.get(f"{prefix}mean", self.mean), device=self.mean.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class PatchEncoder(nn.Module, ABC):
     """Embeddings of the patches of one side, from the feature map of one tap.
 
@@ -226,6 +269,7 @@ class PyramidEncoder(nn.Module, ABC):
         taps: tap for each side; by default the backbone's own.
         scoring_strides: distance between scored patches for each side in pixels, a multiple of the tap's stride; by
             default the tap's stride, but at least 4 (so 16, 4, 4 for VGG16, as in the paper).
+        subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
 
     Raises:
         PatchadError: if a tap is unknown or a stride does not fit.
@@ -238,9 +282,10 @@ class PyramidEncoder(nn.Module, ABC):
         sides: Sequence[int],
         taps: Mapping[int, str] | None = None,
         scoring_strides: Mapping[int, int] | None = None,
+        subtract_mean_image: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.mean_image = backbone, MeanImage() if subtract_mean_image else None
         self.sides = tuple(sides)
         self.tap_names = {side: tap_name(backbone, side, taps or {}) for side in self.sides}
         self.taps = {side: backbone.tap(name) for side, name in self.tap_names.items()}
@@ -294,6 +339,12 @@ class PyramidEncoder(nn.Module, ABC):
             positions: top left corners within the window in pixels, multiples of the side's grid.
         """
 
+    def prepare(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """What the backbone gets: the image, or something that it normalises to the image minus the mean image."""
+        if self.mean_image is None:
+            return image
+        return self.mean_image(image) * self.backbone.input_deviation + self.backbone.input_mean
+
     def patch_encoder(self, side: int) -> PatchEncoder:
         """The encoder of a side."""
         encoder = self.encoders[str(side)]
@@ -332,7 +383,8 @@ class DenseEncoder(PyramidEncoder):
 
     def features(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
         """The feature map of each side's tap, `[batch, channels, rows, columns]`."""
-        maps = self.backbone(pad_to_multiple(image, self.multiple), set(self.tap_names.values()))
+        padded = pad_to_multiple(self.prepare(image), self.multiple)
+        maps = self.backbone(padded, set(self.tap_names.values()))
         return {side: maps[name] for side, name in self.tap_names.items()}
 
     observable = features
@@ -379,7 +431,7 @@ class SlidingEncoder(PyramidEncoder):
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
         """Embeddings at every scoring position."""
         self.check_size(image)
-        padded, found = pad_to_multiple(image, self.multiple), {}
+        padded, found = pad_to_multiple(self.prepare(image), self.multiple), {}
         for side, stride in self.strides.items():
             rows, columns = self.grid((image.shape[2], image.shape[3]), side)
             embeddings = self._encode(side, cut_grid(padded, side, stride))
@@ -388,14 +440,15 @@ class SlidingEncoder(PyramidEncoder):
 
     def observable(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
         """The taps of patches side by side."""
-        return {side: self._features(side, cut_grid(image, side, side)) for side in self.sides}
+        prepared = self.prepare(image)
+        return {side: self._features(side, cut_grid(prepared, side, side)) for side in self.sides}
 
     def windows(
         self, image: Float[Tensor, "batch 3 height width"], corners: Mapping[int, Int[Tensor, "batch 2"]]
     ) -> dict[int, Tensor]:
         """The windows of the image, `[batch, 3, height, width]`."""
-        size = (image.shape[2], image.shape[3])
-        return {side: cut(image, corners[side], window_size(size, side, 1)) for side in self.sides}
+        prepared, size = self.prepare(image), (image.shape[2], image.shape[3])
+        return {side: cut(prepared, corners[side], window_size(size, side, 1)) for side in self.sides}
 
     def embed(
         self, side: int, window: Tensor, positions: Int[Tensor, "batch patches 2"]

@@ -61,6 +61,21 @@ def test_standardized_features_have_mean_0_and_deviation_1_over_what_was_observe
     assert standardize(features * 1e6).abs().max() == 6
 
 
+@pytest.mark.parametrize("encoder", [partial(WindowEncoder, standardized=True), LearnedEncoder])
+def test_a_standardised_encoder_does_not_see_the_scale_of_its_channels(encoder):
+    torch.manual_seed(0)
+    features, scale = torch.randn(4, 6, 8, 8), torch.logspace(-2, 2, 6)[:, None, None]
+    found = []
+    for given in (features, features * scale + 3 * scale):
+        torch.manual_seed(1)
+        one = encoder(16, TAP)
+        assert one.standardize is not None
+        one.standardize.observe(given)
+        one.standardize.finish(lambda moments: moments)
+        found.append(one(given, 1))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
 def test_cells_that_do_not_divide_the_window_are_refused():
     with pytest.raises(PatchadError, match="cells 3 does not divide the window of 4 cells of side 16"):
         WindowEncoder(side=16, tap=TAP, cells=3)

@@ -74,6 +74,12 @@ def test_training_brings_the_loss_down_and_logs_what_a_trainer_watches(fitted):
     assert "val/detection_auroc" in found
 
 
+def test_the_encoders_input_is_standardised_after_a_fit(fitted):
+    found = state(fitted)
+    assert found["encoder.encoders.16.standardize.ready"]
+    assert found["encoder.encoders.16.standardize.deviation"].std() > 0
+
+
 def test_sides_whose_neighbours_do_not_fit_are_named_with_the_size_they_need(product, tmp_path, caplog):
     with caplog.at_level("INFO"):
         trainer(tmp_path, max_epochs=1).fit(detector(), images(product))

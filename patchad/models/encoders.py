@@ -121,11 +121,12 @@ class PatchEncoder(nn.Module, ABC):
         PatchadError: if the side is no multiple of the tap's stride.
     """
 
-    standardize: Standardize | None = None
+    standardize: Standardize | None
     """Set by encoders whose input is standardised over the training set."""
 
     def __init__(self, side: int, tap: Tap, dim: int = 64) -> None:
         super().__init__()
+        self.standardize = None  # not on the class, where it would hide the submodule of a subclass
         if side % tap.stride:
             raise PatchadError(f"side {side} is no multiple of its tap's stride of {tap.stride} pixels")
         self.window, self.dim = side // tap.stride, dim

@@ -101,7 +101,7 @@ class FeatureCache(Configurable):
         """Every feature map of a side, `[1, channels, rows, columns]`, image by image."""
         for number in range(len(self.images)):
             for view in range(self.views):
-                yield torch.from_numpy(self._open(number, view, side)[:]).float().permute(2, 0, 1)[None]
+                yield torch.from_numpy(self._open(number, view, side).astype(np.float32)).permute(2, 0, 1)[None]
 
     def _windows(self, side: int, pairs: Sequence[tuple[int, int]], corners: Tensor, extent: Size) -> Tensor:
         grid = self.grids[side]

@@ -111,6 +111,7 @@ class PatchDetector(Configurable, LightningModule):
         if cache is not None and not isinstance(self.encoder, DenseEncoder):
             raise PatchadError(f"mode {mode} has no features to cache; set model.cache to null")
         terms = [Position(), RelativeSimilarity(), Clustering()] if losses is None else losses
+        check_names(terms)
         self.losses = nn.ModuleDict({str(side): nn.ModuleList(map(copy.deepcopy, terms)) for side in sides})
         dims = {side: self.encoder.patch_encoder(side).dim for side in sides}
         self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dims[side], seed) for side in sides})
@@ -209,7 +210,7 @@ class PatchDetector(Configurable, LightningModule):
         data, encoder = self._data, self.encoder
         assert isinstance(encoder, DenseEncoder)
         paths = [str(sample.path) for sample in data.train_set.samples]
-        cache.open(paths, f"{data.image_size} {data.keep_aspect} {data.seed}", encoder, data.image_size)
+        cache.open(paths, data.view_settings, encoder, data.image_size)
         missing = cache.missing()
         self.trainer.strategy.barrier()  # all processes have seen the same before one of them writes
         rank_zero_info(f"feature cache: {cache.gigabytes:.2f} GB in {cache.home}, {len(missing)} views to compute")
@@ -541,6 +542,14 @@ class PatchDetector(Configurable, LightningModule):
     def _batches(self, loader: DataLoader, title: str) -> Iterable[Any]:
         for batch in track(loader, title, disable=not self._shows_bars, transient=True):
             yield self.trainer.strategy.batch_to_device(batch, self.device)
+
+
+def check_names(losses: Sequence[PatchLoss]) -> None:
+    """Raises PatchadError if two losses would be logged under one name."""
+    names = [type(loss).__name__ for loss in losses]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise PatchadError(f"losses holds {', '.join(sorted(repeated))} more than once; subclass it to tell them apart")
 
 
 def check_format(checkpoint: Mapping[str, Any], path: str | Path = "") -> None:

@@ -4,6 +4,7 @@ import torch
 from patchad import PatchadError, PyramidDataModule
 from patchad.data import Folder
 from patchad.data.datamodule import ImageDataset, SyntheticDefects
+from patchad.types import PyramidBatch
 
 
 def images(root, **settings) -> PyramidDataModule:
@@ -87,3 +88,54 @@ def test_a_folder_without_test_images_points_to_predict(product, tmp_path):
 def test_arguments_that_make_no_sense_are_refused(settings, message, product):
     with pytest.raises(PatchadError, match=message):
         images(product, **settings)
+
+
+def leaves(batch: PyramidBatch) -> list[torch.Tensor]:
+    return [batch.number, batch.views, batch.image, *(field for pyramid in batch.sides.values() for field in pyramid)]
+
+
+def epoch_batches(root, epoch: int, workers: int = 0) -> list[PyramidBatch]:
+    loader = images(root, num_workers=workers, pyramids_per_image=8).train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def test_pyramids_are_a_function_of_seed_epoch_and_image_for_any_number_of_workers(product):
+    expected = epoch_batches(product, 3)
+    for workers in (1, 4):
+        for one, other in zip(expected, epoch_batches(product, 3, workers), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(leaves(one), leaves(other), strict=True))
+    later = {int(number): batch for batch in epoch_batches(product, 4) for number in batch.number}
+    assert not torch.equal(later[0].sides[16].anchor[0], expected[0].sides[16].anchor[0])
+
+
+def test_a_batch_holds_two_views_of_each_image_and_pyramids_of_every_side(product):
+    batch = next(iter(images(product, pyramids_per_image=8).train_dataloader()))
+    assert batch.image.shape == (4, 2, 3, 96, 96)
+    assert list(batch.sides) == [64, 32, 16] and batch.sides[32].far.shape == (4, 8, 2)
+    assert not torch.equal(batch.image[:, 0], batch.image[:, 1])
+
+
+def test_two_views_show_the_same_content_at_the_places_of_near_patches(product):
+    """Where the second view is moved, near patches follow, to less than half a cell."""
+    data = images(product, pyramids_per_image=16)
+    loader = data.train_dataloader()
+    near, far = [], []
+    for batch in loader:
+        pyramid = batch.sides[16]
+        for number in range(len(batch.number)):
+            for row in range(16):
+                anchor, *others = (
+                    batch.image[number, view, :, top : top + 16, left : left + 16]
+                    for view, place in ((0, pyramid.anchor), (1, pyramid.near), (1, pyramid.far))
+                    for top, left in [(pyramid.window[number] + place[number, row]).tolist()]
+                )
+                near.append((anchor - others[0]).abs().mean().item())
+                far.append((anchor - others[1]).abs().mean().item())
+    assert sum(near) < 0.5 * sum(far)
+
+
+def test_the_probe_is_the_same_on_every_call(product):
+    data = images(product, pyramids_per_image=8)
+    first, second = (next(iter(data.probe_dataloader())) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))

@@ -3,7 +3,17 @@ import pytest
 import torch
 from PIL import Image
 
-from patchad.data.images import fit, read_image, read_mask, resize_mask
+from patchad.data.images import (
+    COLOUR_DEVIATION,
+    NOISE_DEVIATION,
+    augment,
+    draw_augmentation,
+    fit,
+    native_size,
+    read_image,
+    read_mask,
+    resize_mask,
+)
 from patchad.types import PatchadError
 
 PIXELS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
@@ -113,3 +123,29 @@ def test_masks_are_resized_to_their_nearest_pixels():
     mask = torch.rand(7, 9) > 0.5
     assert torch.equal(resize_mask(mask, (14, 18)), mask.repeat_interleave(2, 0).repeat_interleave(2, 1))
     assert torch.equal(resize_mask(mask, (7, 9)), mask)
+
+
+def test_a_view_is_the_image_moved_coloured_and_noisy_by_what_was_drawn():
+    image = torch.rand(3, 200, 200)
+    view = draw_augmentation((0, 1, 2))
+    seen = augment(image, view)
+    down, right = view.shift
+    moved = image.roll((-down, -right), dims=(1, 2))
+    rest = (seen - moved)[:, 2:-2, 2:-2]
+    assert rest.mean((1, 2)).tolist() == pytest.approx(view.colour.tolist(), abs=1e-3)
+    assert rest.std((1, 2)).tolist() == pytest.approx([NOISE_DEVIATION] * 3, rel=0.05)
+    assert torch.equal(seen, augment(image, draw_augmentation((0, 1, 2))))
+
+
+def test_shifts_reach_two_pixels_each_way_and_colours_have_their_deviation():
+    views = [draw_augmentation((0, number)) for number in range(400)]
+    assert {step for view in views for step in view.shift} == {-2, -1, 0, 1, 2}
+    assert np.std([view.colour for view in views]) == pytest.approx(COLOUR_DEVIATION, rel=0.1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_in_the_header_is_the_size_that_is_read(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert native_size(tmp_path / "a.jpg") == tuple(read_image(tmp_path / "a.jpg").shape[1:])

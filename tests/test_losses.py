@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
+from patchad.module import check_names
 from patchad.types import PatchadError
 from tests.contracts import check_loss, some_views
 
@@ -107,3 +108,8 @@ def test_clustering_does_not_depend_on_the_numbering_of_the_clusters():
 def test_a_negative_weight_is_refused():
     with pytest.raises(PatchadError, match=r"weight -1\.0 of Position"):
         Position(weight=-1.0)
+
+
+def test_two_losses_of_one_name_are_refused():
+    with pytest.raises(PatchadError, match="losses holds Clustering more than once"):
+        check_names([Clustering(), Position(), Clustering()])

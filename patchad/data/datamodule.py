@@ -13,6 +13,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from patchad.data.images import (
+    COLOUR_DEVIATION,
+    MOST_SHIFT,
+    NOISE_DEVIATION,
     Augmentation,
     augment,
     content_size,
@@ -298,6 +301,12 @@ class PyramidDataModule(Configurable, LightningDataModule):
         detector = self.trainer.lightning_module if self.trainer else None
         plan = getattr(detector, "pyramid_plan", PyramidPlan({64: 16, 32: 4, 16: 2}))
         return PyramidDataset(self.train_set, plan, self.pyramids_per_image, self.seed)
+
+    @property
+    def view_settings(self) -> str:
+        """All that views depend on beside the image files; a cache of their features is kept under it."""
+        drawn = (MOST_SHIFT, COLOUR_DEVIATION, NOISE_DEVIATION)
+        return f"{self.image_size} {self.keep_aspect} {self.seed} {drawn}"
 
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""

@@ -22,12 +22,14 @@ class Clusters(Callback):
 
     def __init__(self, clusters: int = 10, patches: int = 12) -> None:
         self.clusters, self.patches = clusters, patches
+        self.views: dict[tuple[int, int], Tensor] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Writes the montages, once there are pseudo-labels."""
         folder = run_folder(trainer)
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
+        self.views.clear()
         for side, labels in pl_module.probe_labels.items():
             picture = self.picture(pl_module, side, labels)
             path = folder / "clusters" / f"epoch_{trainer.current_epoch:04d}_side_{side}.png"
@@ -50,8 +52,10 @@ class Clusters(Callback):
             images, count = pyramid.anchor.shape[:2]
             if place < images * count:
                 row, column = divmod(place, count)
-                view = pyramids.view(int(batch.number[row]), int(batch.views[row, 0]))
+                shown = (int(batch.number[row]), int(batch.views[row, 0]))
+                if shown not in self.views:
+                    self.views[shown] = pyramids.view(*shown)
                 corner = (pyramid.window[row] + pyramid.anchor[row, column])[None]
-                return to_rgb(cut(view[None], corner, (side, side))[0])
+                return to_rgb(cut(self.views[shown][None], corner, (side, side))[0])
             place -= images * count
         raise IndexError(place)

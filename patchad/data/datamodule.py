@@ -310,7 +310,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""
-        return self._loader(self.pyramids, self._sampler(EpochSampler, self.train_set, shuffle=True))
+        sampler = self._sampler(EpochSampler, self.train_set, shuffle=True)
+        return self._loader(self.pyramids, sampler, keep_workers=True)
 
     def probe_dataloader(self) -> DataLoader:
         """The same pyramids of some training normals each time and on each process."""
@@ -360,8 +361,14 @@ class PyramidDataModule(Configurable, LightningDataModule):
     def _each_once(self, dataset: Dataset) -> DataLoader:
         return self._loader(dataset, self._sampler(UnrepeatedDistributedSampler, dataset, shuffle=False))
 
-    def _loader(self, dataset: Dataset, sampler: Sampler | Sequence[tuple[int, int]]) -> DataLoader:
-        generator = torch.Generator().manual_seed(self.seed)  # its own, so that reading draws nothing from training
+    def _loader(
+        self, dataset: Dataset, sampler: Sampler | Sequence[tuple[int, int]], keep_workers: bool = False
+    ) -> DataLoader:
         return DataLoader(
-            dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, generator=generator
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=keep_workers and self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),  # its own: reading draws nothing from training
         )

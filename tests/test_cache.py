@@ -6,6 +6,7 @@ import torch
 
 from patchad import PatchDetector, PyramidDataModule
 from patchad.data.datamodule import PyramidDataset
+from patchad.data.images import Augmentations
 from patchad.models import EfficientNetLite0, FeatureCache
 from patchad.types import PatchadError, PyramidPlan
 
@@ -16,7 +17,7 @@ def parts(product, tmp_path):
     data = PyramidDataModule(product, image_size=(96, 96), num_workers=0)
     data.setup("fit")
     detector = PatchDetector(EfficientNetLite0()).eval()
-    pyramids = PyramidDataset(data.train_set, PyramidPlan(detector.encoder.grids, 2), 16, seed=0)
+    pyramids = PyramidDataset(data.train_set, PyramidPlan(detector.encoder.grids, 2), 16, Augmentations(), seed=0)
     cache = FeatureCache(str(tmp_path / "features"))
     fill(cache, pyramids, detector)
     return pyramids, detector, cache

@@ -3,17 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchad.data.images import (
-    COLOUR_DEVIATION,
-    NOISE_DEVIATION,
-    augment,
-    draw_augmentation,
-    fit,
-    native_size,
-    read_image,
-    read_mask,
-    resize_mask,
-)
+from patchad.data.images import Augmentations, augment, draw_view, fit, native_size, read_image, read_mask, resize_mask
 from patchad.types import PatchadError
 
 PIXELS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
@@ -126,21 +116,21 @@ def test_masks_are_resized_to_their_nearest_pixels():
 
 
 def test_a_view_is_the_image_moved_coloured_and_noisy_by_what_was_drawn():
-    image = torch.rand(3, 200, 200)
-    view = draw_augmentation((0, 1, 2))
+    image, most = torch.rand(3, 200, 200), Augmentations(shift=2, colour=0.02, noise=0.03)
+    view = draw_view((0, 1, 2), most)
     seen = augment(image, view)
     down, right = view.shift
     moved = image.roll((-down, -right), dims=(1, 2))
     rest = (seen - moved)[:, 2:-2, 2:-2]
     assert rest.mean((1, 2)).tolist() == pytest.approx(view.colour.tolist(), abs=1e-3)
-    assert rest.std((1, 2)).tolist() == pytest.approx([NOISE_DEVIATION] * 3, rel=0.05)
-    assert torch.equal(seen, augment(image, draw_augmentation((0, 1, 2))))
+    assert rest.std((1, 2)).tolist() == pytest.approx([0.03] * 3, rel=0.05)
+    assert torch.equal(seen, augment(image, draw_view((0, 1, 2), most)))
 
 
-def test_shifts_reach_two_pixels_each_way_and_colours_have_their_deviation():
-    views = [draw_augmentation((0, number)) for number in range(400)]
+def test_shifts_reach_as_far_as_they_may_and_colours_have_their_deviation():
+    views = [draw_view((0, number), Augmentations(shift=2, colour=0.02)) for number in range(400)]
     assert {step for view in views for step in view.shift} == {-2, -1, 0, 1, 2}
-    assert np.std([view.colour for view in views]) == pytest.approx(COLOUR_DEVIATION, rel=0.1)
+    assert np.std([view.colour for view in views]) == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -13,13 +13,11 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from patchad.data.images import (
-    COLOUR_DEVIATION,
-    MOST_SHIFT,
-    NOISE_DEVIATION,
-    Augmentation,
+    Augmentations,
+    View,
     augment,
     content_size,
-    draw_augmentation,
+    draw_view,
     fit,
     native_size,
     read_image,
@@ -125,17 +123,20 @@ class PyramidDataset(Dataset[PyramidBatch]):
         images: the training images.
         plan: which sides, on which grids, from which views.
         count: pyramids per image and side.
+        augmentations: how far the views differ from the image.
         seed: of all that is drawn.
     """
 
-    def __init__(self, images: ImageDataset, plan: PyramidPlan, count: int, seed: int) -> None:
-        self.images, self.plan, self.count, self.seed = images, plan, count, seed
+    def __init__(
+        self, images: ImageDataset, plan: PyramidPlan, count: int, augmentations: Augmentations, seed: int
+    ) -> None:
+        self.images, self.plan, self.count, self.augmentations, self.seed = images, plan, count, augmentations, seed
 
     def __getitem__(self, place: tuple[int, int]) -> PyramidBatch:
         epoch, number = place
         generator = np.random.default_rng((self.seed, epoch - PROBE_EPOCH, number))
         views = self._views(epoch, generator)
-        first, second = (self.augmentation(number, view) for view in views)
+        first, second = (self.drawn(number, view) for view in views)
         shift = (second.shift[0] - first.shift[0], second.shift[1] - first.shift[1])
         size, content = self.images.image_size, self._content(number)
         return PyramidBatch(
@@ -159,14 +160,14 @@ class PyramidDataset(Dataset[PyramidBatch]):
         native = native_size(self.images.samples[number].path)
         return content_size(native, self.images.image_size, self.images.keep_aspect)
 
-    def augmentation(self, number: int, view: int) -> Augmentation:
+    def drawn(self, number: int, view: int) -> View:
         """How a view of an image differs from it: a function of (seed, file name, view), so that a cache stays true."""
         name = self.images.samples[number].path.name
-        return draw_augmentation((self.seed, zlib.crc32(name.encode()), view))
+        return draw_view((self.seed, zlib.crc32(name.encode()), view), self.augmentations)
 
     def view(self, number: int, view: int) -> torch.Tensor:
         """The view itself, `[3, height, width]`."""
-        return augment(self.images[number].image, self.augmentation(number, view))
+        return augment(self.images[number].image, self.drawn(number, view))
 
 
 class ViewDataset(Dataset[tuple[int, int, torch.Tensor]]):
@@ -210,6 +211,9 @@ class PyramidDataModule(Configurable, LightningDataModule):
         metric_size: height x width in pixels at which pixel metrics are computed.
         batch_size: images per batch.
         pyramids_per_image: pyramids of patches that are drawn per side, image and epoch.
+        shift: most rows and columns in pixels by which a view of a training image is moved.
+        colour_deviation: of what is added to each channel of a view, of [0, 1]; 0.02 in the paper.
+        noise_deviation: of what is added to each pixel of a view, of [0, 1]; 0.02 in the paper.
         num_workers: processes that decode images.
         calibration_fraction: share of the training normals kept for calibration (at least one image).
         validate_on: `synthetic_defects` paints defects on 20 calibration normals; `test` watches the test images (for
@@ -232,6 +236,9 @@ class PyramidDataModule(Configurable, LightningDataModule):
         metric_size: tuple[int, int] = (256, 256),
         batch_size: int = 8,
         pyramids_per_image: int = 256,
+        shift: int = 2,
+        colour_deviation: float = 0.0,
+        noise_deviation: float = 0.0,
         num_workers: int = 2,
         calibration_fraction: float = 0.1,
         validate_on: Literal["synthetic_defects", "test", "none"] = "synthetic_defects",
@@ -244,6 +251,9 @@ class PyramidDataModule(Configurable, LightningDataModule):
             raise PatchadError(f"calibration_fraction {calibration_fraction} must lie between 0 and 1")
         if min(*image_size, *metric_size, batch_size, pyramids_per_image) < 1:
             raise PatchadError("image_size, metric_size, batch_size and pyramids_per_image must be at least 1")
+        if min(shift, colour_deviation, noise_deviation) < 0:
+            raise PatchadError("shift, colour_deviation and noise_deviation must not be negative")
+        self.augmentations = Augmentations(shift, colour_deviation, noise_deviation)
         self.root, self.layout = Path(root), layout
         self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size
         self.batch_size, self.pyramids_per_image, self.num_workers = batch_size, pyramids_per_image, num_workers
@@ -300,13 +310,12 @@ class PyramidDataModule(Configurable, LightningDataModule):
         """The pyramids that the detector wants; without a detector, those of VGG16 in dense mode."""
         detector = self.trainer.lightning_module if self.trainer else None
         plan = getattr(detector, "pyramid_plan", PyramidPlan({64: 16, 32: 4, 16: 2}))
-        return PyramidDataset(self.train_set, plan, self.pyramids_per_image, self.seed)
+        return PyramidDataset(self.train_set, plan, self.pyramids_per_image, self.augmentations, self.seed)
 
     @property
     def view_settings(self) -> str:
         """All that views depend on beside the image files; a cache of their features is kept under it."""
-        drawn = (MOST_SHIFT, COLOUR_DEVIATION, NOISE_DEVIATION)
-        return f"{self.image_size} {self.keep_aspect} {self.seed} {drawn}"
+        return f"{self.image_size} {self.keep_aspect} {self.seed} {self.augmentations}"
 
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""

@@ -16,12 +16,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """Lower case; files are matched in any case."""
 ORIENTATION = 0x0112
 """The EXIF tag."""
-MOST_SHIFT = 2
-"""Pixels; two views then differ by at most 4, a sixteenth of the largest side."""
-COLOUR_DEVIATION = 0.02
-"""Of the shift of each channel, of [0, 1]."""
-NOISE_DEVIATION = 0.02
-"""Of the noise at each pixel and channel, of [0, 1]."""
 
 
 def read_image(path: Path) -> Float[Tensor, "3 height width"]:
@@ -140,38 +134,58 @@ def native_size(path: Path) -> Size:
     return (width, height) if turned else (height, width)
 
 
-class Augmentation(NamedTuple):
+class Augmentations(NamedTuple):
+    """How far views of an image may differ from it.
+
+    Attributes:
+        shift: most rows and columns in pixels by which a view is moved.
+        colour: deviation of what is added to each channel, of [0, 1]; 0.02 in the paper.
+        noise: deviation of what is added to each pixel and channel, of [0, 1]; 0.02 in the paper.
+    """
+
+    shift: int = 2
+    colour: float = 0.0
+    noise: float = 0.0
+
+
+class View(NamedTuple):
     """How one view of an image differs from it.
 
     Attributes:
         shift: rows x columns in pixels by which the content moves up and left.
         colour: added to each channel.
+        noise: deviation of what is added to each pixel and channel.
         seed: of the noise.
     """
 
     shift: Size
     colour: np.ndarray
+    noise: float
     seed: tuple[int, ...]
 
 
-def draw_augmentation(seed: tuple[int, ...]) -> Augmentation:
-    """The augmentation of a view: a shift of at most 2 pixels, and colours that vary by 0.02 as in the paper."""
+def draw_view(seed: tuple[int, ...], most: Augmentations) -> View:
+    """A view, drawn from the seed alone."""
     generator = np.random.default_rng(seed)
-    down, right = generator.integers(-MOST_SHIFT, MOST_SHIFT, size=2, endpoint=True).tolist()
-    return Augmentation((down, right), generator.normal(0, COLOUR_DEVIATION, 3).astype(np.float32), (*seed, 1))
+    down, right = generator.integers(-most.shift, most.shift, size=2, endpoint=True).tolist()
+    colour = generator.normal(0, most.colour, 3).astype(np.float32)
+    return View((down, right), colour, most.noise, (*seed, 1))
 
 
-def augment(image: Float[Tensor, "3 height width"], view: Augmentation) -> Float[Tensor, "3 height width"]:
+def augment(image: Float[Tensor, "3 height width"], view: View) -> Float[Tensor, "3 height width"]:
     """A view of an image: moved (edges are repeated), each channel shifted, noise added; values may leave [0, 1].
 
-    Source: Tsai et al., WACV 2022: random shifts of each channel and additive noise, of deviation 0.02 each.
+    Source: Tsai et al., WACV 2022: random shifts of each channel and additive noise.
     """
-    noise = np.random.default_rng(view.seed).standard_normal(tuple(image.shape), dtype=np.float32)
     height, width = image.shape[1:]
-    padded = F.pad(image[None], (MOST_SHIFT,) * 4, mode="replicate")[0]
-    top, left = (MOST_SHIFT + step for step in view.shift)
-    moved = padded[:, top : top + height, left : left + width]
-    return moved + torch.from_numpy(view.colour)[:, None, None] + torch.from_numpy(noise) * NOISE_DEVIATION
+    margin = max(map(abs, view.shift))
+    padded = F.pad(image[None], (margin,) * 4, mode="replicate")[0]
+    top, left = (margin + step for step in view.shift)
+    moved = padded[:, top : top + height, left : left + width] + torch.from_numpy(view.colour)[:, None, None]
+    if not view.noise:
+        return moved
+    noise = np.random.default_rng(view.seed).standard_normal(tuple(image.shape), dtype=np.float32)
+    return moved + torch.from_numpy(noise) * view.noise
 
 
 def resize_mask(mask: Bool[Tensor, "height width"], size: Size) -> Bool[Tensor, "new_height new_width"]:

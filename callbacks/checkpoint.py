@@ -1,5 +1,7 @@
 """Checkpoints of the last epoch."""
 
+from typing import Any
+
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -7,17 +9,22 @@ from patchad.module import PatchDetector
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint of the last epoch; it also saves where no step was taken (`max_epochs: 0`).
+    """Lightning's ModelCheckpoint after each validation; it also saves the end of a fit that no validation followed.
 
-    Nothing is chosen by a metric. Ctrl-C and errors leave a checkpoint, too.
+    So the last epoch is saved where `max_epochs` is no multiple of `check_val_every_n_epoch`, and an untrained detector
+    with `max_epochs: 0`. Nothing is chosen by a metric. Ctrl-C and errors leave a checkpoint, too.
     """
 
     def __init__(self) -> None:
         super().__init__(filename="last", enable_version_counter=False, save_on_exception=True)
+        self.saved_at: int | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: PatchDetector, checkpoint: dict[str, Any]) -> None:
+        """Notes the step."""
+        self.saved_at = trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
-        """Saves what no epoch saved."""
-        if not self.best_model_path and not getattr(trainer, "fast_dev_run", False):
-            path = self.format_checkpoint_name({})
-            trainer.save_checkpoint(path)
-            self.best_model_path = path
+        """Saves what no validation saved."""
+        if self.saved_at != trainer.global_step and not getattr(trainer, "fast_dev_run", False):
+            self.best_model_path = self.format_checkpoint_name({})
+            trainer.save_checkpoint(self.best_model_path)

@@ -151,6 +151,15 @@ def test_zero_epochs_leave_a_checkpoint_with_a_bank(product, tmp_path):
     assert len(found["banks.16.vectors"]) == 500 and found["scorer.threshold"].isfinite()
 
 
+def test_the_last_epoch_is_saved_where_no_validation_follows_it(product, tmp_path):
+    run = trainer(tmp_path, max_epochs=3, check_val_every_n_epoch=2)
+    run.fit(detector(), images(product))
+    checkpoint = torch.load(tmp_path / "log/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == run.global_step == 9
+    trained = run.lightning_module.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in checkpoint["state_dict"].items())
+
+
 def test_frozen_layers_stay_as_they_are_and_trainable_ones_learn(product, tmp_path):
     model = detector()
     model.encoder.backbone = EfficientNetLite0(trainable="stage3")

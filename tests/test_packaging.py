@@ -42,7 +42,7 @@ def test_the_installed_wheel_runs_the_quickstart_outside_the_checkout(wheel, tmp
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     small = ["--data.layout.train=8", "--data.layout.test_normal=2", "--data.layout.test_defective=2"]
-    run = [sys.executable, "-m", "patchad", "fit", "--config", "quickstart", "--model.max_vectors=100", *small]
+    run = [sys.executable, "-m", "patchad", "fit", "--config", "quickstart", "--trainer.max_epochs=1", *small]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     finished = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

@@ -142,7 +142,7 @@ class PyramidDataset(Dataset[PyramidBatch]):
         return PyramidBatch(
             number=torch.tensor(number),
             views=torch.tensor(views),
-            image=torch.empty(0) if self.plan.cached_views else torch.stack([self.view(number, one) for one in views]),
+            image=torch.empty(0) if self.plan.cached_views else self._both(number, first, second),
             sides={
                 side: sample_pyramids(size, content, side, grid, self.count, shift, generator)
                 for side, grid in self.plan.grids.items()
@@ -155,6 +155,10 @@ class PyramidDataset(Dataset[PyramidBatch]):
             return 2 * (epoch - PROBE_EPOCH), 2 * (epoch - PROBE_EPOCH) + 1
         first, second = generator.choice(cached, 2, replace=cached < 2).tolist()
         return first, second
+
+    def _both(self, number: int, first: View, second: View) -> torch.Tensor:
+        image = self.images[number].image
+        return torch.stack([augment(image, first), augment(image, second)])
 
     def _content(self, number: int) -> Size:
         native = native_size(self.images.samples[number].path)

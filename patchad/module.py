@@ -22,7 +22,7 @@ from patchad.metrics import AnomalyMetrics
 from patchad.models.backbones import Backbone
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, LearnedEncoder
-from patchad.pyramid import crop_resize, fits_pyramids, fold, inside, window_size
+from patchad.pyramid import crop_resize, fits_pyramids, fold, inside, positions, window_size
 from patchad.scoring import Scorer
 from patchad.spec import Configurable, hyperparameters
 from patchad.types import ImageBatch, PatchadError, PatchViews, Prediction, PyramidBatch, PyramidPlan
@@ -478,6 +478,9 @@ class PatchDetector(Configurable, LightningModule):
 
     def setup(self, stage: str) -> None:
         """Makes the metrics, which know the defect types of the test set, and switches off losses that do not fit."""
+        if stage == "fit":
+            for side, grid in self.encoder.grids.items():
+                positions(window_size(self._data.image_size, side, grid), side, grid)  # or an error that says so
         if stage == "fit" and self.learns:
             self._switch_off_what_does_not_fit()
         if stage != "predict":

@@ -171,7 +171,7 @@ def sample_pyramids(
         shift: rows x columns in pixels by which the second view's content is moved against the first's.
         generator: draws everything.
     """
-    area = np.array(size) // grid * grid
+    area = -(-np.array(size) // grid) * grid  # images are padded at least to the next cell
     limit = np.minimum(area, np.maximum(np.array(content) // grid * grid, WINDOW * side))  # where the window may lie
     extent = np.array(window_size(size, side, grid))
     window, room = _draw_up_to(limit - extent, grid, generator), extent - side
@@ -192,7 +192,7 @@ def sample_pyramids(
 
 def window_size(size: Size, side: int, grid: int) -> Size:
     """Height x width in pixels of the window that holds the pyramids of an image of that size."""
-    height, width = (min(length // grid * grid, WINDOW * side) for length in size)
+    height, width = (min(-(-length // grid) * grid, WINDOW * side) for length in size)
     return height, width
 
 

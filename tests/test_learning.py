@@ -223,3 +223,11 @@ def test_a_training_free_encoder_learns_nothing_and_reads_no_pyramids(product, t
     assert not model.learns
     trainer(tmp_path, max_epochs=1, check_val_every_n_epoch=1).fit(model, images(product))
     assert "val/detection_auroc" in logged(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(60, 100), (64, 64), (130, 70)])
+def test_images_of_any_size_that_holds_a_side_are_learned(size, product, tmp_path):
+    data = images(product, image_size=size, keep_aspect=False, pyramids_per_image=4)
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=0)
+    run.fit(detector(), data)
+    assert run.callback_metrics["train/loss"].isfinite()

@@ -57,7 +57,7 @@ def test_the_command_lines_parser_builds_the_same_objects_from_specs():
     given = {
         "encoder": spec(partial(WindowEncoder, cells=2)),
         "scorer": spec(Scorer(image_score="top_fraction")),
-        "backbone": spec(EfficientNetLite0(weights="none")),
+        "backbone": spec(EfficientNetLite0(weights="none", trainable="stage4")),
     }
     built = parser.instantiate(parser.parse_object(given))
     assert built.encoder(16, Tap(0, 4, 3)).cells == 2
@@ -66,7 +66,7 @@ def test_the_command_lines_parser_builds_the_same_objects_from_specs():
     again = {name: spec(built[name]) for name in given}
     assert again["encoder"]["class_path"] == given["encoder"]["class_path"]
     assert again["encoder"]["init_args"]["cells"] == 2
-    assert again["backbone"]["init_args"] == {"weights": "none"}
+    assert again["backbone"]["init_args"] == {"weights": "none", "trainable": "stage4"}
 
 
 @pytest.mark.parametrize("value", [lambda: 0, object(), partial(print, 1)])

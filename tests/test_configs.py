@@ -14,7 +14,7 @@ def test_every_config_parses_and_builds_its_parts(name, tmp_path, monkeypatch, c
     """The network weights are switched off: that they load is tested with the backbones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["patchad"])
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # its service would live on, and serve other tests
     monkeypatch.setattr(sys, "path", list(sys.path))
     off = ["--model.backbone.weights=none", "--data.root=nowhere"]
     with pytest.raises(SystemExit) as stop:

@@ -45,7 +45,8 @@ def records(path: Path) -> list:
 
 
 def patchad(folder: Path, *arguments: str) -> None:
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {**own, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     command = [sys.executable, "-m", "patchad", *arguments]
     finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

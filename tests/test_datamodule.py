@@ -139,3 +139,8 @@ def test_the_probe_is_the_same_on_every_call(product):
     data = images(product, pyramids_per_image=8)
     first, second = (next(iter(data.probe_dataloader())) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))
+
+
+def test_a_shift_that_pyramids_have_no_room_for_is_refused(product):
+    with pytest.raises(PatchadError, match="shift 3 leaves no room for the pyramids of side 16"):
+        images(product, shift=3)

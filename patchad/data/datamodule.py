@@ -30,6 +30,8 @@ from patchad.pyramid import sample_pyramids
 from patchad.spec import Configurable, hyperparameters
 from patchad.types import NORMAL, UNKNOWN, ImageBatch, PatchadError, PyramidBatch, PyramidPlan, Sample, Size
 
+MOST_SHIFT = 2
+"""Pixels; two views then differ by at most 4, which the window of side 16's pyramids has room for."""
 PROBE_EPOCH = -1
 """The epoch whose pyramids the clusters are fitted on; training begins with 0."""
 PROBE_IMAGES = 32
@@ -215,7 +217,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         metric_size: height x width in pixels at which pixel metrics are computed.
         batch_size: images per batch.
         pyramids_per_image: pyramids of patches that are drawn per side, image and epoch.
-        shift: most rows and columns in pixels by which a view of a training image is moved.
+        shift: most rows and columns in pixels by which a view of a training image is moved; at most 2.
         colour_deviation: of what is added to each channel of a view, of [0, 1]; 0.02 in the paper.
         noise_deviation: of what is added to each pixel of a view, of [0, 1]; 0.02 in the paper.
         num_workers: processes that decode images.
@@ -257,6 +259,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
             raise PatchadError("image_size, metric_size, batch_size and pyramids_per_image must be at least 1")
         if min(shift, colour_deviation, noise_deviation) < 0:
             raise PatchadError("shift, colour_deviation and noise_deviation must not be negative")
+        if shift > MOST_SHIFT:
+            raise PatchadError(f"shift {shift} leaves no room for the pyramids of side 16; give at most {MOST_SHIFT}")
         self.augmentations = Augmentations(shift, colour_deviation, noise_deviation)
         self.root, self.layout = Path(root), layout
         self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size

@@ -27,7 +27,7 @@ from patchad.scoring import Scorer
 from patchad.spec import Configurable, hyperparameters
 from patchad.types import ImageBatch, PatchadError, PatchViews, Prediction, PyramidBatch, PyramidPlan
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 """Raised whenever checkpoints of an older patchad no longer load."""
 COLLAPSED = 0.01
 """Deviation of embeddings, which lie in (-1, 1), below which they tell no patch from another."""

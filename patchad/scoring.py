@@ -15,11 +15,14 @@ from patchad.types import PatchadError
 class Scorer(Configurable, nn.Module):
     """Combines the maps of the sides, scores images, and holds the threshold.
 
-    The maps are summed (Tsai et al., WACV 2022), each first divided by the mean distance of its side on calibration
-    normals, so that no side dominates by its unit.
+    Each map is first divided by the mean distance of its side on calibration normals, so that no side dominates by its
+    unit. The paper sums the maps (Tsai et al., WACV 2022); the product, which its authors' code prints beside the sum,
+    asks all sides to agree.
 
     Args:
-        image_score: `max` takes the highest pixel, `top_fraction` the mean of the highest pixels.
+        combination: `sum`, or `product`: ranked as the product of the maps, on the scale of their sum.
+        image_score: `max` takes the highest pixel, as in the paper, `top_fraction` the mean of the highest pixels: one
+            bad pixel on a normal image counts less.
         top_fraction: share of the pixels that `top_fraction` averages.
         target_fpr: false-positive rate that the threshold promises on normal images.
 
@@ -32,7 +35,8 @@ class Scorer(Configurable, nn.Module):
 
     def __init__(
         self,
-        image_score: Literal["max", "top_fraction"] = "max",
+        combination: Literal["sum", "product"] = "product",
+        image_score: Literal["max", "top_fraction"] = "top_fraction",
         top_fraction: float = 0.01,
         target_fpr: float = 0.01,
     ) -> None:
@@ -40,7 +44,8 @@ class Scorer(Configurable, nn.Module):
         for name, value in (("top_fraction", top_fraction), ("target_fpr", target_fpr)):
             if not 0 < value <= 1:
                 raise PatchadError(f"{name} {value} must lie above 0 and be at most 1")
-        self.image_score, self.top_fraction, self.target_fpr = image_score, top_fraction, target_fpr
+        self.combination, self.image_score = combination, image_score
+        self.top_fraction, self.target_fpr = top_fraction, target_fpr
         self.register_buffer("threshold", torch.tensor(torch.inf))
 
     def prepare(self, sides: Sequence[int]) -> "Scorer":
@@ -55,8 +60,11 @@ class Scorer(Configurable, nn.Module):
         return float(len(self.sides))
 
     def combine(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
-        """The sum of the sides' maps, each over its scale."""
-        return torch.stack([maps[side] / scale for side, scale in zip(self.sides, self.scale, strict=True)]).sum(0)
+        """One map of the sides' maps, each over its scale."""
+        scaled = torch.stack([maps[side] / scale for side, scale in zip(self.sides, self.scale, strict=True)])
+        if self.combination == "sum":
+            return scaled.sum(0)
+        return len(scaled) * scaled.prod(0).pow(1 / len(scaled))
 
     def score(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]

@@ -9,17 +9,26 @@ FULL = torch.tensor([[8, 8], [8, 8]])
 
 
 def test_sides_are_summed_each_over_its_own_scale():
-    scorer = Scorer().prepare((64, 16))
+    scorer = Scorer(combination="sum").prepare((64, 16))
     scorer.scale.copy_(torch.tensor([2.0, 10.0]))
     maps = {64: torch.rand(2, 8, 8), 16: torch.rand(2, 8, 8)}
     torch.testing.assert_close(scorer.combine(maps), maps[64] / 2 + maps[16] / 10)
 
 
-def test_the_unit_of_a_side_does_not_change_the_combination():
+def test_the_product_ranks_as_the_product_and_equals_the_sum_where_sides_agree():
+    scorer = Scorer(combination="product").prepare((64, 32, 16))
+    maps = {side: torch.rand(2, 8, 8) for side in (64, 32, 16)}
+    combined, product = scorer.combine(maps), maps[64] * maps[32] * maps[16]
+    assert torch.equal(combined.flatten().argsort(), product.flatten().argsort())
+    torch.testing.assert_close(scorer.combine(dict.fromkeys((64, 32, 16), maps[64])), 3 * maps[64])
+
+
+@pytest.mark.parametrize("combination", ["sum", "product"])
+def test_the_unit_of_a_side_does_not_change_the_combination(combination):
     maps = {64: torch.rand(2, 8, 8), 16: torch.rand(2, 8, 8)}
     combined = []
     for unit in (1.0, 1000.0):
-        scorer = Scorer().prepare((64, 16))
+        scorer = Scorer(combination).prepare((64, 16))
         scorer.scale.copy_(torch.tensor([unit * maps[64].mean(), maps[16].mean()]))
         combined.append(scorer.combine({64: maps[64] * unit, 16: maps[16]}))
     torch.testing.assert_close(combined[0], combined[1])
@@ -37,7 +46,7 @@ def test_padding_is_never_scored(image_score):
 
 def test_max_is_the_highest_pixel():
     maps = torch.rand(2, 8, 8)
-    assert torch.equal(Scorer().prepare((64,)).score(maps, FULL), maps.amax((1, 2)))
+    assert torch.equal(Scorer(image_score="max").prepare((64,)).score(maps, FULL), maps.amax((1, 2)))
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5, 1.0])

@@ -97,7 +97,8 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
         with Image.open(written / "maps" / f"{name}.heatmap.png") as heat_map:
             assert heat_map.size == size[::-1]
     scores = {row["path"]: float(row["score"]) for row in rows}
-    assert np.load(written / "maps" / "same.png.npy").max() == pytest.approx(scores["parts/same.png"], rel=1e-6)
+    highest = np.sort(np.load(written / "maps" / "same.png.npy").ravel())[-93:]  # 1 % of 96 x 96 pixels
+    assert highest.mean() == pytest.approx(scores["parts/same.png"], rel=1e-5)
 
 
 def test_options_override_the_settings_of_the_checkpoint(run, here, product, capsys):

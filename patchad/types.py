@@ -142,7 +142,7 @@ class Prediction(NamedTuple):
     """What patchad says about a batch of images.
 
     Attributes:
-        score: anomaly score, float32 `[batch]`; in units of the calibration normals' mean distance, summed over sides.
+        score: anomaly score, float32 `[batch]`; see `Scorer`; normal patches are about the number of sides.
         anomalous: the verdict, `score > threshold`, bool `[batch]`.
         map: combined anomaly map at the pixels of `ImageBatch.image`, float32 `[batch, height, width]`.
         side_scores: score of each side alone, float32 `[batch]` per side.

@@ -56,7 +56,7 @@ class Scorer(Configurable, nn.Module):
 
     @property
     def normal_level(self) -> float:
-        """The mean of the combined map on calibration normals: each side counts 1."""
+        """About the mean of the combined map on calibration normals: each side counts 1."""
         return float(len(self.sides))
 
     def combine(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
@@ -64,7 +64,7 @@ class Scorer(Configurable, nn.Module):
         scaled = torch.stack([maps[side] / scale for side, scale in zip(self.sides, self.scale, strict=True)])
         if self.combination == "sum":
             return scaled.sum(0)
-        return len(scaled) * scaled.prod(0).pow(1 / len(scaled))
+        return self.normal_level * scaled.prod(0).pow(1 / len(scaled))
 
     def score(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]

@@ -1,7 +1,31 @@
-"""patchad finds defects in images after seeing good ones only."""
+"""patchad finds defects in images after seeing good ones only.
 
-from patchad.data import PyramidDataModule
-from patchad.module import PatchDetector
-from patchad.types import ImageBatch, PatchadError, Prediction
+`patchad.load` scores images from an exported file and needs neither torch nor Lightning, which are imported only when
+something else is asked for.
+"""
 
-__all__ = ["ImageBatch", "PatchDetector", "PatchadError", "Prediction", "PyramidDataModule"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from patchad.errors import PatchadError
+from patchad.runtime import load
+
+if TYPE_CHECKING:
+    from patchad.data import PyramidDataModule
+    from patchad.module import PatchDetector
+    from patchad.types import ImageBatch, Prediction
+
+__all__ = ["ImageBatch", "PatchDetector", "PatchadError", "Prediction", "PyramidDataModule", "load"]
+
+HOMES = {
+    "ImageBatch": "patchad.types",
+    "PatchDetector": "patchad.module",
+    "Prediction": "patchad.types",
+    "PyramidDataModule": "patchad.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'patchad' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)

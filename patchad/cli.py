@@ -1,4 +1,4 @@
-"""The command line: `patchad fit | validate | test | predict`."""
+"""The command line: `patchad fit | validate | test | predict | export | verify | benchmark`."""
 
 import json
 import os
@@ -13,9 +13,10 @@ import yaml
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from patchad.commands import DetectorTrainer
 from patchad.data.datamodule import PyramidDataModule
+from patchad.errors import PatchadError
 from patchad.module import PatchDetector, check_format
-from patchad.types import PatchadError
 
 CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
@@ -47,6 +48,12 @@ class PatchadCLI(LightningCLI):
         """Every subcommand starts from the packaged default.yaml."""
         parser.default_config_files = [str(CONFIGS / "default.yaml")]
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and those of `DetectorTrainer`."""
+        further = {name: {"model", "datamodule"} for name in ("export", "verify", "benchmark")}
+        return {**LightningCLI.subcommands(), **further}
+
     def after_fit(self) -> None:
         """Says where everything is and what comes next."""
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
@@ -61,11 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", expected)
     sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder
     try:
-        sys.argv[1:] = with_checkpoint_data(resolve_configs(given))  # Lightning starts further processes from these
+        sys.argv[1:] = with_checkpoint_data(
+            resolve_configs(name_exported(given))
+        )  # Lightning starts further processes from these
         PatchadCLI(
             PatchDetector,
             PyramidDataModule,
-            trainer_class=Trainer,
+            trainer_class=DetectorTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
@@ -79,6 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"patchad: error: {one_line(mendable)}", file=sys.stderr)
         sys.exit(2)
+
+
+def name_exported(arguments: list[str]) -> list[str]:
+    """The arguments with the file of `patchad verify FILE` named, as Lightning's parser wants it."""
+    if arguments[:1] == ["verify"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        return ["verify", "--exported", *arguments[1:]]
+    return arguments
 
 
 def resolve_configs(arguments: Iterable[str]) -> list[str]:

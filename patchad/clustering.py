@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from patchad.types import PatchadError
+from patchad.errors import PatchadError
 
 
 def kmeans(

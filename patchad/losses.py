@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchad.errors import PatchadError
 from patchad.pyramid import DIRECTIONS
 from patchad.spec import Configurable
-from patchad.types import PatchadError, PatchViews
+from patchad.types import PatchViews
 
 Scalar = Float[Tensor, ""]
 

@@ -1,24 +1,39 @@
 """Normal embeddings -> distance to the nearest of them, on faiss."""
 
+from collections.abc import Callable, Mapping
+from typing import Literal
+
 import faiss
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from patchad.types import PatchadError
+from patchad.clustering import kmeans
+from patchad.errors import PatchadError
+
+Reduction = Literal["random", "kcenter", "kmeans"]
+
+CANDIDATES = 100_000
+"""Vectors, drawn at random, among which `kcenter` and `kmeans` choose; 26 MB of 64 numbers each."""
+
+PROBES, POINTS_PER_LIST = 32, 64
+"""In banks too large to search whole: lists that a query looks into, and vectors that a list's centre is trained on."""
 
 
 class MemoryBank(nn.Module):
     """The embeddings of normal patches of one side.
 
-    While it is filled it never holds more than `max_vectors` and one batch. Which patches are kept depends on the seed,
-    the side, the image and the position alone (each patch draws a number, the smallest numbers stay), so neither the
-    order of the images nor the number of processes changes it.
+    While it is filled it never holds more than its cap and one batch: `max_vectors`, or, where `reduce` chooses among
+    more, `CANDIDATES`. Which patches stay depends on the seed, the side, the image and the position alone (each patch
+    draws a number, the smallest numbers stay), so neither the order of the images nor the number of processes changes
+    it. Whatever reduces it, every vector is the embedding of a real patch, known by its key.
 
     Args:
         side: side of a patch in pixels.
         max_vectors: most vectors to keep; None keeps all.
+        reduce: how they are chosen: `random`; `kcenter` covers all candidates as closely as it can (see `kcenter`);
+            `kmeans` takes the patch nearest to each centroid.
         seed: of the choice.
 
     Attributes:
@@ -26,14 +41,19 @@ class MemoryBank(nn.Module):
         keys: number of the image and of the position within it, int64 `[vectors, 2]`, sorted.
     """
 
+    exact_most = 100_000
+    """Vectors up to which the search is exact; a larger bank is searched as `search_index` says."""
     vectors: Tensor
     keys: Tensor
 
-    def __init__(self, side: int, max_vectors: int | None = 10_000, seed: int = 0) -> None:
+    def __init__(
+        self, side: int, max_vectors: int | None = 10_000, reduce: Reduction = "random", seed: int = 0
+    ) -> None:
         super().__init__()
         if max_vectors is not None and max_vectors < 1:
             raise PatchadError(f"max_vectors {max_vectors} keeps nothing; give at least 1, or null to keep all")
-        self.side, self.max_vectors, self.seed = side, max_vectors, seed
+        self.side, self.max_vectors, self.reduce, self.seed = side, max_vectors, reduce, seed
+        self._cap = max_vectors if reduce == "random" or max_vectors is None else max(max_vectors, CANDIDATES)
         self.register_buffer("vectors", torch.empty(0, 0))
         self.register_buffer("keys", torch.empty(0, 2, dtype=torch.int64))
         self._draws = np.empty(0)
@@ -71,14 +91,14 @@ class MemoryBank(nn.Module):
         return np.random.default_rng((self.seed, self.side, image)).random(count)
 
     def _worst(self) -> float:
-        full = self.max_vectors is not None and len(self._draws) == self.max_vectors
+        full = self._cap is not None and len(self._draws) == self._cap
         return float(self._draws.max()) if full else 1.0
 
     def _keep(self, draws: np.ndarray, keys: Tensor, vectors: Tensor) -> None:
         draws, keys = np.concatenate([self._draws, draws]), torch.cat([self.keys, keys])
         vectors = torch.cat([self.vectors, vectors]) if len(self) else vectors
-        if self.max_vectors is not None and len(draws) > self.max_vectors:
-            kept = np.argpartition(draws, self.max_vectors - 1)[: self.max_vectors]
+        if self._cap is not None and len(draws) > self._cap:
+            kept = np.argpartition(draws, self._cap - 1)[: self._cap]
             draws, keys, vectors = draws[kept], keys[torch.from_numpy(kept)], vectors[torch.from_numpy(kept)]
         self._draws = draws
         self._set(keys, vectors)
@@ -87,7 +107,7 @@ class MemoryBank(nn.Module):
         self.keys, self.vectors, self._index = keys, vectors, None
 
     def finish(self) -> None:
-        """Merges the banks of all processes and sorts by key: every process then holds the same bank."""
+        """Merges the banks of all processes, sorts by key and reduces: every process then holds the same bank."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             device = self.vectors.device
             parts: list = [None] * torch.distributed.get_world_size()
@@ -98,6 +118,9 @@ class MemoryBank(nn.Module):
         order = torch.from_numpy(np.lexsort(self.keys.cpu().numpy().T[::-1]))
         self._set(self.keys[order], self.vectors[order])
         self._draws = np.empty(0)
+        if self.max_vectors is not None and len(self) > self.max_vectors:
+            chosen = REDUCTIONS[self.reduce](self.vectors, self.max_vectors, self.seed)
+            self._set(self.keys[chosen], self.vectors[chosen])
 
     def distances(self, queries: Float[Tensor, "queries dim"]) -> Float[Tensor, " queries"]:
         """Euclidean distance between each query and the nearest vector of the bank, in one search.
@@ -107,10 +130,15 @@ class MemoryBank(nn.Module):
         """
         if not len(self):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
+        nearest = nearest_by_product(queries, self.vectors) if torch.compiler.is_exporting() else self._search(queries)
+        # not faiss's own distances, which lose digits where they are small
+        return (queries - self.vectors[nearest]).square().sum(1).sqrt()
+
+    def _search(self, queries: Tensor) -> Tensor:
         if self._index is None:
-            self._index = flat_index(self.vectors)
-        squared, _ = self._index.search(np.ascontiguousarray(queries.float().cpu().numpy()), 1)
-        return torch.from_numpy(squared[:, 0]).clamp(min=0).sqrt().to(queries.device)
+            self._index = search_index(self.vectors, self.exact_most)
+        _, nearest = self._index.search(np.ascontiguousarray(queries.float().cpu().numpy()), 1)
+        return torch.from_numpy(nearest[:, 0]).to(queries.device)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         for name in ("vectors", "keys"):  # a bank of another length is taken as it is, not refused
@@ -120,10 +148,69 @@ class MemoryBank(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def flat_index(vectors: Float[Tensor, "vectors dim"]) -> faiss.Index:
-    """An exact faiss index of the vectors, on the GPU when faiss sees one."""
-    index = faiss.IndexFlatL2(vectors.shape[1])
+def search_index(vectors: Float[Tensor, "vectors dim"], exact_most: int) -> faiss.Index:
+    """A faiss index of the vectors, on the GPU when faiss sees one.
+
+    Exact up to `exact_most` vectors. Above, vectors are stored at half precision in 4 sqrt(vectors) lists, of which a
+    query looks into the `PROBES` nearest; docs/benchmarks.md has the recall.
+    """
+    values = np.ascontiguousarray(vectors.float().cpu().numpy())
+    count, dim = values.shape
+    index = faiss.IndexFlatL2(dim)
+    if count > exact_most:
+        index = faiss.index_factory(dim, f"IVF{4 * round(count**0.5)},SQfp16")
+        lists = faiss.extract_index_ivf(index)
+        lists.nprobe, lists.cp.max_points_per_centroid = PROBES, POINTS_PER_LIST
     if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), vectors.device.index or 0, index)
-    index.add(np.ascontiguousarray(vectors.float().cpu().numpy()))
+    index.train(values)
+    index.add(values)
     return index
+
+
+def nearest_by_product(
+    queries: Float[Tensor, "queries dim"], vectors: Float[Tensor, "vectors dim"]
+) -> Int[Tensor, " queries"]:
+    """The number of the vector nearest to each query, by one matrix product: the search that exported files run.
+
+    Both are centred first: distances stay, and less is lost where squares of nearly equal numbers are subtracted.
+    """
+    centre = vectors.mean(0)
+    queries, vectors = queries - centre, vectors - centre
+    return (vectors.square().sum(1) - queries @ (2 * vectors.T)).argmin(1)
+
+
+def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, seed: int = 0) -> Int[Tensor, " count"]:
+    """Numbers of `count` vectors that cover all: each next one is the vector farthest from those chosen, in order.
+
+    The greedy 2-approximation of the k-centre problem (Gonzalez, 1985), the coreset of PatchCore (Roth et al., CVPR
+    2022, algorithm 1). It costs `count` products of all vectors with one.
+
+    Args:
+        vectors: to choose from.
+        count: how many, at most as many as there are.
+        seed: not used: it begins with the vector nearest to the mean.
+
+    Example:
+        >>> kcenter(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), count=2)
+        tensor([2, 3])
+    """
+    vectors = vectors - vectors.mean(0)
+    squared = vectors.square().sum(1)
+    chosen, nearest = [squared.argmin()], torch.full_like(squared, torch.inf)
+    for _ in range(count - 1):
+        centre = chosen[-1]
+        torch.minimum(nearest, squared + squared[centre] - vectors @ (2 * vectors[centre]), out=nearest)
+        nearest[centre] = -torch.inf
+        chosen.append(nearest.argmax())
+    return torch.stack(chosen).sort().values
+
+
+def kmeans_medoids(vectors: Float[Tensor, "vectors dim"], count: int, seed: int = 0) -> Int[Tensor, " chosen"]:
+    """Numbers of the vectors nearest to the centroids of K-means; where two share one, there are fewer than `count`."""
+    centroids = kmeans(vectors, count, iterations=10, seed=seed)
+    _, nearest = search_index(vectors, exact_most=len(vectors)).search(np.ascontiguousarray(centroids.cpu().numpy()), 1)
+    return torch.from_numpy(np.unique(nearest)).to(vectors.device)
+
+
+REDUCTIONS: Mapping[str, Callable[[Tensor, int, int], Tensor]] = {"kcenter": kcenter, "kmeans": kmeans_medoids}

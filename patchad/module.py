@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -15,9 +15,11 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from patchad.canvas import Size
 from patchad.clustering import PseudoLabels, churn
+from patchad.errors import PatchadError
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
-from patchad.memory import MemoryBank
+from patchad.memory import MemoryBank, Reduction
 from patchad.metrics import AnomalyMetrics
 from patchad.models.backbones import Backbone
 from patchad.models.cache import FeatureCache
@@ -25,7 +27,7 @@ from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, Learned
 from patchad.pyramid import crop_resize, fits_pyramids, fold, inside, positions, window_size
 from patchad.scoring import Scorer
 from patchad.spec import Configurable, hyperparameters
-from patchad.types import ImageBatch, PatchadError, PatchViews, Prediction, PyramidBatch, PyramidPlan
+from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan
 
 CHECKPOINT_FORMAT = 3
 """Raised whenever checkpoints of an older patchad no longer load."""
@@ -67,11 +69,14 @@ class PatchDetector(Configurable, LightningModule):
         taps: name of the backbone's layer for each side; by default the backbone's own choice.
         scoring_strides: distance between scored patches for each side in pixels.
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
+        tile: a larger image (height or width in pixels) passes the backbone in tiles of that size, in dense mode, so
+            that memory stays bounded; the result is the same. None passes every image whole.
         clusters: pseudo-labels of each side.
         warmup: share of the epochs that pass before there are pseudo-labels.
         learning_rate: of Adam.
         cache: keeps the features of a frozen backbone on disk, in dense mode; None computes them in each step.
         max_vectors: most vectors that the bank of each side keeps; None keeps all.
+        reduce: how the bank chooses them: `random`, `kcenter` or `kmeans`; see `MemoryBank`.
         scorer: combines the maps and holds the threshold.
         seed: of the vectors that the bank keeps, and of the first centroids.
 
@@ -95,18 +100,20 @@ class PatchDetector(Configurable, LightningModule):
         taps: dict[int, str] | None = None,
         scoring_strides: dict[int, int] | None = None,
         subtract_mean_image: bool = False,
+        tile: int | None = 1024,
         clusters: int = 50,
         warmup: float = 0.1,
         learning_rate: float = 3e-4,
         cache: FeatureCache | None = None,
         max_vectors: int | None = 10_000,
+        reduce: Reduction = "random",
         scorer: Scorer | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(hyperparameters(self))
         self.encoder = MODES[mode](
-            backbone, encoder or LearnedEncoder, sides, taps, scoring_strides, subtract_mean_image
+            backbone, encoder or LearnedEncoder, sides, taps, scoring_strides, subtract_mean_image, tile
         )
         if cache is not None and not isinstance(self.encoder, DenseEncoder):
             raise PatchadError(f"mode {mode} has no features to cache; set model.cache to null")
@@ -115,7 +122,7 @@ class PatchDetector(Configurable, LightningModule):
         self.losses = nn.ModuleDict({str(side): nn.ModuleList(map(copy.deepcopy, terms)) for side in sides})
         dims = {side: self.encoder.patch_encoder(side).dim for side in sides}
         self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dims[side], seed) for side in sides})
-        self.banks = nn.ModuleDict({str(side): MemoryBank(side, max_vectors, seed) for side in sides})
+        self.banks = nn.ModuleDict({str(side): MemoryBank(side, max_vectors, reduce, seed) for side in sides})
         self.scorer = (scorer or Scorer()).prepare(sides)
         self.warmup, self.learning_rate, self.cache = warmup, learning_rate, cache
         # The loss starts from it, so that there is one where every term is off or nothing is to be learned.
@@ -134,25 +141,50 @@ class PatchDetector(Configurable, LightningModule):
             image: RGB in [0, 1].
             content: height x width of each image's content, top left, in pixels.
         """
+        return self.nearest(self.encoder(image), content, (image.shape[2], image.shape[3]))
+
+    def nearest(self, embeddings: Mapping[int, Tensor], content: Int[Tensor, "batch 2"], size: Size) -> Distances:
+        """How far embeddings are from the nearest normal ones: one search per side.
+
+        Args:
+            embeddings: of each side, `[batch, dim, rows, columns]`, as the encoder gives them.
+            content: height x width of each image's content, top left, in pixels.
+            size: height x width of the images in pixels.
+        """
         found = {}
-        for side, embeddings in self.encoder(image).items():
-            queries = embeddings.permute(0, 2, 3, 1)
-            nearest = self._bank(side).distances(queries.flatten(0, 2))
-            found[side] = nearest.reshape(queries.shape[:3])
-        return Distances(found, content, image.shape[2], image.shape[3])
+        for side, values in embeddings.items():
+            queries = values.permute(0, 2, 3, 1)
+            found[side] = self.bank(side).distances(queries.flatten(0, 2)).reshape(queries.shape[:3])
+        return Distances(found, content, *size)
+
+    def counted(self, content: Int[Tensor, "batch 2"], values: Tensor, side: int) -> Bool[Tensor, "batch rows columns"]:
+        """Which patches of a side, one for each of the last two axes of `values`, lie on the content."""
+        grid = (values.shape[-2], values.shape[-1])
+        return inside(content, grid, side, self.encoder.strides[side])
+
+    def bank(self, side: int) -> MemoryBank:
+        """The normal patches of one side (pixels)."""
+        bank = self.banks[str(side)]
+        assert isinstance(bank, MemoryBank)
+        return bank
 
     def side_maps(self, distances: Distances) -> dict[int, Float[Tensor, "batch height width"]]:
         """The anomaly map of each side at the pixels of the image."""
         maps = {}
         for side, values in distances.sides.items():
-            counted = self._counted(distances.content, values, side)
+            counted = self.counted(distances.content, values, side)
             folded = fold(values, counted, side, self.encoder.strides[side])
             maps[side] = folded[:, : distances.height, : distances.width]
         return maps
 
     def score(self, distances: Distances) -> Prediction:
         """Maps, scores and verdicts from distances."""
-        maps, content = self.side_maps(distances), distances.content
+        return self.score_maps(self.side_maps(distances), distances.content)
+
+    def score_maps(
+        self, maps: dict[int, Float[Tensor, "batch height width"]], content: Int[Tensor, "batch 2"]
+    ) -> Prediction:
+        """The combined map, scores and verdicts from the maps of the sides."""
         combined = self.scorer.combine(maps)
         scores = self.scorer.score(combined, content)
         side_scores = {side: self.scorer.score(side_map, content) for side, side_map in maps.items()}
@@ -367,21 +399,21 @@ class PatchDetector(Configurable, LightningModule):
     def fill_banks(self) -> None:
         """Fills the bank of each side with the patches of the training normals, and prints its size first."""
         for side in self.encoder.sides:
-            self._bank(side).clear()
+            self.bank(side).clear()
         loader = self._data.memory_dataloader()
         for number, batch in enumerate(self._batches(loader, "Filling the memory bank")):
             embeddings = self.encoder(batch.image)
             if number == 0:
                 self._announce(embeddings, len(loader.dataset))
             for side, values in embeddings.items():
-                self._bank(side).add(values, self._counted(batch.content, values, side), batch.number)
+                self.bank(side).add(values, self.counted(batch.content, values, side), batch.number)
         for side in self.encoder.sides:
-            self._bank(side).finish()
+            self.bank(side).finish()
 
     def _announce(self, embeddings: Mapping[int, Tensor], images: int) -> None:
         for side, values in embeddings.items():
             patches = images * values.shape[2] * values.shape[3]
-            count = min(patches, self._bank(side).max_vectors or patches)
+            count = min(patches, self.bank(side).max_vectors or patches)
             size = count * values.shape[1] * values.element_size() / 1e6
             rank_zero_info(f"memory bank, side {side}: {count} of {patches} vectors x {values.shape[1]}, {size:.1f} MB")
 
@@ -389,19 +421,21 @@ class PatchDetector(Configurable, LightningModule):
         """Sets the scale of each side and the threshold from the collected distances of the calibration normals."""
         assert self._calibration is not None
         images = self._everywhere(self._calibration)
-        for number, (side, found) in enumerate(images.sides.items()):
-            values = found[self._counted(images.content, found, side)].double()
-            self.scorer.scale[number] = values.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        scores = torch.cat(
-            [self.score(images.rows(slice(number, number + 1))).score for number in range(len(images.content))]
-        )
-        rate = self.scorer.set_threshold(scores)
+        rate = self.calibrate_on(images)
         rank_zero_info(
-            f"threshold {float(self.scorer.threshold):.4g} from {len(scores)} calibration images: "
+            f"threshold {float(self.scorer.threshold):.4g} from {len(images.content)} calibration images: "
             f"false-positive rate promised at most {rate:.3g}, asked for {self.scorer.target_fpr:.3g}"
         )
         self._calibration = None
         self._filled_at = self.global_step  # only now: a fit that ends between filling and calibrating starts over
+
+    def calibrate_on(self, normals: Distances) -> float:
+        """Sets scales and threshold from the distances of normal images; returns the false-positive rate promised."""
+        for number, (side, found) in enumerate(normals.sides.items()):
+            values = found[self.counted(normals.content, found, side)].double()
+            self.scorer.scale[number] = values.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        single = [normals.rows(slice(number, number + 1)) for number in range(len(normals.content))]
+        return self.scorer.set_threshold(torch.cat([self.score(one).score for one in single]))
 
     def _everywhere(self, collected: Distances) -> Distances:
         """The images that any process has seen; each has a content of at least one pixel."""
@@ -411,15 +445,6 @@ class PatchDetector(Configurable, LightningModule):
 
     def _summed(self, values: Tensor) -> Tensor:
         return torch.as_tensor(self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum"))
-
-    def _counted(self, content: Tensor, values: Tensor, side: int) -> Tensor:
-        grid = (values.shape[-2], values.shape[-1])
-        return inside(content, grid, side, self.encoder.strides[side])
-
-    def _bank(self, side: int) -> MemoryBank:
-        bank = self.banks[str(side)]
-        assert isinstance(bank, MemoryBank)
-        return bank
 
     def _collect(self, batch: ImageBatch) -> None:
         """Notes the distances of calibration normals, in one place that is allocated once: memory stays flat."""

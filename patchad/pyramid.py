@@ -6,6 +6,7 @@ A side of K pixels is scored at positions `stride` pixels apart; the patch at po
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchad.types import PatchadError, Pyramid, Size
+from patchad.canvas import Size
+from patchad.errors import PatchadError
+from patchad.types import Pyramid
 
 DIRECTIONS = 12
 """Directions in which a neighbour may lie, 30 degrees apart; 0 points along the rows, 3 along the columns."""
@@ -83,6 +86,43 @@ def cut_grid(
 def common_multiple(strides: Iterable[int]) -> int:
     """The size in pixels that every stride divides."""
     return math.lcm(*strides)
+
+
+def round_up(length: int, multiple: int) -> int:
+    """The next multiple.
+
+    Example:
+        >>> round_up(250, 16), round_up(256, 16)
+        (256, 256)
+    """
+    return -(-length // multiple) * multiple
+
+
+class Span(NamedTuple):
+    """A part of an axis, in pixels, and what surrounds it.
+
+    Attributes:
+        start: first pixel of the part.
+        stop: pixel behind its last.
+        outer_start: first pixel with the margin, where there is one.
+        outer_stop: pixel behind the last with the margin.
+    """
+
+    start: int
+    stop: int
+    outer_start: int
+    outer_stop: int
+
+
+def spans(length: int, tile: int, margin: int) -> list[Span]:
+    """An axis cut into tiles, each with a margin that ends at the ends of the axis.
+
+    Example:
+        >>> spans(100, tile=64, margin=16)
+        [Span(start=0, stop=64, outer_start=0, outer_stop=80), Span(start=64, stop=100, outer_start=48, outer_stop=100)]
+    """
+    parts = ((start, min(start + tile, length)) for start in range(0, length, tile))
+    return [Span(start, stop, max(0, start - margin), min(length, stop + margin)) for start, stop in parts]
 
 
 def inside(content: Int[Tensor, "batch 2"], grid: Size, side: int, stride: int) -> Bool[Tensor, "batch rows columns"]:
@@ -171,7 +211,7 @@ def sample_pyramids(
         shift: rows x columns in pixels by which the second view's content is moved against the first's.
         generator: draws everything.
     """
-    area = -(-np.array(size) // grid) * grid  # images are padded at least to the next cell
+    area = np.array([round_up(length, grid) for length in size])  # images are padded at least to the next cell
     limit = np.minimum(area, np.maximum(np.array(content) // grid * grid, WINDOW * side))  # where the window may lie
     extent = np.array(window_size(size, side, grid))
     window, room = _draw_up_to(limit - extent, grid, generator), extent - side
@@ -192,7 +232,7 @@ def sample_pyramids(
 
 def window_size(size: Size, side: int, grid: int) -> Size:
     """Height x width in pixels of the window that holds the pyramids of an image of that size."""
-    height, width = (min(-(-length // grid) * grid, WINDOW * side) for length in size)
+    height, width = (min(round_up(length, grid), WINDOW * side) for length in size)
     return height, width
 
 

@@ -8,8 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from patchad.errors import PatchadError
 from patchad.spec import Configurable
-from patchad.types import PatchadError
+
+NOISE = 0.01
+"""Share of its mean on calibration normals below which a map counts as that: what is left there is rounding, which a
+root would magnify."""
 
 
 class Scorer(Configurable, nn.Module):
@@ -64,7 +68,7 @@ class Scorer(Configurable, nn.Module):
         scaled = torch.stack([maps[side] / scale for side, scale in zip(self.sides, self.scale, strict=True)])
         if self.combination == "sum":
             return scaled.sum(0)
-        return self.normal_level * scaled.prod(0).pow(1 / len(scaled))
+        return self.normal_level * scaled.clamp(min=NOISE).prod(0).pow(1 / len(scaled))
 
     def score(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]
@@ -93,9 +97,11 @@ def top_mean(
     pixels: Float[Tensor, "batch pixels"], count: Int[Tensor, " batch"], fraction: float
 ) -> Float[Tensor, " batch"]:
     """The mean of the highest `fraction` of each row's `count` finite values (at least one of them)."""
-    top = (count * fraction).ceil().long().clamp(min=1)
-    highest = pixels.topk(int(top.max()), dim=1).values.double().cumsum(1)
-    return (highest.gather(1, top[:, None] - 1)[:, 0] / top).to(pixels.dtype)
+    most = max(1, math.ceil(pixels.shape[1] * fraction))
+    top = (count * fraction).ceil().long().clamp(1, most)
+    highest = pixels.topk(most, dim=1).values
+    among = torch.arange(most, device=pixels.device) < top[:, None]
+    return (highest.where(among, 0).double().sum(1) / top).to(pixels.dtype)
 
 
 def conformal_threshold(scores: Float[Tensor, " images"], target_fpr: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from patchad.types import PatchadError
+from patchad.errors import PatchadError
 
 Kind = TypeVar("Kind")  # beartype, which checks the tests' calls, does not know Self here
 

@@ -1,4 +1,4 @@
-"""The tuples that travel through patchad, and the one error that a user can mend."""
+"""The tuples that travel through patchad."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,19 +6,12 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-Size = tuple[int, int]
-"""Height x width in pixels."""
-
 NORMAL = "good"
 """Name of the defect type of images without a defect (MVTec AD's own word)."""
 
 
 UNKNOWN = ""
 """Defect type of images of which nothing is known."""
-
-
-class PatchadError(ValueError):
-    """Something that the user can mend: the command line prints it as one line and exits with 2."""
 
 
 class Sample(NamedTuple):

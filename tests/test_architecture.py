@@ -5,6 +5,9 @@ import pytest
 
 CHECKOUT = Path(__file__).parent.parent
 ORDER = [
+    "errors",
+    "canvas",
+    "runtime",
     "types",
     "spec",
     "pyramid",
@@ -17,6 +20,9 @@ ORDER = [
     "metrics",
     "module",
     "callbacks",
+    "export",
+    "timing",
+    "commands",
     "cli",
 ]
 FILES = [

@@ -4,8 +4,8 @@ import torchvision
 from sklearn.datasets import load_sample_image
 from torch.nn import functional as F
 
-from patchad.models.backbones import VGG16, Backbone, EfficientNetLite0, read_state_dict
-from patchad.types import PatchadError
+from patchad.errors import PatchadError
+from patchad.models.backbones import VGG16, Backbone, EfficientNetLite0, read_state_dict, receptive_radius
 
 BACKBONES = [VGG16, EfficientNetLite0]
 
@@ -96,3 +96,18 @@ def test_the_real_vgg16_weights_fit(shared):
     backbone: Backbone = VGG16(weights=str(shared / "weights" / "vgg16_features.pth"))
     features = backbone(torch.rand(1, 3, 64, 64), ["relu5_3"])["relu5_3"]
     assert features.std() > 0.01
+
+
+@pytest.mark.parametrize(("backbone", "name"), [(VGG16, "relu3_3"), (EfficientNetLite0, "stage2")])
+def test_nothing_beyond_the_receptive_radius_changes_a_cell(backbone, name):
+    torch.manual_seed(0)
+    made = backbone(weights="none").double().eval()
+    radius, stride, place = receptive_radius(made, [name]), made.tap(name).stride, 64
+    image = torch.rand(1, 3, 128, 128, dtype=torch.float64)
+    changed = image.clone()
+    changed[:, :, place, place] += 100
+    with torch.no_grad():
+        difference = (made(image, [name])[name] - made(changed, [name])[name]).abs().amax((0, 1))
+    rows = difference.amax(1).nonzero()[:, 0] * stride
+    assert (rows - place).abs().max() <= radius
+    assert (rows - place).abs().max() >= radius - 2 * stride

@@ -7,8 +7,9 @@ import torch
 from patchad import PatchDetector, PyramidDataModule
 from patchad.data.datamodule import PyramidDataset
 from patchad.data.images import Augmentations
+from patchad.errors import PatchadError
 from patchad.models import EfficientNetLite0, FeatureCache
-from patchad.types import PatchadError, PyramidPlan
+from patchad.types import PyramidPlan
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 
 from patchad.clustering import PseudoLabels, churn, kmeans
-from patchad.types import PatchadError
+from patchad.errors import PatchadError
 
 
 @pytest.fixture(scope="module")

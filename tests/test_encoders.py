@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from patchad.errors import PatchadError
 from patchad.models.backbones import VGG16, EfficientNetLite0, Tap
 from patchad.models.encoders import (
     DenseEncoder,
@@ -14,7 +15,6 @@ from patchad.models.encoders import (
     WindowEncoder,
     convolutions,
 )
-from patchad.types import PatchadError
 
 TAP = Tap(layer=0, stride=4, channels=6)
 
@@ -213,3 +213,24 @@ def test_the_mean_image_is_subtracted_instead_of_the_backbones_normalisation():
     assert torch.equal(fresh.mean_image.mean, encoder.mean_image.mean)
     with pytest.raises(PatchadError, match=r"64 x 64 pixels .*, this image 32 x 64"):
         MeanImage.forward(encoder.mean_image, images[:, :, :32])
+
+
+@pytest.mark.parametrize("backbone", [EfficientNetLite0, VGG16])
+@pytest.mark.parametrize("size", [(300, 210), (96, 400)])
+def test_tiles_give_the_embeddings_of_the_whole_image(backbone, size):
+    torch.manual_seed(0)
+    whole = DenseEncoder(backbone(weights="none"), LearnedEncoder, (32, 16)).eval()
+    tiled = DenseEncoder(whole.backbone, LearnedEncoder, (32, 16), tile=64).eval()
+    tiled.load_state_dict(whole.state_dict())
+    image = torch.rand(2, 3, *size)
+    with torch.inference_mode():
+        expected, found = whole(image), tiled(image)
+    for side in (32, 16):
+        assert found[side].shape == expected[side].shape
+        torch.testing.assert_close(found[side], expected[side], rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_that_fits_a_tile_is_not_cut(monkeypatch):
+    encoder = DenseEncoder(EfficientNetLite0(weights="none"), LearnedEncoder, (32, 16), tile=96).eval()
+    monkeypatch.setattr(encoder, "_embed_tiles", None)
+    encoder(torch.rand(1, 3, 96, 90))

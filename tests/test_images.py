@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from patchad.data.images import Augmentations, augment, draw_view, fit, native_size, read_image, read_mask, resize_mask
-from patchad.types import PatchadError
+from patchad.errors import PatchadError
 
 PIXELS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 

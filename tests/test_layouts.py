@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from patchad.data.layouts import BTAD, Folder, MagneticTile, MVTecAD, Synthetic, detect_layout, images_below, tiles
-from patchad.types import PatchadError
+from patchad.errors import PatchadError
 
 
 def touch(root: Path, *names: str) -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from patchad.errors import PatchadError
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
 from patchad.module import check_names
-from patchad.types import PatchadError
 from tests.contracts import check_loss, some_views
 
 

@@ -1,10 +1,12 @@
 import io
+import itertools
 
+import faiss
 import pytest
 import torch
 
-from patchad.memory import MemoryBank
-from patchad.types import PatchadError
+from patchad.errors import PatchadError
+from patchad.memory import MemoryBank, kcenter, kmeans_medoids, nearest_by_product
 
 IMAGES, DIM, ROWS, COLUMNS = 6, 8, 5, 4
 
@@ -13,8 +15,8 @@ def embeddings() -> torch.Tensor:
     return torch.randn(IMAGES, DIM, ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
 
 
-def filled(order=range(IMAGES), batch=2, max_vectors=None, seed=0, counted=None) -> MemoryBank:
-    bank = MemoryBank(side=16, max_vectors=max_vectors, seed=seed)
+def filled(order=range(IMAGES), batch=2, max_vectors=None, seed=0, counted=None, reduce="random") -> MemoryBank:
+    bank = MemoryBank(side=16, max_vectors=max_vectors, reduce=reduce, seed=seed)
     counted = torch.ones(IMAGES, ROWS, COLUMNS, dtype=torch.bool) if counted is None else counted
     index = torch.tensor(list(order))
     for part in index.split(batch):
@@ -36,10 +38,11 @@ def test_every_vector_lies_under_its_image_and_position():
     assert torch.equal(bank.vectors, embeddings().flatten(2)[image, :, position])
 
 
+@pytest.mark.parametrize("reduce", ["random", "kcenter", "kmeans"])
 @pytest.mark.parametrize("max_vectors", [None, 7, 40, 120])
-def test_the_order_and_grouping_of_images_do_not_change_the_bank(max_vectors):
-    first = filled(max_vectors=max_vectors)
-    second = filled(order=[5, 1, 3, 0, 4, 2], batch=4, max_vectors=max_vectors)
+def test_the_order_and_grouping_of_images_do_not_change_the_bank(max_vectors, reduce):
+    first = filled(max_vectors=max_vectors, reduce=reduce)
+    second = filled(order=[5, 1, 3, 0, 4, 2], batch=4, max_vectors=max_vectors, reduce=reduce)
     assert torch.equal(first.keys, second.keys)
     assert torch.equal(first.vectors, second.vectors)
 
@@ -65,6 +68,66 @@ def test_while_filling_no_more_than_the_cap_is_held():
     for image in range(IMAGES):
         bank.add(embeddings()[image : image + 1], torch.ones(1, ROWS, COLUMNS, dtype=torch.bool), torch.tensor([image]))
         assert len(bank) == 9
+
+
+@pytest.mark.parametrize("reduce", ["kcenter", "kmeans"])
+def test_a_reduction_holds_no_more_than_its_candidates_and_keeps_real_patches(reduce, monkeypatch):
+    monkeypatch.setattr("patchad.memory.CANDIDATES", 50)
+    bank = MemoryBank(side=16, max_vectors=9, reduce=reduce)
+    for image in range(IMAGES):
+        bank.add(embeddings()[image : image + 1], torch.ones(1, ROWS, COLUMNS, dtype=torch.bool), torch.tensor([image]))
+        assert len(bank) <= 50
+    bank.finish()
+    assert 5 < len(bank) <= 9
+    image, position = bank.keys.T
+    assert torch.equal(bank.vectors, embeddings().flatten(2)[image, :, position])
+
+
+def covering_radius(vectors: torch.Tensor, chosen: torch.Tensor) -> float:
+    return float(torch.cdist(vectors, vectors[chosen]).amin(1).max())
+
+
+def test_kcenter_is_the_greedy_choice_of_the_farthest():
+    vectors = torch.randn(60, DIM, generator=torch.Generator().manual_seed(3))
+    chosen = [int((vectors - vectors.mean(0)).norm(dim=1).argmin())]
+    while len(chosen) < 12:
+        chosen.append(int(torch.cdist(vectors, vectors[chosen]).amin(1).argmax()))
+    assert kcenter(vectors, 12).tolist() == sorted(chosen)
+
+
+def test_kcenter_covers_within_twice_the_best():
+    vectors = torch.randn(10, 2, generator=torch.Generator().manual_seed(4))
+    best = min(covering_radius(vectors, torch.tensor(few)) for few in itertools.combinations(range(10), 3))
+    assert covering_radius(vectors, kcenter(vectors, 3)) <= 2 * best
+
+
+def test_kcenter_of_all_is_all_even_where_some_are_equal():
+    vectors = torch.tensor([[1.0], [1.0], [5.0]])
+    assert kcenter(vectors, 3).tolist() == [0, 1, 2]
+
+
+def test_kmeans_keeps_one_patch_of_each_group():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    vectors = (centres[:, None] + torch.rand(3, 20, 2, generator=torch.Generator().manual_seed(5))).flatten(0, 1)
+    assert sorted((kmeans_medoids(vectors, 3) // 20).tolist()) == [0, 1, 2]
+
+
+def test_a_large_bank_is_searched_in_lists_and_finds_nearly_all(monkeypatch):
+    vectors = torch.tanh(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(6)) @ torch.randn(4, DIM))
+    bank, exact = filled(), filled()
+    for one in (bank, exact):
+        one.vectors = vectors
+    bank.exact_most = 10_000
+    queries = vectors[:500] + 0.01
+    found, nearest = bank.distances(queries), exact.distances(queries)
+    assert isinstance(faiss.downcast_index(bank._index), faiss.IndexIVF)
+    assert (found >= nearest - 1e-5).all()
+    assert (found - nearest < 1e-4).float().mean() > 0.95
+
+
+def test_the_exported_search_finds_what_faiss_finds():
+    bank, queries = filled(), torch.randn(50, DIM, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(nearest_by_product(queries, bank.vectors), bank._search(queries))
 
 
 def test_patches_that_do_not_count_stay_out():

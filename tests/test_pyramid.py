@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from patchad.errors import PatchadError
 from patchad.pyramid import (
     crop_resize,
     cut,
@@ -16,7 +17,7 @@ from patchad.pyramid import (
     spread,
     window_size,
 )
-from patchad.types import PatchadError, Pyramid
+from patchad.types import Pyramid
 
 
 def slow_fold(values: np.ndarray, counted: np.ndarray, side: int, stride: int) -> np.ndarray:

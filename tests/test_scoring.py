@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from patchad.errors import PatchadError
 from patchad.scoring import Scorer, conformal_threshold
-from patchad.types import PatchadError
 
 FULL = torch.tensor([[8, 8], [8, 8]])
 

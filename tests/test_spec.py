@@ -10,11 +10,11 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from patchad.errors import PatchadError
 from patchad.models import EfficientNetLite0, PatchEncoder, WindowEncoder
 from patchad.models.backbones import Backbone, Tap
 from patchad.scoring import Scorer
 from patchad.spec import Configurable, spec
-from patchad.types import PatchadError
 
 
 class Inner(Configurable, nn.Module):

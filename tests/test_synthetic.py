@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from patchad.data import synthetic
 from patchad.data.synthetic import DEFECTS, STEP, paint_defect, write_synthetic
-from patchad.types import PatchadError
+from patchad.errors import PatchadError
 
 SMALL = {"train": 2, "test_normal": 1, "test_defective": 7, "size": 48}
 

@@ -12,11 +12,11 @@ from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from patchad.canvas import Size, content_size
 from patchad.data.images import (
     Augmentations,
     View,
     augment,
-    content_size,
     draw_view,
     fit,
     native_size,
@@ -26,9 +26,10 @@ from patchad.data.images import (
 )
 from patchad.data.layouts import Layout, detect_layout, images_below
 from patchad.data.synthetic import paint_defect
+from patchad.errors import PatchadError
 from patchad.pyramid import sample_pyramids
 from patchad.spec import Configurable, hyperparameters
-from patchad.types import NORMAL, UNKNOWN, ImageBatch, PatchadError, PyramidBatch, PyramidPlan, Sample, Size
+from patchad.types import NORMAL, UNKNOWN, ImageBatch, PyramidBatch, PyramidPlan, Sample
 
 MOST_SHIFT = 2
 """Pixels; two views then differ by at most 4, which the window of side 16's pyramids has room for."""
@@ -266,7 +267,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size
         self.batch_size, self.pyramids_per_image, self.num_workers = batch_size, pyramids_per_image, num_workers
         self.calibration_fraction, self.validate_on, self.seed = calibration_fraction, validate_on, seed
-        self.save_hyperparameters(hyperparameters(self))
+        self.save_hyperparameters(hyperparameters(self), logger=False)  # the whole config is logged; both have a seed
 
     def prepare_data(self) -> None:
         """Lets the layout write what it makes itself (once per machine)."""

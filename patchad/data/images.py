@@ -10,7 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchad.types import PatchadError, Size
+from patchad.canvas import Size, content_size
+from patchad.errors import PatchadError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """Lower case; files are matched in any case."""
@@ -104,19 +105,6 @@ def fit(
         image = F.interpolate(image[None], content, mode="bilinear", align_corners=False, antialias=True)[0]
     padding = (0, size[1] - content[1], 0, size[0] - content[0])
     return F.pad(image[None], padding, mode="replicate")[0], content
-
-
-def content_size(native: Size, size: Size, keep_aspect: bool) -> Size:
-    """Height x width that an image takes up within `size`, in pixels.
-
-    Example:
-        >>> content_size((100, 200), (256, 256), keep_aspect=True)
-        (128, 256)
-    """
-    if not keep_aspect:
-        return size
-    scale = min(size[0] / native[0], size[1] / native[1])
-    return max(1, round(native[0] * scale)), max(1, round(native[1] * scale))
 
 
 def native_size(path: Path) -> Size:

@@ -11,8 +11,9 @@ import numpy as np
 
 from patchad.data.images import IMAGE_SUFFIXES
 from patchad.data.synthetic import write_synthetic
+from patchad.errors import PatchadError
 from patchad.spec import Configurable
-from patchad.types import NORMAL, PatchadError, Sample
+from patchad.types import NORMAL, Sample
 
 Item = TypeVar("Item")
 

@@ -17,7 +17,8 @@ from PIL import Image
 from rich.progress import track
 from scipy import ndimage
 
-from patchad.types import NORMAL, PatchadError
+from patchad.errors import PatchadError
+from patchad.types import NORMAL
 
 Picture: TypeAlias = Float[np.ndarray, "height width 3"]
 Plane: TypeAlias = Float[np.ndarray, "height width"]

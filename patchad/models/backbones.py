@@ -4,6 +4,7 @@ A backbone is a plain sequence of layers. Adding one is one subclass: its layers
 from, and the mean and deviation of its input.
 """
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -16,8 +17,8 @@ import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from patchad.errors import PatchadError
 from patchad.spec import Configurable
-from patchad.types import PatchadError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -134,6 +135,33 @@ class Backbone(Configurable, nn.Module, ABC):
             if index in wanted:
                 maps[wanted[index]] = features
         return maps
+
+
+@torch.no_grad()
+def receptive_radius(backbone: Backbone, names: Iterable[str]) -> int:
+    """How far in pixels a cell of the named taps sees beyond its own first pixel, at most; measured.
+
+    A pixel that is not a number makes every cell that sees it no number, whatever the layers are.
+
+    Args:
+        backbone: a copy of it is measured.
+        names: taps.
+
+    Example:
+        >>> receptive_radius(VGG16(weights="none"), ["relu1_2"])
+        3
+    """
+    taps = [backbone.tap(name) for name in names]
+    step = max(tap.stride for tap in taps)
+    probe = copy.deepcopy(backbone).double().cpu().eval()  # kernels for doubles skip no number
+    place, radius = 32 * step, 0
+    image = torch.zeros(1, 3, step, 2 * place, dtype=torch.float64)
+    image[:, :, :, place] = torch.nan
+    for name, features in probe(image, names).items():
+        stride = backbone.tap(name).stride
+        seeing = features.isnan().any(dim=(0, 1, 2)).nonzero()[:, 0] * stride
+        radius = max(radius, int((seeing - place).abs().max()) + stride)
+    return radius
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from patchad.canvas import Size
+from patchad.errors import PatchadError
 from patchad.models.encoders import DenseEncoder
 from patchad.spec import Configurable
-from patchad.types import PatchadError, Size
 
 
 class FeatureCache(Configurable):

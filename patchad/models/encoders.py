@@ -5,6 +5,8 @@ A `PatchEncoder` serves one side: it reads the feature map of one tap and gives 
 image through the backbone once, `SlidingEncoder` each patch on its own.
 """
 
+import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,9 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchad.models.backbones import Backbone, Tap
-from patchad.pyramid import common_multiple, cut, cut_grid, pad_to_multiple, positions, window_size
-from patchad.types import PatchadError, Size
+from patchad.canvas import Size
+from patchad.errors import PatchadError
+from patchad.models.backbones import Backbone, Tap, receptive_radius
+from patchad.pyramid import (
+    common_multiple,
+    cut,
+    cut_grid,
+    pad_to_multiple,
+    positions,
+    round_up,
+    spans,
+    window_size,
+)
 
 
 class Standardize(nn.Module):
@@ -271,6 +283,7 @@ class PyramidEncoder(nn.Module, ABC):
         scoring_strides: distance between scored patches for each side in pixels, a multiple of the tap's stride; by
             default the tap's stride, but at least 4 (so 16, 4, 4 for VGG16, as in the paper).
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
+        tile: a larger image (height or width in pixels) passes the backbone in tiles of that size; None never.
 
     Raises:
         PatchadError: if a tap is unknown or a stride does not fit.
@@ -284,8 +297,10 @@ class PyramidEncoder(nn.Module, ABC):
         taps: Mapping[int, str] | None = None,
         scoring_strides: Mapping[int, int] | None = None,
         subtract_mean_image: bool = False,
+        tile: int | None = None,
     ) -> None:
         super().__init__()
+        self.tile = tile
         self.backbone, self.mean_image = backbone, MeanImage() if subtract_mean_image else None
         self.sides = tuple(sides)
         self.tap_names = {side: tap_name(backbone, side, taps or {}) for side in self.sides}
@@ -384,18 +399,45 @@ class DenseEncoder(PyramidEncoder):
 
     def features(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
         """The feature map of each side's tap, `[batch, channels, rows, columns]`."""
-        padded = pad_to_multiple(self.prepare(image), self.multiple)
-        maps = self.backbone(padded, set(self.tap_names.values()))
-        return {side: maps[name] for side, name in self.tap_names.items()}
+        return self._features(pad_to_multiple(self.prepare(image), self.multiple))
 
     observable = features
 
+    def _features(self, prepared: Tensor) -> dict[int, Tensor]:
+        maps = self.backbone(prepared, set(self.tap_names.values()))
+        return {side: maps[name] for side, name in self.tap_names.items()}
+
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
-        """Embeddings at every scoring position."""
+        """Embeddings at every scoring position; a larger image than `tile` is embedded tile by tile."""
         self.check_size(image)
-        features = self.features(image)
+        prepared = pad_to_multiple(self.prepare(image), self.multiple)
+        if self.tile is None or max(prepared.shape[2:]) <= self.tile:
+            return self._embed(prepared)
+        return self._embed_tiles(prepared, self.tile)
+
+    def _embed(self, prepared: Tensor) -> dict[int, Tensor]:
+        features = self._features(prepared)
         steps = {side: self.strides[side] // self.taps[side].stride for side in self.sides}
         return {side: self.patch_encoder(side)(features[side], steps[side]) for side in self.sides}
+
+    def _embed_tiles(self, prepared: Tensor, tile: int) -> dict[int, Tensor]:
+        size, found = (prepared.shape[2], prepared.shape[3]), {}
+        rows, columns = (spans(length, round_up(tile, self.multiple), self.margin) for length in size)
+        for row, column in itertools.product(rows, columns):
+            part = prepared[:, :, row.outer_start : row.outer_stop, column.outer_start : column.outer_stop]
+            for side, embeddings in self._embed(part).items():
+                grid, stride = self.grid(size, side), self.strides[side]
+                whole = found.setdefault(side, embeddings.new_empty(*embeddings.shape[:2], *grid))
+                inner = whole[:, :, row.start // stride : row.stop // stride]
+                inner = inner[:, :, :, column.start // stride : column.stop // stride]
+                top, left = (row.start - row.outer_start) // stride, (column.start - column.outer_start) // stride
+                inner.copy_(embeddings[:, :, top : top + inner.shape[2], left : left + inner.shape[3]])
+        return found
+
+    @functools.cached_property
+    def margin(self) -> int:
+        """Pixels around a tile that its patches see: the receptive field's radius and the widest side, on the grid."""
+        return round_up(receptive_radius(self.backbone, set(self.tap_names.values())) + max(self.sides), self.multiple)
 
     def windows(
         self, image: Float[Tensor, "batch 3 height width"], corners: Mapping[int, Int[Tensor, "batch 2"]]

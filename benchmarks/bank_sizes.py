@@ -1,0 +1,110 @@
+"""AUROC against the size of the memory bank, as Markdown.
+
+python -m benchmarks.bank_sizes --ckpt_path runs/version_0/checkpoints/last.ckpt
+
+Every image is embedded once; then each bank is filled, calibrated and tested as `patchad fit` and `patchad test` do.
+"""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from patchad import PatchDetector
+from patchad.canvas import Size
+from patchad.data import PyramidDataModule
+from patchad.memory import MemoryBank, Reduction
+from patchad.metrics import COMBINED, AnomalyMetrics
+from patchad.module import Distances
+from patchad.pyramid import crop_resize
+from patchad.types import ImageBatch
+
+Embedded = list[tuple[ImageBatch, dict[int, Tensor]]]
+
+
+@torch.inference_mode()
+def main(
+    ckpt_path: Path,
+    sizes: tuple[int, ...] = (300, 1000, 3000, 10_000, 30_000),
+    reductions: tuple[Reduction, ...] = ("random", "kcenter", "kmeans"),
+    everything: bool = True,
+    exactly: bool = False,
+    metric_size: Size | None = None,
+) -> None:
+    """Prints one row for each size and reduction.
+
+    Args:
+        ckpt_path: a fitted detector; its data settings are used again.
+        sizes: most vectors per side.
+        reductions: how they are chosen.
+        everything: also keep all vectors.
+        exactly: search all vectors exactly, not as a bank of that size is searched otherwise.
+        metric_size: height x width of the masks in pixels; by default as fitted.
+    """
+    detector = PatchDetector.load_from_checkpoint(ckpt_path, map_location="cpu").eval()
+    data = PyramidDataModule.load_from_checkpoint(ckpt_path)
+    data.metric_size = metric_size or data.metric_size
+    data.setup("test")
+    loaders = data.memory_dataloader(), data.calibration_dataloader(), data.test_dataloader()
+    training, calibration, test = (embed(detector, loader) for loader in loaders)
+    print("| vectors per side | chosen by | detection / segmentation | filling | test without embedding |")
+    print("|---|---|---|---|---|")
+    banks: list[tuple[int | None, Reduction, int | None]] = []
+    if everything:
+        banks.append((None, "random", None if exactly else MemoryBank.exact_most))
+    for size in sorted(sizes, reverse=True):
+        banks += [(size, reduction, MemoryBank.exact_most) for reduction in reductions]
+    for size, reduction, exact_most in banks:
+        start = time.perf_counter()
+        fill(detector, training, size, reduction, exact_most)
+        filled = time.perf_counter()
+        calibrate(detector, calibration, data.image_size)
+        calibrated = time.perf_counter()
+        found = evaluate(detector, test, data.image_size)
+        seconds = f"{filled - start:.1f} s | {time.perf_counter() - calibrated:.1f} s"
+        aurocs = " / ".join(f"{100 * found[f'{kind}_auroc']:.2f}" for kind in ("detection", "segmentation"))
+        kept = ", ".join(str(len(detector.bank(side))) for side in detector.encoder.sides)
+        name = reduction if size else "all" if exact_most else "all, searched exactly"
+        print(f"| {kept} | {name} | {aurocs} | {seconds} |", flush=True)
+
+
+def embed(detector: PatchDetector, batches: Iterable[ImageBatch]) -> Embedded:
+    """Embeddings of every image, kept without the images."""
+    return [(batch._replace(image=torch.empty(0)), detector.encoder(batch.image)) for batch in batches]
+
+
+def fill(
+    detector: PatchDetector, training: Embedded, size: int | None, reduction: Reduction, exact_most: int | None
+) -> None:
+    """Puts a new bank of each side into the detector; without `exact_most`, its search is exact."""
+    for side in detector.encoder.sides:
+        bank = MemoryBank(side, size, reduction, detector.bank(side).seed)
+        for batch, embeddings in training:
+            bank.add(embeddings[side], detector.counted(batch.content, embeddings[side], side), batch.number)
+        bank.finish()
+        bank.exact_most = exact_most or len(bank)
+        detector.banks[str(side)] = bank
+
+
+def calibrate(detector: PatchDetector, normals: Embedded, size: Size) -> None:
+    """Sets the scales and the threshold."""
+    parts = [detector.nearest(embeddings, batch.content, size) for batch, embeddings in normals]
+    sides = {side: torch.cat([part.sides[side] for part in parts]) for side in detector.encoder.sides}
+    detector.calibrate_on(Distances(sides, torch.cat([part.content for part in parts]), *size))
+
+
+def evaluate(detector: PatchDetector, images: Embedded, size: Size) -> dict[str, Tensor]:
+    """AUROCs of the combined map."""
+    metrics = AnomalyMetrics(sides=())
+    for batch, embeddings in images:
+        prediction = detector.score(detector.nearest(embeddings, batch.content, size))
+        resized = crop_resize(prediction.map, batch.content, (batch.mask.shape[1], batch.mask.shape[2]))
+        metrics.update(prediction, batch, {COMBINED: resized})
+    return metrics.compute()
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

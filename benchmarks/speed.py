@@ -1,0 +1,252 @@
+"""Milliseconds per image of patchad and of its peers, on the same images in one process, in turns, as Markdown.
+
+pip install patchad[bench,offline]
+python -m benchmarks.speed
+
+Each is timed as it runs in torch (eager), and in the files that it exports itself; claims are made against the faster.
+Weights are random, but for EfficientNet-Lite0: they do not change the time. Images are synthetic, 256 x 256.
+"""
+
+import logging
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+import patchad
+from patchad import PatchDetector, PyramidDataModule
+from patchad.data.synthetic import write_synthetic
+from patchad.export import export
+from patchad.models import VGG16, EfficientNetLite0
+from patchad.timing import (
+    HEADER,
+    alternate,
+    best_rate,
+    floating_point_operations,
+    peak_memory,
+    stage_rows,
+    time_stages,
+)
+
+SIZE, BATCHES = 256, (1, 8)
+CORESET = int(0.1 * 209 * 32 * 32)
+"""Vectors of PatchCore's bank: 10 % of the patches of 209 images."""
+OURS: Mapping[str, Callable[[], PatchDetector]] = {
+    "patchad VGG16, 3 sides": lambda: filled(PatchDetector(VGG16(weights="none"))),
+    "patchad VGG16, 2 sides": lambda: filled(PatchDetector(VGG16(weights="none"), sides=(64, 32))),
+    "patchad EfficientNet-Lite0, 3 sides": lambda: filled(PatchDetector(EfficientNetLite0())),
+    "patchad EfficientNet-Lite0, 2 sides": lambda: filled(PatchDetector(EfficientNetLite0(), sides=(64, 32))),
+}
+PEERS = ("PaDiM ResNet18", "PatchCore ResNet18", "PatchCore WideResNet50", "EfficientAD-S")
+DEFAULT = "OpenVINO, default"
+
+
+class Form(NamedTuple):
+    """A method, one way in which it runs, and the images that it gets at once."""
+
+    method: str
+    way: str
+    batch: int
+
+
+Tasks = dict[Form, Callable[[], object]]
+
+
+@torch.inference_mode()
+def main(repeats: int = 10, rounds: int = 2, sliding: int = 1, memory_of: str | None = None) -> None:
+    """Prints stage tables, times, ratios and memory.
+
+    Args:
+        repeats: alternating runs of each.
+        rounds: how often all of it is measured.
+        sliding: runs of sliding mode, which takes minutes.
+        memory_of: only score a batch of 8 with this method and print the peak memory of the process in MB.
+    """
+    quiet()
+    images = synthetic_images(max(BATCHES))
+    if memory_of is not None:
+        return print(memory(memory_of, images))
+    rate = best_rate(torch.device("cpu"))
+    print(f"best float32 rate measured: {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads\n")
+    detectors = {name: make() for name, make in OURS.items()}
+    for name, detector in detectors.items():
+        for batch in BATCHES:
+            print_stages(name, detector, images[:batch], repeats, rate)
+    tasks: Tasks = {}
+    for name, detector in detectors.items():
+        tasks |= ours(name, detector, images)
+    for name in PEERS:
+        tasks |= theirs(name, images)
+    for number in range(rounds):
+        print(f"round {number + 1}\n")
+        times = alternate(tasks, repeats)
+        print_times(times)
+        print_ratios({form: float(np.median(found)) for form, found in times.items() if form.batch == 1})
+    print_memory([*OURS, *PEERS])
+    print_sliding(detectors["patchad VGG16, 3 sides"], images[:1], sliding)
+
+
+def quiet() -> None:
+    """Warnings of exporters would drown the tables."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+def synthetic_images(count: int) -> Tensor:
+    """The first test images of the synthetic product, `[count, 3, SIZE, SIZE]`."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "product"
+        write_synthetic(root, train=2, test_normal=count, test_defective=7, size=SIZE)
+        data = PyramidDataModule(root, image_size=(SIZE, SIZE), num_workers=0)
+        data.setup("test")
+        return torch.stack([data.test_set[number].image for number in range(count)])
+
+
+def filled(detector: PatchDetector) -> PatchDetector:
+    """The detector with random vectors in its banks, as many as it keeps at most."""
+    generator = torch.Generator().manual_seed(0)
+    for side in detector.encoder.sides:
+        bank = detector.bank(side)
+        count, dim = bank.max_vectors or 10_000, detector.encoder.patch_encoder(side).dim
+        bank.vectors = torch.rand(count, dim, generator=generator) * 2 - 1
+        bank.keys = torch.zeros(count, 2, dtype=torch.int64)
+    return detector.eval()
+
+
+def content(images: Tensor) -> Tensor:
+    """Height x width of each image, all of it content."""
+    return torch.tensor(images.shape[2:]).expand(len(images), 2)
+
+
+def print_stages(name: str, detector: PatchDetector, images: Tensor, repeats: int, rate: float) -> None:
+    """The stages of one detector, eager."""
+    runs = [time_stages(detector, images, content(images)) for _ in range(repeats + 1)][1:]
+    rows = stage_rows(runs, floating_point_operations(detector, images), rate)
+    print(f"{name}, batch {len(images)}, eager\n", HEADER, *(row.markdown() for row in rows), "", sep="\n")
+
+
+def ours(name: str, detector: PatchDetector, images: Tensor) -> Tasks:
+    """A detector of patchad: eager, and the file that `patchad export` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.patchad"
+        export(detector, path, PyramidDataModule(folder, image_size=(SIZE, SIZE)))
+        exported = patchad.load(path)
+    arrays, tasks = list(images.permute(0, 2, 3, 1).numpy()), {}
+    for batch in BATCHES:
+        tasks[Form(name, "eager", batch)] = partial(detector, images[:batch], content(images[:batch]))
+        tasks[Form(name, "ONNX Runtime", batch)] = partial(exported.score, arrays[:batch])
+    return tasks
+
+
+def peer(name: str) -> Any:
+    """A model of anomalib with random weights, ready to score."""
+    from anomalib.models import EfficientAd, Padim, Patchcore
+
+    if name == "EfficientAD-S":
+        return EfficientAd(model_size="small").eval()
+    if name == "PaDiM ResNet18":
+        padim = Padim(backbone="resnet18", pre_trained=False).train()
+        with torch.no_grad():
+            for _ in range(2):
+                padim.model(torch.rand(16, 3, SIZE, SIZE))
+        padim.model.fit()
+        return padim.eval()
+    backbone, dim = ("resnet18", 384) if name.endswith("18") else ("wide_resnet50_2", 1536)
+    patchcore = Patchcore(backbone=backbone, pre_trained=False, layers=["layer2", "layer3"]).eval()
+    patchcore.model.memory_bank = torch.rand(CORESET, dim)  # type: ignore[union-attr]
+    return patchcore
+
+
+def theirs(name: str, images: Tensor) -> Tasks:
+    """A model of anomalib: eager, and its ONNX file in both runtimes, for each size of batch."""
+    model, tasks = peer(name), {}
+    for batch in BATCHES:
+        part = images[:batch].contiguous()
+        tasks[Form(name, "eager", batch)] = partial(model.model, part)
+        tasks |= {Form(name, way, batch): run for way, run in exported_ways(model, part).items()}
+    return tasks
+
+
+def exported_ways(model: Any, images: Tensor) -> dict[str, Callable[[], object]]:
+    """The file that anomalib's `to_onnx` writes, for one size of batch; OpenVINO's default may compute in bfloat16."""
+    import onnxruntime
+    import openvino
+
+    array, core = images.numpy(), openvino.Core()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        with torch.no_grad():
+            torch.onnx.export(model, (images,), path, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(str(path))
+        settings = {"PERFORMANCE_HINT": "LATENCY"}
+        default = core.compile_model(str(path), "CPU", settings)
+        exact = core.compile_model(str(path), "CPU", {**settings, "INFERENCE_PRECISION_HINT": "f32"})
+    name = session.get_inputs()[0].name
+    return {
+        "ONNX Runtime": lambda: session.run(None, {name: array}),
+        "OpenVINO, float32": lambda: exact(array),
+        DEFAULT: lambda: default(array),
+    }
+
+
+def print_times(times: Mapping[Form, list[float]]) -> None:
+    """One row per method, way and batch."""
+    print("| method | runs in | batch | median ms | 95th percentile ms | images/s |\n|---|---|---|---|---|---|")
+    for form, found in times.items():
+        median, slow = np.median(found), np.percentile(found, 95)
+        rate = 1e3 * form.batch / median
+        print(f"| {form.method} | {form.way} | {form.batch} | {median:.1f} | {slow:.1f} | {rate:.1f} |")
+
+
+def print_ratios(medians: Mapping[Form, float]) -> None:
+    """Our fastest way over that of the fastest peer, with and without reduced precision."""
+    print("\n| method, batch 1 | runs in | over the fastest peer, float32 | over the fastest peer |")
+    print("|---|---|---|---|")
+    peers = [form for form in medians if form.method in PEERS]
+    exact = [form for form in peers if form.way != DEFAULT]
+    for name in OURS:
+        own = min((form for form in medians if form.method == name), key=lambda form: medians[form])
+        cells = []
+        for group in (exact, peers):
+            rival = min(group, key=lambda form: medians[form])
+            cells.append(f"{medians[own] / medians[rival]:.2f} ({rival.method}, {rival.way})")
+        print(f"| {name} | {own.way} | {' | '.join(cells)} |")
+    print()
+
+
+def memory(name: str, images: Tensor) -> str:
+    """Peak memory of this process in MB after a batch of 8, eager."""
+    model = OURS[name]() if name in OURS else peer(name).model
+    model(images)
+    return f"{peak_memory(torch.device('cpu')):.0f}"
+
+
+def print_memory(names: list[str]) -> None:
+    """Peak memory of each method in a process of its own."""
+    print("| method, eager, batch 8 | peak memory of the process in MB |\n|---|---|")
+    for name in names:
+        command = [sys.executable, "-m", "benchmarks.speed", "--memory_of", name]
+        print(f"| {name} | {subprocess.run(command, capture_output=True, text=True).stdout.strip()} |")
+    print()
+
+
+def print_sliding(dense: PatchDetector, image: Tensor, runs: int) -> None:
+    """Sliding beside dense, eager, in turns."""
+    sliding = filled(PatchDetector(VGG16(weights="none"), mode="sliding"))
+    detectors = {"dense": dense, "sliding": sliding}
+    times = alternate({name: partial(one, image, content(image)) for name, one in detectors.items()}, runs)
+    first, second = (float(np.median(times[name])) for name in detectors)
+    print(f"VGG16, 3 sides, eager: dense {first:.0f} ms, sliding {second:.0f} ms, {second / first:.0f} times")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,129 @@
+"""What Lightning's trainer has no verb for: `patchad export`, `patchad verify`, `patchad benchmark`."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_lightning import Trainer
+
+from patchad.data.datamodule import PyramidDataModule
+from patchad.errors import PatchadError
+from patchad.export import TOLERANCE, compare, export
+from patchad.module import PatchDetector, check_format
+from patchad.runtime import load
+from patchad.timing import (
+    HEADER,
+    Row,
+    alternate,
+    best_rate,
+    floating_point_operations,
+    peak_memory,
+    stage_rows,
+    time_stages,
+)
+from patchad.types import ImageBatch
+
+
+class DetectorTrainer(Trainer):
+    """Lightning's trainer with three more verbs."""
+
+    def export(
+        self,
+        model: PatchDetector,
+        datamodule: PyramidDataModule,
+        ckpt_path: Path | None = None,
+        output: Path = Path("model.patchad"),
+    ) -> None:
+        """Write a fitted detector as one file that scores images without torch.
+
+        Args:
+            model: takes the weights.
+            datamodule: knows the size of images.
+            ckpt_path: what patchad fit wrote.
+            output: the file.
+        """
+        export(restored(model, ckpt_path), output, datamodule, ckpt_path)
+        megabytes = output.stat().st_size / 1e6
+        print(f"exported: {output} ({megabytes:.1f} MB)\nnext:     patchad.load({str(output)!r})(image)")
+
+    def verify(
+        self,
+        model: PatchDetector,
+        datamodule: PyramidDataModule,
+        exported: Path,
+        ckpt_path: Path | None = None,
+        images: int = 8,
+    ) -> None:
+        """Show that an exported file says what its checkpoint says.
+
+        Args:
+            model: takes the weights.
+            datamodule: its folder's images are scored.
+            exported: what patchad export wrote.
+            ckpt_path: what it was exported from.
+            images: how many images of the folder, spread evenly.
+        """
+        detector, runtime = restored(model, ckpt_path), load(exported)
+        batches = spread(datamodule, images)
+        print("| image | score | map | verdict |\n|---|---|---|---|")
+        differences = [compare(detector, runtime, batch) for batch in batches]
+        for one in differences:
+            print(f"| {one.path} | {one.score:.1e} | {one.map:.1e} | {'same' if one.same_verdict else 'DIFFERENT'} |")
+        worst = max(max(one.score, one.map) for one in differences)
+        if worst > TOLERANCE:
+            raise PatchadError(f"{exported} differs from {ckpt_path} by {worst:.1e}, relative; export it again")
+        print(f"largest relative difference {worst:.1e}, allowed {TOLERANCE:.0e}")
+
+    def benchmark(
+        self,
+        model: PatchDetector,
+        datamodule: PyramidDataModule,
+        ckpt_path: Path | None = None,
+        batch_sizes: tuple[int, ...] = (1, 8),
+        repeats: int = 10,
+    ) -> None:
+        """Time a fitted detector stage by stage, beside what this machine can do at best.
+
+        Args:
+            model: takes the weights.
+            datamodule: its folder's images are scored.
+            ckpt_path: what patchad fit wrote.
+            batch_sizes: images per batch.
+            repeats: timed runs.
+        """
+        device = self.strategy.root_device
+        detector, rate = restored(model, ckpt_path).to(device), best_rate(device)
+        print(f"best float32 rate measured: {rate / 1e9:.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads")
+        for size in batch_sizes:
+            decoding = alternate({"decode": lambda size=size: spread(datamodule, size)}, repeats)["decode"]
+            batches = spread(datamodule, size)
+            image = torch.cat([batch.image for batch in batches]).to(device)
+            content = torch.cat([batch.content for batch in batches]).to(device)
+            runs = [time_stages(detector, image, content) for _ in range(repeats + 1)][1:]
+            rows = stage_rows(runs, floating_point_operations(detector, image), rate)
+            print(f"\nbatch {size}\n", HEADER, Row("decode (in the workers)", decoding).markdown(), sep="\n")
+            print(*(row.markdown() for row in rows), sep="\n")
+            images_per_second = 1e3 * size / np.median(rows[-1].times)
+            print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
+
+
+def restored(model: PatchDetector, ckpt_path: Path | None) -> PatchDetector:
+    """The detector with the checkpoint's weights, in eval mode.
+
+    Raises:
+        PatchadError: if there is no checkpoint, or one of another format.
+    """
+    if ckpt_path is None:
+        raise PatchadError("no detector: give --ckpt_path, the checkpoint that patchad fit wrote")
+    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    check_format(checkpoint, ckpt_path)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.eval()
+
+
+def spread(datamodule: PyramidDataModule, count: int) -> list[ImageBatch]:
+    """Batches of one image each, `count` of them spread evenly over the images of the folder."""
+    datamodule.setup("predict")
+    dataset = datamodule.predict_set
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    return [torch.utils.data.default_collate([dataset[number]]) for number in chosen]

@@ -1,0 +1,189 @@
+"""An exported file -> scores of images in memory. Neither torch nor Lightning is imported here.
+
+ONNX Runtime runs the graph; see docs/benchmarks.md for why.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+from patchad.canvas import Size, content_size
+from patchad.errors import PatchadError
+
+AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+
+EXPORT_FORMAT = 1
+"""Raised whenever exported files of an older patchad no longer load."""
+
+
+class Scored(NamedTuple):
+    """What an exported detector says about one image.
+
+    Attributes:
+        score: anomaly score.
+        anomalous: the verdict, `score > threshold`.
+        map: anomaly map at the pixels of the image that was given, float32 `[height, width]`.
+    """
+
+    score: float
+    anomalous: bool
+    map: np.ndarray
+
+
+class ExportedDetector:
+    """A detector in one file, as `patchad export` writes it.
+
+    Args:
+        path: the file.
+        threads: of the CPU; by default one per core.
+        providers: of ONNX Runtime, in order of preference.
+
+    Attributes:
+        threshold: scores above it are anomalous; it may be set to any number.
+        image_size: height x width in pixels that images are brought to.
+        normal_level: about the mean of a map on normal images.
+        metadata: all that the file says of where it came from.
+
+    Raises:
+        PatchadError: if the file is missing, or not one of patchad's.
+    """
+
+    def __init__(
+        self, path: str | Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        self._session = open_session(Path(path), options, providers)
+        self.metadata = read_metadata(Path(path), self._session)
+        self.threshold = float(self.metadata["threshold"])
+        self.normal_level = float(self.metadata["normal_level"])
+        height, width = self.metadata["image_size"]
+        self.image_size: Size = (height, width)
+        self.keep_aspect = bool(self.metadata["keep_aspect"])
+
+    def __call__(self, image: np.ndarray) -> Scored:
+        """Scores one image.
+
+        Args:
+            image: `[height, width]` or `[height, width, 1]` (grey), `[height, width, 3]` (RGB) or `[height, width, 4]`
+                (alpha is dropped), of any size; uint8, uint16, or floating point in [0, 1].
+
+        Raises:
+            PatchadError: if it is anything else.
+        """
+        return self.score([image])[0]
+
+    def score(self, images: Sequence[np.ndarray]) -> list[Scored]:
+        """Scores several images, which may differ in size, in one pass."""
+        if not len(images):
+            return []
+        fitted = [fit(to_rgb(image), self.image_size, self.keep_aspect) for image in images]
+        inputs = {"image": np.stack([one for one, _ in fitted]), "content": np.array([size for _, size in fitted])}
+        scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
+        return [
+            Scored(float(score), bool(score > self.threshold), unfit(one, content, image.shape[:2]))
+            for score, one, (_, content), image in zip(scores, maps, fitted, images, strict=True)
+        ]
+
+
+def load(
+    path: str | Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> ExportedDetector:
+    """The detector of a file that `patchad export` wrote, ready to score arrays; see `ExportedDetector`."""
+    return ExportedDetector(path, threads, providers)
+
+
+def open_session(
+    path: Path, options: onnxruntime.SessionOptions, providers: Sequence[str]
+) -> onnxruntime.InferenceSession:
+    """The graph of a file, ready to run.
+
+    Raises:
+        PatchadError: if there is no file, or no graph in it.
+    """
+    if not path.is_file():
+        raise PatchadError(f"{path} does not exist; patchad export --ckpt_path ... --output {path} writes it")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's errors share no class
+        raise PatchadError(f"{path} is not a file that patchad export wrote: {error}") from error
+
+
+def read_metadata(path: Path, session: onnxruntime.InferenceSession) -> dict[str, Any]:
+    """What patchad noted in the file.
+
+    Raises:
+        PatchadError: if it is a stranger's, or of another format.
+    """
+    noted = session.get_modelmeta().custom_metadata_map.get("patchad")
+    if noted is None:
+        raise PatchadError(f"{path} is an ONNX file, but not one that patchad export wrote")
+    metadata = json.loads(noted)
+    if metadata["format"] != EXPORT_FORMAT:
+        raise PatchadError(
+            f"{path} has format {metadata['format']}; this patchad reads format {EXPORT_FORMAT}: export again"
+        )
+    return metadata
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """Float32 `[3, height, width]` in [0, 1].
+
+    Raises:
+        PatchadError: if the array is no image.
+    """
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)) or 0 in image.shape:
+        raise PatchadError(
+            f"an array of shape {image.shape} is no image; give [height, width], or [height, width, 1, 3 or 4]"
+        )
+    values = to_unit(image)
+    planes = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)[:3]
+    return np.broadcast_to(planes, (3, *values.shape[:2]))
+
+
+def to_unit(image: np.ndarray) -> np.ndarray:
+    """Float32 in [0, 1] of whole numbers by their range, of floating-point ones as they are.
+
+    Raises:
+        PatchadError: if the numbers are of another type, or leave [0, 1].
+    """
+    if image.dtype in (np.uint8, np.uint16):
+        return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
+    if not np.issubdtype(image.dtype, np.floating):
+        raise PatchadError(f"an image of {image.dtype} has no known range; give uint8, uint16 or floats in [0, 1]")
+    values = image.astype(np.float32)
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise PatchadError(f"the image holds values from {values.min():g} to {values.max():g}; scale them to [0, 1]")
+    return values
+
+
+def fit(image: np.ndarray, size: Size, keep_aspect: bool) -> tuple[np.ndarray, Size]:
+    """The image within `size`, as `patchad.data.images.fit` does it, and height x width of its content."""
+    content = content_size((image.shape[1], image.shape[2]), size, keep_aspect)
+    if content != image.shape[1:]:
+        image = np.stack([resize(plane, content) for plane in image])
+    padding = ((0, 0), (0, size[0] - content[0]), (0, size[1] - content[1]))
+    return np.pad(image, padding, mode="edge"), content
+
+
+def resize(plane: np.ndarray, size: Size) -> np.ndarray:
+    """A plane at another size, bilinear, smoothed where it shrinks."""
+    resized = Image.fromarray(np.ascontiguousarray(plane)).resize((size[1], size[0]), BILINEAR)
+    return np.asarray(resized)
+
+
+def unfit(values: np.ndarray, content: Size, size: Size) -> np.ndarray:
+    """A map's content alone at another size, bilinear, as `patchad.pyramid.crop_resize` does it."""
+    cropped = np.ascontiguousarray(values[: content[0], : content[1]])
+    if content == size:
+        return cropped
+    scale = (content[1] / size[1], 0, 0, 0, content[0] / size[0], 0)
+    sampled = Image.fromarray(cropped).transform(
+        (size[1], size[0]), Image.Transform.AFFINE, scale, Image.Resampling.BILINEAR
+    )
+    return np.asarray(sampled)

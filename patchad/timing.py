@@ -1,0 +1,185 @@
+"""How long a detector takes, stage by stage, and how far that is from what the machine can do at best."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from patchad.module import PatchDetector
+
+STAGES = ("backbone", "encoders", "search", "fold", "score")
+"""From an image in memory to its score; `encoders` is what is left of embedding without the backbone."""
+Name = TypeVar("Name")
+
+REST = 0.02
+"""Seconds before each task, in which the threads of the last one stop waiting for more."""
+VGG_CHANNELS, VGG_SIZE = 256, 64
+"""The convolution that the machine's rate is measured with: the third block of VGG16, 256 x 256 pixels."""
+
+
+class Clock:
+    """Milliseconds between calls, when all that was asked of the device is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self()
+
+    def __call__(self) -> float:
+        """Milliseconds since the last call."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        passed, self._last = now - getattr(self, "_last", now), now
+        return 1e3 * passed
+
+
+class Stopwatch:
+    """Sums the milliseconds that a module takes, over all its calls.
+
+    Args:
+        module: it is watched until `remove`.
+        device: where it runs.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.total, self._clock = 0.0, Clock(device)
+        self._hooks = [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop)]
+
+    def _start(self, *_: object) -> None:
+        self._clock()
+
+    def _stop(self, *_: object) -> None:
+        self.total += self._clock()
+
+    def remove(self) -> None:
+        """Watches no longer."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+@torch.inference_mode()
+def time_stages(
+    detector: PatchDetector, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+) -> dict[str, float]:
+    """Milliseconds of each of `STAGES` for one batch, in whatever mode the detector runs.
+
+    Args:
+        detector: fitted, in eval mode.
+        image: RGB in [0, 1], on the detector's device.
+        content: height x width of each image's content, top left, in pixels.
+    """
+    backbone, clock = Stopwatch(detector.encoder.backbone, image.device), Clock(image.device)
+    embeddings = detector.encoder(image)
+    embedding = clock()
+    backbone.remove()
+    distances = detector.nearest(embeddings, content, (image.shape[2], image.shape[3]))
+    search = clock()
+    maps = detector.side_maps(distances)
+    fold = clock()
+    detector.score_maps(maps, content)
+    return dict(zip(STAGES, (backbone.total, embedding - backbone.total, search, fold, clock()), strict=True))
+
+
+def alternate(tasks: Mapping[Name, Callable[[], object]], repeats: int) -> dict[Name, list[float]]:
+    """Milliseconds of each task, run in turns, so that a slow minute of the machine hits all alike; one run warms up.
+
+    Example:
+        >>> {name: len(times) for name, times in alternate({"a": list, "b": dict}, repeats=3).items()}
+        {'a': 3, 'b': 3}
+    """
+    times: dict[Name, list[float]] = {name: [] for name in tasks}
+    clock = Clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for repeat in range(repeats + 1):
+        for name, task in tasks.items():
+            time.sleep(REST)
+            clock()
+            task()
+            if repeat:
+                times[name].append(clock())
+    return times
+
+
+@torch.inference_mode()
+def floating_point_operations(detector: PatchDetector, image: Float[Tensor, "batch 3 height width"]) -> dict[str, int]:
+    """Floating-point operations that each stage cannot do without, for one batch; a multiply-add counts two.
+
+    Convolutions of the backbone and of the encoders as they are run, and 2 x queries x bank x numbers per embedding
+    for the search; fold and score count nothing.
+    """
+    with FlopCounterMode(display=False) as counter:
+        embeddings = detector.encoder(image)
+    counted = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    backbone = sum(count for name, count in counted.items() if name.endswith(".backbone"))
+    search = sum(2 * queries.numel() * len(detector.bank(side)) for side, queries in embeddings.items())
+    return {"backbone": backbone, "encoders": counted["Global"] - backbone, "search": search}
+
+
+@torch.inference_mode()
+def best_rate(device: torch.device, repeats: int = 3) -> float:
+    """The best float32 rate that was measured, in operations per second: matrix products and one VGG convolution."""
+    tasks, operations = {}, {}
+    for size in (2048, 3072, 4096):
+        left, right = (torch.randn(size, size, device=device) for _ in range(2))
+        tasks[f"matrix {size}"], operations[f"matrix {size}"] = lambda a=left, b=right: a @ b, 2 * size**3
+    channels, size = VGG_CHANNELS, VGG_SIZE
+    for batch in (1, 8):
+        image = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
+        layer = nn.Conv2d(channels, channels, 3, padding=1, device=device).to(memory_format=torch.channels_last)
+        tasks[f"convolution {batch}"] = lambda layer=layer, image=image: layer(image)
+        operations[f"convolution {batch}"] = 2 * 9 * channels**2 * size**2 * batch
+    times = alternate(tasks, repeats)
+    return max(operations[name] / (1e-3 * min(found)) for name, found in times.items())
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in MB: on the device, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+class Row(NamedTuple):
+    """One line of a stage table.
+
+    Attributes:
+        stage: its name.
+        times: milliseconds of each run.
+        floor: milliseconds at the machine's best rate; None where nothing is counted.
+    """
+
+    stage: str
+    times: Sequence[float]
+    floor: float | None = None
+
+    def markdown(self) -> str:
+        """Stage, median, 95th percentile, floor, and the median over the floor."""
+        median = float(np.median(self.times))
+        floor = f"{self.floor:.1f} | {median / self.floor:.2f}" if self.floor else "- | -"
+        return f"| {self.stage} | {median:.1f} | {np.percentile(self.times, 95):.1f} | {floor} |"
+
+
+HEADER = "| stage | median ms | 95th percentile ms | floor ms | times the floor |\n|---|---|---|---|---|"
+
+
+def stage_rows(measured: Iterable[Mapping[str, float]], operations: Mapping[str, int], rate: float) -> list[Row]:
+    """The stages and their sum.
+
+    Args:
+        measured: of each run, what `time_stages` gave.
+        operations: what `floating_point_operations` gave.
+        rate: what `best_rate` gave.
+    """
+    runs = list(measured)
+    rows = [
+        Row(stage, [run[stage] for run in runs], 1e3 * operations[stage] / rate if stage in operations else None)
+        for stage in STAGES
+    ]
+    return [*rows, Row("all", [sum(run.values()) for run in runs], 1e3 * sum(operations.values()) / rate)]

@@ -1,0 +1,269 @@
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from test_cli import LITE, SMALL, here  # noqa: F401
+
+import patchad
+from patchad import PatchadError, PatchDetector, PyramidDataModule
+from patchad.cli import main
+from patchad.data.images import fit, read_image
+from patchad.export import TOLERANCE, export
+from patchad.models import VGG16, EfficientNetLite0, LearnedEncoder, WindowEncoder
+from patchad.pyramid import crop_resize
+from patchad.runtime import ExportedDetector
+from patchad.runtime import fit as fit_array
+from patchad.scoring import Scorer
+
+
+@pytest.fixture(autouse=True)
+def unchecked():
+    """Shapes of tensors that the exporter traces are symbols, which would be pinned by checking them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def detector(backbone=EfficientNetLite0, size=(96, 96), **arguments) -> PatchDetector:
+    """A detector with real banks and a threshold, of some random images."""
+    torch.manual_seed(0)
+    made = PatchDetector(backbone(weights="none"), sides=(32, 16), **arguments).eval()
+    with torch.inference_mode():
+        images = torch.rand(3, 3, *size)
+        content = torch.tensor([size] * 3)
+        for side, embeddings in made.encoder(images).items():
+            made.bank(side).add(embeddings, made.counted(content, embeddings, side), torch.arange(3))
+            made.bank(side).finish()
+        made.calibrate_on(made.distances(torch.rand(2, 3, *size), content[:2]))
+    return made
+
+
+def exported(made: PatchDetector, folder: Path, size=(96, 96), keep_aspect=True) -> ExportedDetector:
+    export(made, folder / "model.patchad", PyramidDataModule(folder, image_size=size, keep_aspect=keep_aspect))
+    return patchad.load(folder / "model.patchad")
+
+
+def assert_equal(made: PatchDetector, file: ExportedDetector, array: np.ndarray, image: torch.Tensor) -> None:
+    """The file scores an array as the detector scores the image in [0, 1] that it holds."""
+    fitted, content = fit(image, file.image_size, file.keep_aspect)
+    with torch.inference_mode():
+        expected = made(fitted[None], torch.tensor([content]))
+    expected_map = crop_resize(expected.map, torch.tensor([content]), (image.shape[1], image.shape[2]))[0].numpy()
+    found = file(array)
+    assert abs(found.score - float(expected.score)) <= TOLERANCE * float(expected.score)
+    assert found.map.shape == expected_map.shape
+    assert found.map.dtype == np.float32
+    np.testing.assert_allclose(found.map, expected_map, atol=TOLERANCE * expected_map.max())
+    assert found.anomalous == bool(expected.anomalous)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "arguments"),
+    [
+        (EfficientNetLite0, {}),
+        (EfficientNetLite0, {"encoder": WindowEncoder, "subtract_mean_image": False}),
+        (EfficientNetLite0, {"scorer": Scorer(combination="sum", image_score="max")}),
+        (EfficientNetLite0, {"tile": 48}),
+        (VGG16, {}),
+        (VGG16, {"encoder": WindowEncoder}),
+    ],
+    ids=["lite", "lite windows", "lite sum max", "lite tiled", "vgg16", "vgg16 windows"],
+)
+def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, arguments, tmp_path):
+    made = detector(backbone, **arguments)
+    file = exported(made, tmp_path)
+    generator = np.random.default_rng(0)
+    for height, width in [(96, 96), (200, 120), (50, 70), (96, 31)]:
+        array = generator.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        assert_equal(made, file, array, torch.from_numpy(array).permute(2, 0, 1) / 255)
+
+
+def test_the_file_distorts_where_the_data_did(tmp_path):
+    made = detector(size=(96, 80))
+    file = exported(made, tmp_path, size=(96, 80), keep_aspect=False)
+    array = np.random.default_rng(0).random((60, 130, 3), dtype=np.float32)
+    assert_equal(made, file, array, torch.from_numpy(array).permute(2, 0, 1))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> ExportedDetector:
+    jaxtyping.config.update("jaxtyping_disable", True)
+    return exported(detector(), tmp_path_factory.mktemp("export"))
+
+
+def test_grey_16_bit_float_and_alpha_are_read_as_from_files(file, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 65536, (60, 80)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    rgb = read_image(tmp_path / "grey.png").permute(1, 2, 0).numpy()
+    alpha = np.concatenate([rgb, np.zeros_like(rgb[..., :1])], axis=2)
+    expected = file(rgb)
+    for same in (grey, grey[..., None], rgb.astype(np.float64), alpha):
+        assert file(same).score == expected.score
+        assert np.array_equal(file(same).map, expected.map)
+
+
+def test_a_batch_scores_each_image_as_alone(file):
+    generator = np.random.default_rng(0)
+    images = [generator.random((height, 90, 3), dtype=np.float32) for height in (96, 40, 130)]
+    for alone, together in zip(map(file, images), file.score(images), strict=True):
+        assert together.score == pytest.approx(alone.score, rel=1e-5)
+        np.testing.assert_allclose(together.map, alone.map, rtol=1e-4, atol=1e-5)
+    assert file.score([]) == []
+
+
+def test_the_threshold_can_be_set(file):
+    image = np.random.default_rng(0).random((96, 96), dtype=np.float32)
+    kept, score = file.threshold, file(image).score
+    verdicts = []
+    for file.threshold in (score, np.nextafter(score, 0)):
+        verdicts.append(file(image).anomalous)
+    file.threshold = kept
+    assert verdicts == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
+        (np.zeros((0, 4), np.uint8), r"shape \(0, 4\)"),
+        (np.zeros((4, 4), np.int64), "int64"),
+        (np.full((4, 4), 200.0), "from 200 to 200"),
+        (np.full((4, 4), np.nan), "from nan to nan"),
+    ],
+)
+def test_an_array_that_is_no_image_is_refused(file, image, words):
+    with pytest.raises(PatchadError, match=words):
+        file(image)
+
+
+def test_fitting_an_array_is_fitting_an_image():
+    for size in [(31, 97), (300, 200), (64, 64)]:
+        image = np.random.default_rng(1).random((3, *size), dtype=np.float32)
+        for keep_aspect in (True, False):
+            expected, content = fit(torch.from_numpy(image), (64, 48), keep_aspect)
+            found, found_content = fit_array(image, (64, 48), keep_aspect)
+            assert found_content == content
+            np.testing.assert_allclose(found, expected.numpy(), atol=5e-6)
+
+
+def test_a_file_that_is_missing_broken_or_a_strangers_is_refused(tmp_path):
+    with pytest.raises(PatchadError, match=r"nothing\.patchad does not exist; patchad export"):
+        patchad.load(tmp_path / "nothing.patchad")
+    (tmp_path / "broken").write_bytes(b"no graph")
+    with pytest.raises(PatchadError, match="broken is not a file that patchad export wrote"):
+        patchad.load(tmp_path / "broken")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "stranger", [value], [other])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save_model(model, tmp_path / "stranger")
+    with pytest.raises(PatchadError, match="stranger is an ONNX file, but not one that patchad export wrote"):
+        patchad.load(tmp_path / "stranger")
+
+
+def test_an_empty_detector_is_not_exported_and_leaves_no_file(tmp_path):
+    empty = PatchDetector(EfficientNetLite0(weights="none"), sides=(32,)).eval()
+    with pytest.raises(PatchadError, match="memory bank is empty"):
+        exported(empty, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_onnx_runtime_scores_the_file_without_patchad(file, tmp_path):
+    made = detector()
+    path = tmp_path / "model.patchad"
+    export(made, path, PyramidDataModule(tmp_path, image_size=(96, 96)))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    image = np.random.default_rng(0).random((1, 3, 96, 96), dtype=np.float32)
+    score, _ = session.run(["score", "map"], {"image": image, "content": np.array([[96, 96]])})
+    assert score[0] == pytest.approx(file(image[0].transpose(1, 2, 0)).score, rel=1e-5)
+
+
+def test_scoring_from_a_file_imports_neither_torch_nor_lightning(tmp_path):
+    exported(detector(), tmp_path)
+    program = (
+        "import sys, numpy, patchad; patchad.load('model.patchad')(numpy.zeros((50, 60), numpy.uint8));"
+        "print([name for name in ('torch', 'pytorch_lightning', 'faiss') if name in sys.modules])"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.stdout.strip() == "[]", finished.stderr
+
+
+@pytest.fixture(scope="module")
+def fitted(product, tmp_path_factory) -> Path:
+    """A folder with two checkpoints of fits from the command line that differ in their seed, and the first's export."""
+    folder = tmp_path_factory.mktemp("fitted")
+    fit = [sys.executable, "-m", "patchad", "fit", f"--data.root={product}", *LITE, *SMALL]
+    for arguments in (fit, [*fit, "--model.seed=1"]):
+        assert subprocess.run(arguments, cwd=folder, capture_output=True).returncode == 0
+    export = [sys.executable, "-m", "patchad", "export", f"--ckpt_path={CHECKPOINTS[0]}"]
+    assert subprocess.run(export, cwd=folder, capture_output=True).returncode == 0
+    return folder
+
+
+CHECKPOINTS = [f"runs/version_{number}/checkpoints/last.ckpt" for number in range(2)]
+
+
+def test_the_file_says_where_it_came_from(fitted):
+    metadata = patchad.load(fitted / "model.patchad").metadata
+    assert metadata["checkpoint"]["name"] == "last.ckpt"
+    assert metadata["checkpoint"]["sha256"] == hashlib.sha256((fitted / CHECKPOINTS[0]).read_bytes()).hexdigest()
+    assert metadata["detector"]["backbone"]["class_path"].endswith("EfficientNetLite0")
+    assert metadata["vectors"] == {"64": 99, "32": 500, "16": 500}
+
+
+def test_verify_shows_that_the_file_is_that_of_the_checkpoint(fitted, here, capsys):  # noqa: F811
+    main(["verify", str(fitted / "model.patchad"), f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--images=3"])
+    told = capsys.readouterr().out
+    assert told.count("| same |") == 3
+    assert "allowed 1e-04" in told
+
+
+def test_verify_tells_a_file_of_another_checkpoint(fitted, here, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        main(["verify", str(fitted / "model.patchad"), f"--ckpt_path={fitted / CHECKPOINTS[1]}", "--images=2"])
+    assert "model.patchad differs from" in capsys.readouterr().err
+
+
+def test_benchmark_prints_the_stages_of_the_users_own_model(fitted, here, capsys):  # noqa: F811
+    main(["benchmark", f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--repeats=1", "--batch_sizes=[1,2]"])
+    told = capsys.readouterr().out
+    assert told.count("| search |") == 2
+    assert told.count("images/s") == 2
+
+
+def test_predict_and_the_file_agree(fitted, product, here):  # noqa: F811
+    main(["predict", f"--ckpt_path={fitted / CHECKPOINTS[0]}", f"--data.root={product}/test"])
+    file = patchad.load(fitted / "model.patchad")
+    predictions = next(Path("runs").rglob("predictions"))
+    rows = [line.split(",") for line in (predictions / "scores.csv").read_text().splitlines()[1:]]
+    assert len(rows) == 11
+    for path, score, verdict in rows:
+        found = file(np.asarray(Image.open(path)))
+        assert found.score == pytest.approx(float(score), rel=TOLERANCE)
+        assert ("anomalous" if found.anomalous else "normal") == verdict
+        written = np.load(predictions / "maps" / f"{Path(path).relative_to(product / 'test')}.npy")
+        np.testing.assert_allclose(found.map, written, atol=TOLERANCE * written.max())
+
+
+def test_export_asks_for_a_checkpoint(product, here, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        main(["export", f"--data.root={product}", "--config=backbone/efficientnet_lite0"])
+    assert "give --ckpt_path" in capsys.readouterr().err
+
+
+def test_the_learned_encoder_of_a_lent_class_is_exported(tmp_path):
+    class Wider(LearnedEncoder):
+        def forward(self, features, step):
+            return super().forward(features, step) * 2
+
+    made = detector(encoder=Wider)
+    array = np.random.default_rng(0).random((96, 96, 3), dtype=np.float32)
+    assert_equal(made, exported(made, tmp_path), array, torch.from_numpy(array).permute(2, 0, 1))

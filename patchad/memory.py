@@ -17,6 +17,8 @@ Reduction = Literal["random", "kcenter", "kmeans"]
 CANDIDATES = 100_000
 """Vectors, drawn at random, among which `kcenter` and `kmeans` choose; 26 MB of 64 numbers each."""
 
+BLOCK = 1000
+"""Vectors that the search of exported files looks at together."""
 PROBES, POINTS_PER_LIST = 32, 64
 """In banks too large to search whole: lists that a query looks into, and vectors that a list's centre is trained on."""
 
@@ -171,13 +173,16 @@ def search_index(vectors: Float[Tensor, "vectors dim"], exact_most: int) -> fais
 def nearest_by_product(
     queries: Float[Tensor, "queries dim"], vectors: Float[Tensor, "vectors dim"]
 ) -> Int[Tensor, " queries"]:
-    """The number of the vector nearest to each query, by one matrix product: the search that exported files run.
+    """The number of the vector nearest to each query, by matrix products: the search that exported files run.
 
-    Both are centred first: distances stay, and less is lost where squares of nearly equal numbers are subtracted.
+    Both are centred first: distances stay, and less is lost where squares of nearly equal numbers are subtracted. The
+    bank is taken in blocks, so that the table of all queries and vectors is never held whole.
     """
     centre = vectors.mean(0)
-    queries, vectors = queries - centre, vectors - centre
-    return (vectors.square().sum(1) - queries @ (2 * vectors.T)).argmin(1)
+    queries, parts = queries - centre, (vectors - centre).split(BLOCK)
+    nearest = [(part.square().sum(1) - queries @ (2 * part.T)).min(1) for part in parts]
+    best = torch.stack([one.values for one in nearest]).argmin(0)
+    return torch.stack([one.indices for one in nearest]).gather(0, best[None])[0] + BLOCK * best
 
 
 def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, seed: int = 0) -> Int[Tensor, " count"]:

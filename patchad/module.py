@@ -76,7 +76,7 @@ class PatchDetector(Configurable, LightningModule):
         learning_rate: of Adam.
         cache: keeps the features of a frozen backbone on disk, in dense mode; None computes them in each step.
         max_vectors: most vectors that the bank of each side keeps; None keeps all.
-        reduce: how the bank chooses them: `random`, `kcenter` or `kmeans`; see `MemoryBank`.
+        reduce: how the bank chooses them: `kmeans`, `kcenter` or `random`; see `MemoryBank`.
         scorer: combines the maps and holds the threshold.
         seed: of the vectors that the bank keeps, and of the first centroids.
 
@@ -106,7 +106,7 @@ class PatchDetector(Configurable, LightningModule):
         learning_rate: float = 3e-4,
         cache: FeatureCache | None = None,
         max_vectors: int | None = 10_000,
-        reduce: Reduction = "random",
+        reduce: Reduction = "kmeans",
         scorer: Scorer | None = None,
         seed: int = 0,
     ) -> None:
@@ -153,7 +153,7 @@ class PatchDetector(Configurable, LightningModule):
         """
         found = {}
         for side, values in embeddings.items():
-            queries = values.permute(0, 2, 3, 1)
+            queries = values.permute(0, 2, 3, 1).float()  # at reduced precision, distances would lose their digits
             found[side] = self.bank(side).distances(queries.flatten(0, 2)).reshape(queries.shape[:3])
         return Distances(found, content, *size)
 

@@ -1,9 +1,10 @@
 """How long a detector takes, stage by stage, and how far that is from what the machine can do at best."""
 
+import re
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -142,8 +143,10 @@ def peak_memory(device: torch.device) -> float:
     """The most memory that this process has held so far, in MB: on the device, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the parent held before this process began
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 
 class Row(NamedTuple):

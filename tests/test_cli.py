@@ -149,7 +149,7 @@ def test_the_examples_of_docs_extend_run_and_their_checkpoints_reload(own, here,
     settings = torch.load(path, weights_only=True)["hyper_parameters"]
     assert "mine." in str(settings) or own == "a detector of their own"
     loaded = PatchDetector.load_from_checkpoint(path, weights_only=True)
-    assert len(loaded.banks["16"]) == 100
+    assert 50 < len(loaded.banks["16"]) <= 100
 
 
 def test_an_optimizer_on_the_command_line_is_the_one_that_is_used(here, product):

@@ -17,10 +17,17 @@ def test_sides_are_summed_each_over_its_own_scale():
 
 def test_the_product_ranks_as_the_product_and_equals_the_sum_where_sides_agree():
     scorer = Scorer(combination="product").prepare((64, 32, 16))
-    maps = {side: torch.rand(2, 8, 8) for side in (64, 32, 16)}
+    maps = {side: torch.rand(2, 8, 8) + 0.02 for side in (64, 32, 16)}
     combined, product = scorer.combine(maps), maps[64] * maps[32] * maps[16]
     assert torch.equal(combined.flatten().argsort(), product.flatten().argsort())
     torch.testing.assert_close(scorer.combine(dict.fromkeys((64, 32, 16), maps[64])), 3 * maps[64])
+
+
+def test_rounding_of_distances_that_are_nearly_nothing_does_not_change_the_product():
+    scorer, ones = Scorer(combination="product").prepare((64, 16)), torch.ones(1, 4, 4)
+    maps = [scorer.combine({64: ones * nearly_nothing, 16: ones}) for nearly_nothing in (0.0, 1e-6, 5e-3)]
+    assert torch.equal(maps[0], maps[1])
+    assert torch.equal(maps[0], maps[2])
 
 
 @pytest.mark.parametrize("combination", ["sum", "product"])

@@ -56,7 +56,7 @@ def main(
     if everything:
         banks.append((None, "random", None if exactly else MemoryBank.exact_most))
     for size in sorted(sizes, reverse=True):
-        banks += [(size, reduction, MemoryBank.exact_most) for reduction in reductions]
+        banks.extend((size, reduction, MemoryBank.exact_most) for reduction in reductions)
     for size, reduction, exact_most in banks:
         start = time.perf_counter()
         fill(detector, training, size, reduction, exact_most)

@@ -163,7 +163,7 @@ def ours(name: str, detector: PatchDetector, images: Tensor) -> Tasks:
 
 def in_openvino(graph: str | bytes, inputs: Any) -> dict[str, Callable[[], object]]:
     """An ONNX graph in OpenVINO, in float32 and as it comes, which may be in bfloat16."""
-    import openvino
+    import openvino  # type: ignore[reportMissingImports]  # of the extra bench
 
     core, settings = openvino.Core(), {"PERFORMANCE_HINT": "LATENCY"}
     read = core.read_model(graph)
@@ -174,7 +174,7 @@ def in_openvino(graph: str | bytes, inputs: Any) -> dict[str, Callable[[], objec
 
 def peer(name: str) -> Any:
     """A model of anomalib with random weights, ready to score."""
-    from anomalib.models import EfficientAd, Padim, Patchcore
+    from anomalib.models import EfficientAd, Padim, Patchcore  # type: ignore[reportMissingImports]  # of the extra bench
 
     if name == "EfficientAD-S":
         return EfficientAd(model_size="small").eval()

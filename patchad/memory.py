@@ -1,12 +1,12 @@
 """Normal embeddings -> distance to the nearest of them, on faiss."""
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import faiss
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from rich.progress import track
 from torch import Tensor, nn
 
 from patchad.clustering import kmeans
@@ -54,6 +54,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         if max_vectors is not None and max_vectors < 1:
             raise PatchadError(f"max_vectors {max_vectors} keeps nothing; give at least 1, or null to keep all")
+        if reduce not in get_args(Reduction):
+            raise PatchadError(f"reduce {reduce} is none of {', '.join(get_args(Reduction))}")
         self.side, self.max_vectors, self.reduce, self.seed = side, max_vectors, reduce, seed
         self._cap = max_vectors if reduce == "random" or max_vectors is None else max(max_vectors, CANDIDATES)
         self.register_buffer("vectors", torch.empty(0, 0))
@@ -108,8 +110,12 @@ class MemoryBank(nn.Module):
     def _set(self, keys: Tensor, vectors: Tensor) -> None:
         self.keys, self.vectors, self._index = keys, vectors, None
 
-    def finish(self) -> None:
-        """Merges the banks of all processes, sorts by key and reduces: every process then holds the same bank."""
+    def finish(self, progress: bool = False) -> None:
+        """Merges the banks of all processes, sorts by key and reduces: every process then holds the same bank.
+
+        Args:
+            progress: whether a reduction by `kcenter` shows a bar.
+        """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             device = self.vectors.device
             parts: list = [None] * torch.distributed.get_world_size()
@@ -121,8 +127,14 @@ class MemoryBank(nn.Module):
         self._set(self.keys[order], self.vectors[order])
         self._draws = np.empty(0)
         if self.max_vectors is not None and len(self) > self.max_vectors:
-            chosen = REDUCTIONS[self.reduce](self.vectors, self.max_vectors, self.seed)
-            self._set(self.keys[chosen], self.vectors[chosen])
+            self._reduce_to(self.max_vectors, progress)
+
+    def _reduce_to(self, count: int, progress: bool) -> None:
+        if self.reduce == "kcenter":
+            chosen = kcenter(self.vectors, count, progress)
+        else:
+            chosen = kmeans_medoids(self.vectors, count, self.seed)
+        self._set(self.keys[chosen], self.vectors[chosen])
 
     def distances(self, queries: Float[Tensor, "queries dim"]) -> Float[Tensor, " queries"]:
         """Euclidean distance between each query and the nearest vector of the bank, in one search.
@@ -185,8 +197,8 @@ def nearest_by_product(
     return torch.stack([one.indices for one in nearest]).gather(0, best[None])[0] + BLOCK * best
 
 
-def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, seed: int = 0) -> Int[Tensor, " count"]:
-    """Numbers of `count` vectors that cover all: each next one is the vector farthest from those chosen, in order.
+def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, progress: bool = False) -> Int[Tensor, " count"]:
+    """Numbers of `count` vectors that cover all: the one nearest to the mean, then each time the farthest from those.
 
     The greedy 2-approximation of the k-centre problem (Gonzalez, 1985), the coreset of PatchCore (Roth et al., CVPR
     2022, algorithm 1). It costs `count` products of all vectors with one.
@@ -194,7 +206,7 @@ def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, seed: int = 0) ->
     Args:
         vectors: to choose from.
         count: how many, at most as many as there are.
-        seed: not used: it begins with the vector nearest to the mean.
+        progress: whether to show a bar.
 
     Example:
         >>> kcenter(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), count=2)
@@ -203,7 +215,7 @@ def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, seed: int = 0) ->
     vectors = vectors - vectors.mean(0)
     squared = vectors.square().sum(1)
     chosen, nearest = [squared.argmin()], torch.full_like(squared, torch.inf)
-    for _ in range(count - 1):
+    for _ in track(range(count - 1), "Reducing the memory bank", disable=not progress, transient=True):
         centre = chosen[-1]
         torch.minimum(nearest, squared + squared[centre] - vectors @ (2 * vectors[centre]), out=nearest)
         nearest[centre] = -torch.inf
@@ -216,6 +228,3 @@ def kmeans_medoids(vectors: Float[Tensor, "vectors dim"], count: int, seed: int 
     centroids = kmeans(vectors, count, iterations=10, seed=seed)
     _, nearest = search_index(vectors, exact_most=len(vectors)).search(np.ascontiguousarray(centroids.cpu().numpy()), 1)
     return torch.from_numpy(np.unique(nearest)).to(vectors.device)
-
-
-REDUCTIONS: Mapping[str, Callable[[Tensor, int, int], Tensor]] = {"kcenter": kcenter, "kmeans": kmeans_medoids}

@@ -408,7 +408,7 @@ class PatchDetector(Configurable, LightningModule):
             for side, values in embeddings.items():
                 self.bank(side).add(values, self.counted(batch.content, values, side), batch.number)
         for side in self.encoder.sides:
-            self.bank(side).finish()
+            self.bank(side).finish(progress=self._shows_bars)
 
     def _announce(self, embeddings: Mapping[int, Tensor], images: int) -> None:
         for side, values in embeddings.items():

@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 from jsonargparse import auto_cli
 
-from patchad.memory import POINTS_PER_LIST
+from patchad.memory import POINTS_PER_LIST, PROBES, list_count
 
 DIM, RANK, CHUNK = 64, 8, 250_000
 SAMPLE = 500_000
@@ -21,7 +21,7 @@ SAMPLE = 500_000
 
 
 def main(
-    vectors: int = 4_000_000, shards: int = 4, queries: int = 10_000, probes: int = 32, code: str = "PQ32"
+    vectors: int = 4_000_000, shards: int = 4, queries: int = 10_000, probes: int = PROBES, code: str = "PQ32"
 ) -> None:
     """Prints rates, bytes and recall.
 
@@ -33,7 +33,7 @@ def main(
         code: how a vector is stored, in the words of `faiss.index_factory`.
     """
     start = time.perf_counter()
-    description = f"IVF{4 * round(vectors**0.5)},{code}"
+    description = f"IVF{list_count(vectors)},{code}"
     empty = trained(description, min(SAMPLE, vectors))
     training = time.perf_counter()
     parts = [filled(empty, range(shard, -(-vectors // CHUNK), shards), vectors) for shard in range(shards)]

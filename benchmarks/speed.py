@@ -28,15 +28,7 @@ from patchad import PatchDetector, PyramidDataModule
 from patchad.data.synthetic import write_synthetic
 from patchad.export import export
 from patchad.models import VGG16, EfficientNetLite0
-from patchad.timing import (
-    HEADER,
-    alternate,
-    best_rate,
-    floating_point_operations,
-    peak_memory,
-    stage_rows,
-    time_stages,
-)
+from patchad.timing import HEADER, alternate, best_rate, measure_stages, peak_memory
 
 SIZE, BATCHES = 256, (1, 8)
 CORESET = int(0.1 * 209 * 32 * 32)
@@ -137,8 +129,7 @@ def content(images: Tensor) -> Tensor:
 
 def print_stages(name: str, detector: PatchDetector, images: Tensor, repeats: int, rate: float) -> None:
     """The stages of one detector, eager."""
-    runs = [time_stages(detector, images, content(images)) for _ in range(repeats + 1)][1:]
-    rows = stage_rows(runs, floating_point_operations(detector, images), rate)
+    rows = measure_stages(detector, images, content(images), repeats, rate)
     print(f"{name}, batch {len(images)}, eager\n", HEADER, *(row.markdown() for row in rows), "", sep="\n")
 
 

@@ -6,21 +6,12 @@ import numpy as np
 import torch
 from pytorch_lightning import Trainer
 
-from patchad.data.datamodule import PyramidDataModule
+from patchad.data.datamodule import ImageDataset, PyramidDataModule
 from patchad.errors import PatchadError
 from patchad.export import MAP_TOLERANCE, TOLERANCE, compare, export
 from patchad.module import PatchDetector, check_format
 from patchad.runtime import load
-from patchad.timing import (
-    HEADER,
-    Row,
-    alternate,
-    best_rate,
-    floating_point_operations,
-    peak_memory,
-    stage_rows,
-    time_stages,
-)
+from patchad.timing import HEADER, Row, alternate, best_rate, measure_stages, peak_memory
 from patchad.types import ImageBatch
 
 
@@ -64,7 +55,8 @@ class DetectorTrainer(Trainer):
             images: how many images of the folder, spread evenly.
         """
         detector, runtime = restored(model, ckpt_path), load(exported)
-        batches = spread(datamodule, images)
+        datamodule.setup("predict")
+        batches = spread(datamodule.predict_set, images)
         print("| image | score | map | verdict |\n|---|---|---|---|")
         differences = [compare(detector, runtime, batch) for batch in batches]
         for one in differences:
@@ -95,13 +87,13 @@ class DetectorTrainer(Trainer):
         device = self.strategy.root_device
         detector, rate = restored(model, ckpt_path).to(device), best_rate(device)
         print(f"best float32 rate measured: {rate / 1e9:.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads")
+        datamodule.setup("predict")
         for size in batch_sizes:
-            decoding = alternate({"decode": lambda size=size: spread(datamodule, size)}, repeats)["decode"]
-            batches = spread(datamodule, size)
+            decoding = alternate({"decode": lambda size=size: spread(datamodule.predict_set, size)}, repeats)["decode"]
+            batches = spread(datamodule.predict_set, size)
             image = torch.cat([batch.image for batch in batches]).to(device)
             content = torch.cat([batch.content for batch in batches]).to(device)
-            runs = [time_stages(detector, image, content) for _ in range(repeats + 1)][1:]
-            rows = stage_rows(runs, floating_point_operations(detector, image), rate)
+            rows = measure_stages(detector, image, content, repeats, rate)
             print(f"\nbatch {size}\n", HEADER, Row("decode (in the workers)", decoding).markdown(), sep="\n")
             print(*(row.markdown() for row in rows), sep="\n")
             images_per_second = 1e3 * size / np.median(rows[-1].times)
@@ -122,9 +114,7 @@ def restored(model: PatchDetector, ckpt_path: Path | None) -> PatchDetector:
     return model.eval()
 
 
-def spread(datamodule: PyramidDataModule, count: int) -> list[ImageBatch]:
-    """Batches of one image each, `count` of them spread evenly over the images of the folder."""
-    datamodule.setup("predict")
-    dataset = datamodule.predict_set
+def spread(dataset: ImageDataset, count: int) -> list[ImageBatch]:
+    """Batches of one image each, `count` of them spread evenly over the dataset."""
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
     return [torch.utils.data.default_collate([dataset[number]]) for number in chosen]

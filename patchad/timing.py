@@ -186,3 +186,23 @@ def stage_rows(measured: Iterable[Mapping[str, float]], operations: Mapping[str,
         for stage in STAGES
     ]
     return [*rows, Row("all", [sum(run.values()) for run in runs], 1e3 * sum(operations.values()) / rate)]
+
+
+def measure_stages(
+    detector: PatchDetector,
+    image: Float[Tensor, "batch 3 height width"],
+    content: Int[Tensor, "batch 2"],
+    repeats: int,
+    rate: float,
+) -> list[Row]:
+    """The stage table of one batch: `repeats` runs after one that warms up.
+
+    Args:
+        detector: fitted, in eval mode.
+        image: RGB in [0, 1], on the detector's device.
+        content: height x width of each image's content, top left, in pixels.
+        repeats: timed runs.
+        rate: what `best_rate` gave.
+    """
+    runs = [time_stages(detector, image, content) for _ in range(repeats + 1)][1:]
+    return stage_rows(runs, floating_point_operations(detector, image), rate)

@@ -369,7 +369,7 @@ class PyramidEncoder(nn.Module, ABC):
 
     def grid(self, size: Size, side: int) -> Size:
         """Rows x columns of scored positions of a side in an image of that size (height x width, pixels)."""
-        padded = [length + -length % self.multiple for length in size]
+        padded = [round_up(length, self.multiple) for length in size]
         return positions((padded[0], padded[1]), side, self.strides[side])
 
     def check_size(self, image: Float[Tensor, "batch 3 height width"]) -> None:

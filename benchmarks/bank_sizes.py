@@ -73,7 +73,7 @@ def main(
 
 def embed(detector: PatchDetector, batches: Iterable[ImageBatch]) -> Embedded:
     """Embeddings of every image, kept without the images."""
-    return [(batch._replace(image=torch.empty(0)), detector.encoder(batch.image)) for batch in batches]
+    return [(batch._replace(image=torch.empty(0)), detector.embed(batch.image, batch.content)) for batch in batches]
 
 
 def fill(

@@ -1,6 +1,6 @@
 """Milliseconds per image of patchad and of its peers, on the same images in one process, in turns, as Markdown.
 
-pip install patchad[bench,offline]
+pip install patchad[bench]
 python -m benchmarks.speed
 
 Each is timed as it runs in torch (eager), and in the files that it exports itself; claims are made against the faster.
@@ -114,12 +114,13 @@ def synthetic_images(count: int) -> Tensor:
 def filled(detector: PatchDetector) -> PatchDetector:
     """The detector with random vectors in its banks, as many as it keeps at most."""
     generator = torch.Generator().manual_seed(0)
-    for side in detector.encoder.sides:
+    blank = torch.zeros(1, 3, SIZE, SIZE)
+    for side, values in detector.eval().embed(blank, content(blank)).items():
         bank = detector.bank(side)
-        count, dim = bank.max_vectors or 10_000, detector.encoder.patch_encoder(side).dim
+        count, dim = bank.max_vectors or 10_000, values.shape[1]
         bank.vectors = torch.rand(count, dim, generator=generator) * 2 - 1
         bank.keys = torch.zeros(count, 2, dtype=torch.int64)
-    return detector.eval()
+    return detector
 
 
 def content(images: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser_kwargs={"parser_mode": "omegaconf", "description": "Finds defects after seeing good images only."},
             seed_everything_default=0,
         )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # else its threads may abort the process at its exit
     except ValueError as error:
         mendable = find_mendable(error)
         if mendable is None:

@@ -29,7 +29,7 @@ from patchad.scoring import Scorer
 from patchad.spec import Configurable, hyperparameters
 from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 """Raised whenever checkpoints of an older patchad no longer load."""
 COLLAPSED = 0.01
 """Deviation of embeddings, which lie in (-1, 1), below which they tell no patch from another."""
@@ -71,6 +71,9 @@ class PatchDetector(Configurable, LightningModule):
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
         tile: a larger image (height or width in pixels) passes the backbone in tiles of that size, in dense mode, so
             that memory stays bounded; the result is the same. None passes every image whole.
+        context: weight of the mean embedding of the whole image, which is appended to each patch's: the nearest normal
+            patch then comes from an image that looks like this one, in its light, its texture, its product. It is not
+            in the paper; 0 leaves it out.
         clusters: pseudo-labels of each side.
         warmup: share of the epochs that pass before there are pseudo-labels.
         learning_rate: of Adam.
@@ -87,7 +90,7 @@ class PatchDetector(Configurable, LightningModule):
         >>> from patchad.models.backbones import EfficientNetLite0
         >>> detector = PatchDetector(EfficientNetLite0(weights="none"))
         >>> detector.encoder.strides
-        {64: 16, 32: 8, 16: 4}
+        {64: 16, 32: 16, 16: 8}
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class PatchDetector(Configurable, LightningModule):
         scoring_strides: dict[int, int] | None = None,
         subtract_mean_image: bool = False,
         tile: int | None = 1024,
+        context: float = 1.0,
         clusters: int = 50,
         warmup: float = 0.1,
         learning_rate: float = 3e-4,
@@ -119,6 +123,9 @@ class PatchDetector(Configurable, LightningModule):
             raise PatchadError(f"mode {mode} has no features to cache; set model.cache to null")
         terms = [Position(), RelativeSimilarity(), Clustering()] if losses is None else losses
         check_names(terms)
+        if context < 0:
+            raise PatchadError(f"context {context} must not be negative; 0 compares patches alone")
+        self.context = context
         self.losses = nn.ModuleDict({str(side): nn.ModuleList(map(copy.deepcopy, terms)) for side in sides})
         dims = {side: self.encoder.patch_encoder(side).dim for side in sides}
         self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dims[side], seed) for side in sides})
@@ -141,13 +148,34 @@ class PatchDetector(Configurable, LightningModule):
             image: RGB in [0, 1].
             content: height x width of each image's content, top left, in pixels.
         """
-        return self.nearest(self.encoder(image), content, (image.shape[2], image.shape[3]))
+        return self.nearest(self.embed(image, content), content, (image.shape[2], image.shape[3]))
+
+    def embed(
+        self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+    ) -> dict[int, Float[Tensor, "batch dim rows columns"]]:
+        """What the bank keeps and searches: the embedding of each patch and, weighted, the mean over its image.
+
+        Args:
+            image: RGB in [0, 1].
+            content: height x width of each image's content, top left, in pixels.
+        """
+        embeddings = self.encoder(image)
+        if not self.context:
+            return embeddings
+        return {
+            side: torch.cat([values, self.context * self._mean(values, content, side).expand_as(values)], dim=1)
+            for side, values in embeddings.items()
+        }
+
+    def _mean(self, values: Tensor, content: Tensor, side: int) -> Tensor:
+        counted = self.counted(content, values, side)[:, None]
+        return (values * counted).sum((2, 3), keepdim=True) / counted.sum((2, 3), keepdim=True)
 
     def nearest(self, embeddings: Mapping[int, Tensor], content: Int[Tensor, "batch 2"], size: Size) -> Distances:
         """How far embeddings are from the nearest normal ones: one search per side.
 
         Args:
-            embeddings: of each side, `[batch, dim, rows, columns]`, as the encoder gives them.
+            embeddings: of each side, `[batch, dim, rows, columns]`, as `embed` gives them.
             content: height x width of each image's content, top left, in pixels.
             size: height x width of the images in pixels.
         """
@@ -402,7 +430,7 @@ class PatchDetector(Configurable, LightningModule):
             self.bank(side).clear()
         loader = self._data.memory_dataloader()
         for number, batch in enumerate(self._batches(loader, "Filling the memory bank")):
-            embeddings = self.encoder(batch.image)
+            embeddings = self.embed(batch.image, batch.content)
             if number == 0:
                 self._announce(embeddings, len(loader.dataset))
             for side, values in embeddings.items():

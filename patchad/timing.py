@@ -77,7 +77,7 @@ def time_stages(
         content: height x width of each image's content, top left, in pixels.
     """
     backbone, clock = Stopwatch(detector.encoder.backbone, image.device), Clock(image.device)
-    embeddings = detector.encoder(image)
+    embeddings = detector.embed(image, content)
     embedding = clock()
     backbone.remove()
     distances = detector.nearest(embeddings, content, (image.shape[2], image.shape[3]))
@@ -108,14 +108,16 @@ def alternate(tasks: Mapping[Name, Callable[[], object]], repeats: int) -> dict[
 
 
 @torch.inference_mode()
-def floating_point_operations(detector: PatchDetector, image: Float[Tensor, "batch 3 height width"]) -> dict[str, int]:
+def floating_point_operations(
+    detector: PatchDetector, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+) -> dict[str, int]:
     """Floating-point operations that each stage cannot do without, for one batch; a multiply-add counts two.
 
     Convolutions of the backbone and of the encoders as they are run, and 2 x queries x bank x numbers per embedding
     for the search; fold and score count nothing.
     """
     with FlopCounterMode(display=False) as counter:
-        embeddings = detector.encoder(image)
+        embeddings = detector.embed(image, content)
     counted = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     backbone = sum(count for name, count in counted.items() if name.endswith(".backbone"))
     search = sum(2 * queries.numel() * len(detector.bank(side)) for side, queries in embeddings.items())
@@ -205,4 +207,4 @@ def measure_stages(
         rate: what `best_rate` gave.
     """
     runs = [time_stages(detector, image, content) for _ in range(repeats + 1)][1:]
-    return stage_rows(runs, floating_point_operations(detector, image), rate)
+    return stage_rows(runs, floating_point_operations(detector, image, content), rate)

@@ -5,9 +5,18 @@ from sklearn.datasets import load_sample_image
 from torch.nn import functional as F
 
 from patchad.errors import PatchadError
-from patchad.models.backbones import VGG16, Backbone, EfficientNetLite0, read_state_dict, receptive_radius
+from patchad.models import VGG16, VGG19, AlexNet, Backbone, EfficientNetLite0, MobileNetV2, ResNet18, ResNet50
+from patchad.models.backbones import read_state_dict, receptive_radius
 
-BACKBONES = [VGG16, EfficientNetLite0]
+TORCHVISION = {
+    VGG16: torchvision.models.vgg16,
+    VGG19: torchvision.models.vgg19,
+    AlexNet: torchvision.models.alexnet,
+    MobileNetV2: torchvision.models.mobilenet_v2,
+    ResNet18: torchvision.models.resnet18,
+    ResNet50: torchvision.models.resnet50,
+}
+BACKBONES = [*TORCHVISION, EfficientNetLite0]
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -18,14 +27,23 @@ def test_a_tap_has_its_channels_and_size_over_stride_cells_rounded_up(kind, size
         assert maps[name].shape == (1, tap.channels, -(-size[0] // tap.stride), -(-size[1] // tap.stride)), name
 
 
-def test_vgg16_taps_equal_torchvisions_features():
-    backbone, network = VGG16(weights="none"), torchvision.models.vgg16().features.eval()
-    network.load_state_dict(backbone.layers.state_dict())
-    image = torch.rand(1, 3, 64, 96)
+@pytest.mark.parametrize("kind", TORCHVISION)
+def test_taps_equal_torchvisions_layers_with_the_weights_of_its_whole_network(kind, tmp_path):
+    """AlexNet is padded further at the right and at the bottom, so its first cells are compared."""
+    torch.manual_seed(0)
+    network = TORCHVISION[kind]().eval()
+    torch.save(network.state_dict(), tmp_path / "network.pth")
+    backbone = kind(weights=str(tmp_path / "network.pth"))
+    layers = network.features if hasattr(network, "features") else torch.nn.Sequential(*network.children())
+    image = torch.rand(1, 3, 256, 256) if kind is AlexNet else torch.rand(1, 3, 64, 96)
     x = torchvision.transforms.functional.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    maps = backbone(image, VGG16.taps)
-    for name, tap in VGG16.taps.items():
-        torch.testing.assert_close(maps[name], network[: tap.layer + 1](x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        maps = backbone(image, kind.taps)
+        for name, tap in kind.taps.items():
+            found, expected = maps[name], layers[: tap.layer + 1](x)
+            if kind is AlexNet:
+                found, expected = found[:, :, :8, :8], expected[:, :, :8, :8]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_lite0_with_its_packaged_weights_knows_a_flower():
@@ -87,15 +105,23 @@ def test_an_unknown_layer_names_the_known_ones():
 def test_without_network_the_other_ways_to_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a port on which nothing answers
-    with pytest.raises(PatchadError, match=r"cannot download .*--model.backbone.weights.*patchad\[offline\]"):
+    with pytest.raises(PatchadError, match=r"cannot download .*--model.backbone.weights.*installed with patchad"):
         VGG16(weights="imagenet")
 
 
 @pytest.mark.data
-def test_the_real_vgg16_weights_fit(shared):
-    backbone: Backbone = VGG16(weights=str(shared / "weights" / "vgg16_features.pth"))
-    features = backbone(torch.rand(1, 3, 64, 64), ["relu5_3"])["relu5_3"]
-    assert features.std() > 0.01
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        (VGG16, "vgg16_features.pth"),
+        (AlexNet, "alexnet_features.pth"),
+        (MobileNetV2, "mobilenet_v2-b0353104.pth"),
+    ],
+)
+def test_real_weights_fit(kind, file, shared):
+    backbone: Backbone = kind(weights=str(shared / "weights" / file))
+    tap = kind.side_taps[64]
+    assert backbone(torch.rand(1, 3, 64, 64), [tap])[tap].std() > 0.01
 
 
 @pytest.mark.parametrize(("backbone", "name"), [(VGG16, "relu3_3"), (EfficientNetLite0, "stage2")])

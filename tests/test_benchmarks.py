@@ -1,8 +1,10 @@
 import re
 
 import pytest
+import yaml
 
-from benchmarks import large_banks
+from benchmarks import large_banks, tables
+from patchad.cli import main
 
 
 def test_the_path_to_very_large_banks_finds_the_nearest_in_all_shards(capsys, monkeypatch):
@@ -33,3 +35,55 @@ def test_exact_search_over_chunks_is_exact_search_over_all(monkeypatch):
 def test_chunks_are_the_same_each_time(number):
     first, second = (next(large_banks.chunks([number], 10_000_000)) for _ in range(2))
     assert (first[:10] == second[:10]).all()
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_every_row_of_the_tables_is_a_command_that_patchad_understands(table, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["patchad"])
+    for row in tables.TABLES[table]:
+        for verb in ("options", "test"):
+            off = ["--model.backbone.weights=none"] if row.get("weights") else []
+            with pytest.raises(SystemExit) as stop:
+                main(["fit", *row.get(verb, []), *off, "--data.root=nowhere", "--print_config"])
+            assert stop.value.code == 0, row["name"]
+    assert "class_path" in capsys.readouterr().out
+
+
+def test_the_hash_of_a_configuration_is_that_of_the_method_and_not_of_the_place(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["patchad"])
+
+    def resolved(*options: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["fit", *options, "--print_config"])
+        return tables.digest(tables.without_place(yaml.safe_load(capsys.readouterr().out)))
+
+    here = resolved("--data.root=a", "--seed_everything=0")
+    assert resolved("--data.root=b", "--config=data/magnetic_tile", "--data.seed=3", "--model.seed=3") == here
+    assert resolved("--data.root=a", "--model.clusters=51") != here
+
+
+def test_a_row_is_run_once_and_its_weights_may_be_absent(product, tmp_path, monkeypatch, capsys):
+    small = ["--config=training_free", "--data.image_size=[64,64]", "--data.metric_size=[64,64]"]
+    small += ["--data.num_workers=0", "--model.max_vectors=50"]
+    absent = ["--model.backbone=patchad.models.VGG16", "--model.backbone.weights=imagenet"]
+    rows = [{"name": "small", "options": small}, {"name": "absent", "options": [*small, *absent]}]
+    monkeypatch.setitem(tables.TABLES, "tried", rows)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a port on which nothing answers
+    arguments = {"table": "tried", "data": {"product": product}, "folder": tmp_path / "runs"}
+    tables.main(**arguments)
+    first = capsys.readouterr().out
+    assert re.search(r"\| small \| product \| \d+\.\d / \d+\.\d \| - \|", first)
+    assert "| absent | product | not run: no weights |" in first
+    monkeypatch.setattr(tables, "timed", None)
+    monkeypatch.setitem(tables.TABLES, "tried", rows[:1])
+    tables.main(**arguments)
+    assert capsys.readouterr().out == first[: first.index("| absent")]
+
+
+def test_the_papers_protocol_takes_the_epoch_that_is_best_on_test(tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "epoch,train/loss,val/detection_auroc,val/segmentation_auroc\n0,1.5,,\n0,,0.5,0.75\n1,1.0,,\n1,,0.75,0.75\n2,,0.7,0.7\n"
+    )
+    assert tables.best_epoch(tmp_path / "metrics.csv") == {"detection_auroc": 75, "segmentation_auroc": 75}
+    assert tables.measured(tmp_path / "metrics.csv", "train/")[0] == {"loss": 150}

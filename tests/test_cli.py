@@ -43,7 +43,7 @@ def run(product, tmp_path_factory) -> Path:
     assert finished.returncode == 0, finished.stderr
     assert "next:       patchad test --ckpt_path runs/version_0/checkpoints/last.ckpt" in finished.stdout
     assert "is read as MVTecAD" in finished.stderr
-    assert "memory bank, side 64: 99 of 99 vectors x 64, 0.0 MB" in finished.stderr
+    assert "memory bank, side 64: 99 of 99 vectors x 128, 0.1 MB" in finished.stderr
     assert "false-positive rate promised at most 0.5, asked for 0.01" in finished.stderr
     return folder / "runs" / "version_0"
 
@@ -118,7 +118,7 @@ def test_configs_compose_and_print(here, capsys):
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["data"]["init_args"]["layout"]["init_args"]["split"] == "by_tile"
-    assert config["model"]["init_args"]["backbone"]["class_path"] == "patchad.models.VGG16"
+    assert config["model"]["init_args"]["backbone"]["class_path"] == "patchad.models.EfficientNetLite0"
 
 
 EXTEND = Path(__file__).parent.parent / "docs" / "extend.md"
@@ -193,7 +193,7 @@ MISTAKES = {
     "a broken image": (broken_image, r"cannot read image broken/train/good/003\.png"),
     "a mask of another size": (wrong_mask, r"has 96 x 90 pixels \(height x width\), its image has 96 x 96"),
     "a folder without images": (no_images, r"no images below empty/train/good"),
-    "weights that do not fit": (wrong_weights, r"weights w\.pth do not fit VGG16"),
+    "weights that do not fit": (wrong_weights, r"weights w\.pth do not fit EfficientNetLite0"),
     "another program's checkpoint": (other_checkpoint, r"checkpoint other\.ckpt is not one of patchad's"),
     "no root": (lambda *_: ["fit", *LITE, *SMALL], r"no images: give --data\.root FOLDER"),
     "a missing root": (lambda *_: ["fit", "--data.root=nowhere", *LITE, *SMALL], r"data\.root nowhere does not exist"),

@@ -85,8 +85,9 @@ def pyramid(backbone=EfficientNetLite0, **settings) -> DenseEncoder:
     return DenseEncoder(backbone(weights="none"), WindowEncoder, (64, 32, 16), **settings).eval()
 
 
-def test_vgg16_is_scored_at_the_papers_strides():
-    assert pyramid(VGG16).strides == {64: 16, 32: 4, 16: 4}
+def test_patches_are_scored_every_8_pixels_or_as_far_apart_as_the_tap_asks():
+    assert pyramid(VGG16).strides == {64: 16, 32: 8, 16: 8}
+    assert pyramid().strides == {64: 16, 32: 16, 16: 8}
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160), (100, 75)])
@@ -117,7 +118,7 @@ def test_a_shift_by_the_stride_of_the_coarsest_tap_shifts_the_embeddings():
     encoder, image = pyramid(), torch.rand(1, 3, 256, 256)
     shifted = image.roll(32, dims=3)
     before, after = encoder(image)[16], encoder(shifted)[16]
-    torch.testing.assert_close(after[..., 24:32, 32:40], before[..., 24:32, 24:32], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after[..., 12:16, 16:20], before[..., 12:16, 12:16], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,17 @@ def test_the_papers_encoders_end_at_one_cell_of_64_numbers():
     assert convolutions(256, 8, 64) == ((256, 3), (128, 3), (128, 2), (64, 2), (64, 2))
 
 
+def test_the_shortcut_adds_the_training_free_embedding_to_what_is_learned():
+    torch.manual_seed(0)
+    encoder, features = LearnedEncoder(16, TAP), torch.randn(2, 6, 9, 8)
+    last = encoder.layers[-2]
+    with torch.no_grad():
+        last.weight.zero_(), last.bias.zero_()
+        found = encoder(features, 2)
+    torch.testing.assert_close(found, (64 / 6) ** 0.5 * WindowEncoder(16, TAP)(features, 2))
+    assert LearnedEncoder(16, TAP, shortcut=False)(100 * features, 2).abs().max() <= 1
+
+
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 16])
 def test_any_other_window_is_brought_to_one_cell(window):
     layers = convolutions(40, window, 48)
@@ -168,7 +180,7 @@ def test_a_patch_has_the_same_embedding_wherever_its_window_is_cut_out():
     """Training picks patches from windows of a tap; scoring reads the whole tap."""
     encoder, image = learned(DenseEncoder), torch.rand(2, 3, 128, 128)
     whole = encoder.encoders["16"](encoder.features(image)[16], 1)
-    corners = {32: torch.tensor([[0, 0], [8, 16]]), 16: torch.tensor([[4, 8], [40, 64]])}
+    corners = {32: torch.tensor([[0, 0], [16, 16]]), 16: torch.tensor([[4, 8], [40, 64]])}
     windows = encoder.windows(image, corners)
     positions = torch.tensor([[[0, 0], [8, 4]], [[32, 32], [12, 20]]])
     found = encoder.embed(16, windows[16], positions)

@@ -77,16 +77,39 @@ def test_every_argument_of_a_python_model_survives_the_checkpoint(product, tmp_p
     model = detector(
         encoder=functools.partial(WindowEncoder, cells=2, standardized=True),
         sides=(32, 16),
-        scoring_strides={16: 8},
+        scoring_strides={16: 4},
+        context=0.5,
         scorer=Scorer(image_score="top_fraction", target_fpr=0.2),
     )
     trainer(tmp_path).fit(model, images(product))
     loaded = PatchDetector.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert loaded.encoder.strides == {32: 8, 16: 8}
+    assert loaded.encoder.strides == {32: 16, 16: 4}
+    assert loaded.context == 0.5
     assert loaded.encoder.encoders["16"].cells == 2
     assert loaded.scorer.image_score == "top_fraction"
     image = torch.rand(1, 3, 96, 96)
     assert torch.equal(loaded.eval()(image).map, model.eval()(image).map)
+
+
+def test_each_patch_carries_the_mean_of_its_images_content(product):
+    model, image = detector(context=2.0).eval(), torch.rand(2, 3, 96, 96)
+    content = torch.tensor([[96, 96], [70, 50]])
+    with torch.no_grad():
+        alone, found = model.encoder(image), model.embed(image, content)
+    for side, values in alone.items():
+        counted = model.counted(content, values, side)
+        for number in range(2):
+            mean = torch.stack([values[number, :, row, column] for row, column in counted[number].nonzero()]).mean(0)
+            expected = 2 * mean[:, None, None].expand_as(values[number])
+            torch.testing.assert_close(found[side][number, 64:], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found[side][:, :64], values)
+    model.context = 0.0
+    assert torch.equal(model.embed(image, content)[16], alone[16])
+
+
+def test_a_negative_context_is_refused():
+    with pytest.raises(PatchadError, match=r"context -1\.0 must not be negative"):
+        detector(context=-1.0)
 
 
 def test_an_object_that_no_checkpoint_can_name_is_refused_at_once():

@@ -1,7 +1,29 @@
 """Images -> feature maps -> embeddings."""
 
-from patchad.models.backbones import VGG16, Backbone, EfficientNetLite0
+from patchad.models.backbones import (
+    VGG16,
+    VGG19,
+    AlexNet,
+    Backbone,
+    EfficientNetLite0,
+    MobileNetV2,
+    ResNet18,
+    ResNet50,
+)
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import LearnedEncoder, PatchEncoder, WindowEncoder
 
-__all__ = ["VGG16", "Backbone", "EfficientNetLite0", "FeatureCache", "LearnedEncoder", "PatchEncoder", "WindowEncoder"]
+__all__ = [
+    "VGG16",
+    "VGG19",
+    "AlexNet",
+    "Backbone",
+    "EfficientNetLite0",
+    "FeatureCache",
+    "LearnedEncoder",
+    "MobileNetV2",
+    "PatchEncoder",
+    "ResNet18",
+    "ResNet50",
+    "WindowEncoder",
+]

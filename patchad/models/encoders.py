@@ -237,10 +237,15 @@ class LearnedEncoder(PatchEncoder):
     set: on features as large as VGG16's, tanh saturates and the embeddings collapse. Source: Tsai et al., WACV 2022,
     supplement, figure 2.
 
+    The paper's encoder forgets whatever its losses do not ask for. With `shortcut`, which is not in the paper, the
+    training-free embedding of the same patch (see `WindowEncoder`) is added to what is learned, as in a residual
+    network, so that learning adds to what the backbone already tells apart.
+
     Args:
         side: side of a patch in pixels.
         tap: where the feature map comes from.
         standardized: standardise each channel over the training set first.
+        shortcut: add the training-free embedding, scaled so that its numbers are of the size of tanh's.
         dim: numbers per embedding.
 
     Example:
@@ -249,9 +254,11 @@ class LearnedEncoder(PatchEncoder):
         torch.Size([1, 64, 17, 17])
     """
 
-    def __init__(self, side: int, tap: Tap, standardized: bool = True, dim: int = 64) -> None:
+    def __init__(self, side: int, tap: Tap, standardized: bool = True, shortcut: bool = True, dim: int = 64) -> None:
         super().__init__(side, tap, dim)
         self.standardize = Standardize(tap.channels) if standardized else None
+        self.shortcut = WindowEncoder(side, tap, dim=dim) if shortcut else None
+        self.shortcut_scale = (dim / tap.channels) ** 0.5  # standardised channels then give deviations of at most 1
         layers: list[nn.Module] = []
         channels = tap.channels
         for width, kernel in convolutions(tap.channels, self.window, dim):
@@ -262,10 +269,11 @@ class LearnedEncoder(PatchEncoder):
     def forward(
         self, features: Float[Tensor, "batch channels rows columns"], step: int
     ) -> Float[Tensor, "batch dim new_rows new_columns"]:
-        """Embeddings in (-1, 1)."""
+        """What was learned, in (-1, 1), and the shortcut."""
         if self.standardize is not None:
             features = self.standardize(features)
-        return self.layers(features.contiguous(memory_format=torch.channels_last))[:, :, ::step, ::step]
+        learned = self.layers(features.contiguous(memory_format=torch.channels_last))[:, :, ::step, ::step]
+        return learned if self.shortcut is None else learned + self.shortcut_scale * self.shortcut(features, step)
 
 
 EncoderFactory = Callable[[int, Tap], PatchEncoder]
@@ -281,7 +289,7 @@ class PyramidEncoder(nn.Module, ABC):
         sides: sides in pixels.
         taps: tap for each side; by default the backbone's own.
         scoring_strides: distance between scored patches for each side in pixels, a multiple of the tap's stride; by
-            default the tap's stride, but at least 4 (so 16, 4, 4 for VGG16, as in the paper).
+            default 8, or half a side where that is less, or the tap's stride where that is more.
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
         tile: a larger image (height or width in pixels) passes the backbone in tiles of that size; None never.
 
@@ -306,7 +314,7 @@ class PyramidEncoder(nn.Module, ABC):
         self.tap_names = {side: tap_name(backbone, side, taps or {}) for side in self.sides}
         self.taps = {side: backbone.tap(name) for side, name in self.tap_names.items()}
         chosen = scoring_strides or {}
-        self.strides = {side: chosen.get(side, max(4, self.taps[side].stride)) for side in self.sides}
+        self.strides = {side: chosen.get(side, default_stride(side, self.taps[side])) for side in self.sides}
         for side in self.sides:
             check_stride(side, self.strides[side], self.taps[side].stride)
         self.encoders = nn.ModuleDict({str(side): encoder(side, self.taps[side]) for side in self.sides})
@@ -522,6 +530,19 @@ def tap_name(backbone: Backbone, side: int, taps: Mapping[int, str]) -> str:
     if side not in names:
         raise PatchadError(f"no tap is known for side {side}; name one of {', '.join(backbone.taps)} in taps")
     return names[side]
+
+
+def default_stride(side: int, tap: Tap) -> int:
+    """Distance in pixels between scored patches of a side: 8, but at most half a side, and what the tap allows.
+
+    The paper scores sides 64, 32 and 16 every 16, 4 and 4 pixels (`paper.yaml`); at 8 there are 4 times fewer patches
+    to search, and to fit into a bank (docs/benchmarks.md has what it costs).
+
+    Example:
+        >>> [default_stride(side, Tap(layer=3, stride=4, channels=24)) for side in (32, 16, 8)]
+        [8, 8, 4]
+    """
+    return max(tap.stride, min(8, side // 2))
 
 
 def check_stride(side: int, stride: int, tap_stride: int) -> None:

@@ -1,0 +1,279 @@
+"""The paper's tables, and more, on real data, as Markdown.
+
+python -m benchmarks.tables --table 3 --data "{transistor: mvtec_ad/transistor, magnetic_tile: magnetic_tile}"
+
+Rows stand in benchmarks/tables.yaml. Each is `patchad fit` and `patchad test`, run once and kept below `runs/tables`
+under the hash of its resolved configuration, so a table that was stopped goes on where it was.
+"""
+
+import csv
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from jsonargparse import auto_cli
+
+from patchad import PatchDetector
+from patchad.timing import alternate
+
+TABLES: dict[str, list[dict[str, Any]]] = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text())
+SPLITS = ("published", "by_tile")
+COLUMNS = (
+    "row",
+    "data",
+    "honest: detection / segmentation",
+    "best epoch on test",
+    "paper",
+    "by defect and side",
+    "ms per image",
+    "configuration",
+    "budget",
+    "fit + test",
+)
+NO_WEIGHTS = "cannot download"
+AUROCS = ("detection_auroc", "segmentation_auroc")
+
+
+class NoWeightsError(Exception):
+    """ImageNet weights are neither in a file nor to be downloaded."""
+
+
+class Images(NamedTuple):
+    """A data set as options of the command line."""
+
+    name: str
+    options: list[str]
+
+
+class Found(NamedTuple):
+    """What one seed of a row gave.
+
+    Attributes:
+        metrics: of `patchad test`, in %.
+        best: AUROCs of the epoch that is best on test, in %; None where none was looked for.
+        milliseconds: per image, eager, batch 1.
+        configuration: hash of the resolved configuration.
+        budget: epochs, steps, and whether features were cached.
+        seconds: of fit and of test.
+    """
+
+    metrics: dict[str, float]
+    best: dict[str, float] | None
+    milliseconds: float
+    configuration: str
+    budget: str
+    seconds: tuple[float, float]
+
+
+def main(
+    table: str,
+    data: dict[str, Path],
+    seeds: tuple[int, ...] = (0,),
+    weights: Path = Path("weights"),
+    folder: Path = Path("runs/tables"),
+    validations: int = 1,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Prints one table, row by row.
+
+    Args:
+        table: which: default, 2, 3, 4, 5, losses, scores, beyond; for table 1 see `benchmarks.speed`.
+        data: folder of each data set by name; `magnetic_tile` is tested by both its splits.
+        seeds: of everything; rows of ablations take the first.
+        weights: folder of files of ImageNet weights.
+        folder: where runs are kept.
+        validations: how often each fit is measured on the test images, for the protocol of the paper, which takes the
+            best epoch on test; 1 measures the last epoch only, and both protocols agree.
+        options: further ones for every row of `patchad fit`.
+    """
+    print(f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
+    for row in TABLES[table]:
+        for images in (images for name, root in data.items() for images in splits(name, root)):
+            chosen = seeds if row.get("seeds") == "all" else seeds[:1]
+            try:
+                found = [run(row, images, seed, weights, folder, validations, options) for seed in chosen]
+                print(markdown(row, images, found), flush=True)
+            except NoWeightsError:
+                print(
+                    f"| {row['name']} | {images.name} | not run: no weights |" + " |" * (len(COLUMNS) - 3), flush=True
+                )
+
+
+def splits(name: str, root: Path) -> Iterator[Images]:
+    """The data set, by both splits if it is Magnetic Tile."""
+    if name != "magnetic_tile":
+        yield Images(name, ["--data.root", str(root)])
+        return
+    for split in SPLITS:
+        layout = ["--config", "data/magnetic_tile", "--data.layout.split", split]
+        yield Images(f"{name}, {split}", [*layout, "--data.root", str(root)])
+
+
+def run(
+    row: dict[str, Any],
+    images: Images,
+    seed: int,
+    weights: Path,
+    folder: Path,
+    validations: int,
+    options: Sequence[str],
+) -> Found:
+    """Fits and tests, unless that was done before.
+
+    Raises:
+        NoWeightsError: if the weights are absent.
+    """
+    given = [*row.get("options", []), *options]
+    if "weights" in row and (weights / row["weights"]).is_file():
+        given += ["--model.backbone.weights", str(weights / row["weights"])]
+    seeded = ["--seed_everything", str(seed), "--data.seed", str(seed), "--model.seed", str(seed)]
+    resolved = yaml.safe_load(patchad("fit", *given, *images.options, "--print_config"))
+    key = f"{digest(without_place(resolved))}-{digest([images.options, validations])}-{seed}"
+    epochs = resolved["trainer"]["max_epochs"]
+    watched = ["--data.validate_on", "test" if validations > 1 else "none"]
+    watched += ["--trainer.check_val_every_n_epoch", str(max(1, epochs // validations))]
+    place = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.version"]
+    home, checkpoint = folder / key, folder / key / "checkpoints" / "last.ckpt"
+    fitted = once(home / "fit.json", lambda: timed("fit", *given, *images.options, *seeded, *watched, *place, key))
+    tested = f"{key}-test-{digest(row.get('test', []))}"
+    test = ["--ckpt_path", str(checkpoint), *row.get("test", []), *place, tested]
+    seconds = once(folder / tested / "test.json", lambda: timed("test", *test))
+    return Found(
+        metrics=measured(folder / tested / "metrics.csv", "test/")[-1],
+        best=best_epoch(home / "metrics.csv"),
+        milliseconds=once(home / "milliseconds.json", lambda: milliseconds(checkpoint, resolved)),
+        configuration=digest(without_place(resolved)),
+        budget=budget(checkpoint, epochs, resolved),
+        seconds=(fitted, seconds),
+    )
+
+
+def patchad(*arguments: str) -> str:
+    """What a command of patchad prints.
+
+    Raises:
+        NoWeightsError: if it ends with an error about weights.
+    """
+    command = [sys.executable, "-m", "patchad", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        if NO_WEIGHTS in ended.stderr:
+            raise NoWeightsError
+        raise RuntimeError(f"{' '.join(command)}\n{ended.stderr}")
+    return ended.stdout
+
+
+def timed(*arguments: str) -> float:
+    """The seconds that a command takes."""
+    start = time.perf_counter()
+    patchad(*arguments)
+    return time.perf_counter() - start
+
+
+def once(path: Path, make: Any) -> Any:
+    """What is kept in a file, or else what is made now, and kept when it is whole."""
+    if not path.is_file():
+        made = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(made))
+    return json.loads(path.read_text())
+
+
+def without_place(config: dict[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without what differs between data sets, seeds and machines."""
+    config = json.loads(json.dumps(config))
+    for name in ("config", "ckpt_path", "seed_everything"):
+        config.pop(name, None)
+    for name in ("root", "layout", "seed", "num_workers", "validate_on"):
+        config["data"]["init_args"].pop(name, None)
+    for name in ("logger", "check_val_every_n_epoch"):
+        config["trainer"].pop(name, None)
+    config["model"]["init_args"].pop("seed", None)
+    backbone = config["model"]["init_args"]["backbone"]["init_args"]
+    backbone["weights"] = "none" if backbone["weights"] == "none" else "imagenet"
+    return config
+
+
+def digest(value: Any) -> str:
+    """The first eight hexadecimal digits of the SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def measured(path: Path, prefix: str) -> list[dict[str, float]]:
+    """The rows of a metrics file that have figures below a prefix, in %."""
+    with path.open(newline="") as file:
+        rows = [
+            {name.removeprefix(prefix): 100 * float(value) for name, value in row.items() if value and prefix in name}
+            for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if row]
+
+
+def best_epoch(path: Path) -> dict[str, float] | None:
+    """The paper's protocol: the epoch whose sum of both AUROCs is highest on test; None if none was measured."""
+    return max(measured(path, "val/"), key=lambda row: sum(row[name] for name in AUROCS), default=None)
+
+
+@torch.inference_mode()
+def milliseconds(checkpoint: Path, config: dict[str, Any]) -> float:
+    """Median time per image of the fitted detector, eager, batch 1."""
+    detector = PatchDetector.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    image = torch.rand(1, 3, *config["data"]["init_args"]["image_size"])
+    return statistics.median(alternate({"detector": lambda: detector(image)}, repeats=5)["detector"])
+
+
+def budget(checkpoint: Path, epochs: int, config: dict[str, Any]) -> str:
+    """Epochs, steps, and whether features were cached."""
+    steps = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
+    cached = "cached" if config["model"]["init_args"]["cache"] else "not cached"
+    return f"{epochs} epochs, {steps} steps, {cached}"
+
+
+def markdown(row: dict[str, Any], images: Images, found: Sequence[Found]) -> str:
+    """One line."""
+    first = found[0]
+    parts = [name.removeprefix(AUROCS[0]) for name in first.metrics if name.startswith(f"{AUROCS[0]}_")]
+    apart = [f"{part.split('_', 2)[2]} {pair([one.metrics for one in found], part)}" for part in parts]
+    best = [one.best for one in found if one.best]
+    fit, test = (statistics.mean(one.seconds[number] for one in found) for number in range(2))
+    cells = [
+        row["name"],
+        images.name,
+        pair([one.metrics for one in found]) + (f" ({len(found)} seeds)" if len(found) > 1 else ""),
+        pair(best) if best else "-",
+        row.get("paper", "-"),
+        ", ".join(apart),
+        f"{first.milliseconds:.0f}",
+        first.configuration,
+        first.budget,
+        f"{fit:.0f} s + {test:.0f} s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def pair(metrics: Sequence[dict[str, float]], suffix: str = "") -> str:
+    """Detection / segmentation: the mean over seeds, with its standard deviation where there are several."""
+    return " / ".join(spread([one[name + suffix] for one in metrics]) for name in AUROCS)
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, and the standard deviation where there are several.
+
+    Example:
+        >>> spread([98.0]), spread([98.0, 99.0])
+        ('98.0', '98.5 ± 0.7')
+    """
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -59,13 +59,20 @@ Tasks = dict[Form, Callable[[], object]]
 
 
 @torch.inference_mode()
-def main(repeats: int = 10, rounds: int = 2, sliding: int = 1, memory_of: str | None = None) -> None:
+def main(
+    repeats: int = 10,
+    rounds: int = 2,
+    sliding: int = 1,
+    methods: tuple[str, ...] = (*OURS, *PEERS),
+    memory_of: str | None = None,
+) -> None:
     """Prints stage tables, times, ratios and memory.
 
     Args:
         repeats: alternating runs of each.
         rounds: how often all of it is measured.
-        sliding: runs of sliding mode, which takes minutes.
+        sliding: runs of sliding mode, which takes minutes; 0 leaves it out.
+        methods: which are measured.
         memory_of: only score a batch of 8 with this method and print the peak memory of the process in MB.
     """
     quiet()
@@ -74,12 +81,12 @@ def main(repeats: int = 10, rounds: int = 2, sliding: int = 1, memory_of: str | 
         return print(memory(memory_of, images))
     rate = best_rate(torch.device("cpu"))
     print(f"best float32 rate measured: {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads\n")
-    detectors = {name: make() for name, make in OURS.items()}
+    detectors = {name: make() for name, make in OURS.items() if name in methods}
     for name, detector in detectors.items():
         for batch in BATCHES:
             print_stages(name, detector, images[:batch], repeats, rate)
     makers = {name: partial(ours, name, detector) for name, detector in detectors.items()}
-    makers |= {name: partial(theirs, name) for name in PEERS}
+    makers |= {name: partial(theirs, name) for name in PEERS if name in methods}
     tasks: Tasks = {}
     for make in makers.values():
         tasks |= make(images[:1])
@@ -91,8 +98,9 @@ def main(repeats: int = 10, rounds: int = 2, sliding: int = 1, memory_of: str | 
     tasks.clear()
     for make in makers.values():  # one method at a time: together they do not fit into the memory of small machines
         print_times(alternate(make(images[:8]), max(3, repeats // 3)))
-    print_memory([*OURS, *PEERS])
-    print_sliding(detectors["patchad VGG16, 3 sides"], images[:1], sliding)
+    print_memory(list(methods))
+    if sliding:
+        print_sliding(OURS["patchad VGG16, 3 sides"](), images[:1], sliding)
 
 
 def quiet() -> None:
@@ -220,7 +228,7 @@ def print_ratios(medians: Mapping[Form, float]) -> None:
     print("|---|---|---|---|")
     peers = [form for form in medians if form.method in PEERS]
     exact = [form for form in peers if form.way != DEFAULT]
-    for name in OURS:
+    for name in (name for name in OURS if any(form.method == name for form in medians)):
         own = min((form for form in medians if form.method == name), key=lambda form: medians[form])
         cells = []
         for group in (exact, peers):

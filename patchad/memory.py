@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from rich.progress import track
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from patchad.clustering import kmeans
 from patchad.errors import PatchadError
@@ -136,23 +137,30 @@ class MemoryBank(nn.Module):
             chosen = kmeans_medoids(self.vectors, count, self.seed)
         self._set(self.keys[chosen], self.vectors[chosen])
 
-    def distances(self, queries: Float[Tensor, "queries dim"]) -> Float[Tensor, " queries"]:
+    def distances(self, queries: Float[Tensor, "*places dim"], shared: int = 0) -> Float[Tensor, "*places"]:
         """Euclidean distance between each query and the nearest vector of the bank, in one search.
+
+        Args:
+            queries: embeddings; exported files take them as `[images, patches, dim]`.
+            shared: how many of the last numbers are the same for all patches of an image, which spares exported files
+                most of their products.
 
         Raises:
             PatchadError: if the bank is empty.
         """
         if not len(self):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
-        nearest = nearest_by_product(queries, self.vectors) if torch.compiler.is_exporting() else self._search(queries)
+        exporting = torch.compiler.is_exporting()
+        nearest = nearest_by_product(queries, self.vectors, shared) if exporting else self._search(queries)
         # not faiss's own distances, which lose digits where they are small
-        return (queries - self.vectors[nearest]).square().sum(1).sqrt()
+        return (queries - self.vectors[nearest]).square().sum(-1).sqrt()
 
     def _search(self, queries: Tensor) -> Tensor:
         if self._index is None:
             self._index = search_index(self.vectors, self.exact_most)
-        _, nearest = self._index.search(np.ascontiguousarray(queries.float().cpu().numpy()), 1)
-        return torch.from_numpy(nearest[:, 0]).to(queries.device)
+        flat = np.ascontiguousarray(queries.float().flatten(0, -2).cpu().numpy())
+        _, nearest = self._index.search(flat, 1)
+        return torch.from_numpy(nearest[:, 0]).to(queries.device).reshape(queries.shape[:-1])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         for name in ("vectors", "keys"):  # a bank of another length is taken as it is, not refused
@@ -188,16 +196,22 @@ def list_count(vectors: int) -> int:
 
 
 def nearest_by_product(
-    queries: Float[Tensor, "queries dim"], vectors: Float[Tensor, "vectors dim"]
-) -> Int[Tensor, " queries"]:
+    queries: Float[Tensor, "images patches dim"], vectors: Float[Tensor, "vectors dim"], shared: int = 0
+) -> Int[Tensor, "images patches"]:
     """The number of the vector nearest to each query, by matrix products: the search that exported files run.
 
-    Both are centred first: distances stay, and less is lost where squares of nearly equal numbers are subtracted. The
-    bank is taken in blocks, so that the table of all queries and vectors is never held whole.
+    Squared distances, but for the query's own square, are one product: the vector's square rides along as one more
+    number, and so does what the `shared` last numbers of an image's queries add, the same for all of them. Both sides
+    are centred first: distances stay, and less is lost where squares of nearly equal numbers are subtracted. The bank
+    is taken in blocks, so that the table of all queries and vectors is never held whole.
     """
-    centre = vectors.mean(0)
-    queries, parts = queries - centre, (vectors - centre).split(BLOCK)
-    nearest = [(part.square().sum(1) - queries @ (2 * part.T)).min(1) for part in parts]
+    centre, own = vectors.mean(0), queries.shape[2] - shared
+    queries, common = F.pad((queries - centre)[..., :own], (0, 1), value=1.0), (queries - centre)[:, 0, own:]
+    nearest = []
+    for part in (vectors - centre).split(BLOCK):
+        offset = part.square().sum(1) - common @ (2 * part[:, own:].T)
+        weights = (-2 * part[:, :own].T).expand(offset.shape[0], -1, -1)
+        nearest.append((queries @ torch.cat([weights, offset[:, None]], dim=1)).min(2))
     best = torch.stack([one.values for one in nearest]).argmin(0)
     return torch.stack([one.indices for one in nearest]).gather(0, best[None])[0] + BLOCK * best
 

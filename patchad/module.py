@@ -181,8 +181,9 @@ class PatchDetector(Configurable, LightningModule):
         """
         found = {}
         for side, values in embeddings.items():
-            queries = values.permute(0, 2, 3, 1).float()  # at reduced precision, distances would lose their digits
-            found[side] = self.bank(side).distances(queries.flatten(0, 2)).reshape(queries.shape[:3])
+            queries = values.flatten(2).transpose(1, 2).float()  # at reduced precision, distances would lose digits
+            shared = self.encoder.patch_encoder(side).dim if self.context else 0
+            found[side] = self.bank(side).distances(queries, shared).unflatten(1, values.shape[2:])
         return Distances(found, content, *size)
 
     def counted(self, content: Int[Tensor, "batch 2"], values: Tensor, side: int) -> Bool[Tensor, "batch rows columns"]:

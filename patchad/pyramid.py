@@ -143,11 +143,14 @@ def inside(content: Int[Tensor, "batch 2"], grid: Size, side: int, stride: int) 
     return (top < limit[:, :1])[:, :, None] & (left < limit[:, 1:])[:, None, :]
 
 
-def spread(values: Float[Tensor, "batch rows columns"], side: int, stride: int) -> Float[Tensor, "batch height width"]:
-    """Per pixel, the sum of the values of the patches that cover it (a box filter, one axis after the other)."""
-    ones = values.new_ones(1, 1, side, 1)
-    rows = F.conv_transpose2d(values[:, None], ones, stride=(stride, 1))
-    return F.conv_transpose2d(rows, ones.transpose(2, 3), stride=(1, stride))[:, 0]
+def spread(values: Float[Tensor, "batch rows columns"], width: int) -> Float[Tensor, "batch more_rows more_columns"]:
+    """Per cell of stride x stride pixels, the sum of the values of the patches that cover it.
+
+    Args:
+        values: one number per patch position.
+        width: rows, and columns, of cells that a patch covers.
+    """
+    return F.conv_transpose2d(values[:, None], values.new_ones(1, 1, width, width))[:, 0]
 
 
 def fold(
@@ -160,11 +163,12 @@ def fold(
     Args:
         values: one number per patch position.
         counted: the patches that take part, see `inside`.
-        side: side of a patch in pixels.
+        side: side of a patch in pixels, a multiple of the stride.
         stride: distance between patches in pixels.
     """
-    weight = counted.to(values.dtype)
-    return spread(values * weight, side, stride) / spread(weight, side, stride).clamp(min=1)
+    weight, width = counted.to(values.dtype), side // stride
+    cells = spread(values * weight, width) / spread(weight, width).clamp(min=1)
+    return F.interpolate(cells[:, None], scale_factor=float(stride))[:, 0]  # all pixels of a cell are covered alike
 
 
 def crop_resize(

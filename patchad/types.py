@@ -22,12 +22,15 @@ class Sample(NamedTuple):
         defect: name of the defect type; `NORMAL` for an image without a defect, `UNKNOWN` if not known.
         mask: mask file of the defect; None where there is none.
         split: the side that the layout puts the image on.
+        group: what the image shows, where several images show the same thing and none of them is tested: calibration
+            takes all of a group or none of it, so that it meets new things as the test does; None is a group of one.
     """
 
     path: Path
     defect: str
     mask: Path | None
     split: Literal["train", "test"]
+    group: str | None = None
 
 
 class ImageBatch(NamedTuple):

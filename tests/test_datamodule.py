@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from patchad import PatchadError, PyramidDataModule
-from patchad.data import Folder
+from patchad.data import Folder, MVTecAD
 from patchad.data.datamodule import ImageDataset, SyntheticDefects
 from patchad.types import PyramidBatch
 
@@ -24,6 +24,33 @@ def test_training_calibration_and_test_share_no_image_and_lose_none(product):
     sets = [paths(one) for one in (data.train_set, data.calibration_set, data.test_set)]
     assert [len(one) for one in sets] == [9, 3, 11]
     assert len(set.union(*sets)) == 23
+
+
+class OneThing(MVTecAD):
+    """All images show the same thing."""
+
+    def samples(self, root):
+        return [sample._replace(group="0") for sample in super().samples(root)]
+
+
+class Pairs(MVTecAD):
+    """Two images each show the same thing."""
+
+    def samples(self, root):
+        return [one._replace(group=str(number // 2)) for number, one in enumerate(super().samples(root))]
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.01, 2), (0.25, 4), (0.99, 10)])
+def test_calibration_takes_whole_groups_and_leaves_one_to_train_on(product, fraction, expected):
+    data = images(product, layout=Pairs(), calibration_fraction=fraction)
+    groups = [{sample.group for sample in one.samples} for one in (data.train_set, data.calibration_set)]
+    assert len(data.calibration_set) == expected
+    assert not set.intersection(*groups)
+
+
+def test_images_of_one_thing_alone_are_refused(product):
+    with pytest.raises(PatchadError, match="12 training images in 1 groups of the same thing"):
+        images(product, layout=OneThing())
 
 
 def test_the_split_is_a_function_of_the_seed(product):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from patchad.data import PyramidDataModule
 from patchad.data.layouts import BTAD, Folder, MagneticTile, MVTecAD, Synthetic, detect_layout, images_below, tiles
 from patchad.errors import PatchadError
 
@@ -122,3 +123,9 @@ def test_by_tile_no_tile_is_on_both_sides(shared):
     assert not (train & tested or train & faulty or tested & faulty)
     assert len(tested) == round(0.2 * (251 - 85))
     assert sum(sample.defect == "good" for sample in samples) == 952 - 35
+    data = PyramidDataModule(root, layout=MagneticTile("by_tile"))
+    data.setup("fit")
+    trained, calibrated = (
+        {tile_of[sample.path] for sample in one.samples} for one in (data.train_set, data.calibration_set)
+    )
+    assert not trained & calibrated

@@ -125,11 +125,13 @@ def test_a_large_bank_is_searched_in_lists_and_finds_nearly_all(monkeypatch):
     assert (found - nearest < 1e-4).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("shared", [0, 3])
 @pytest.mark.parametrize("block", [7, 120, 1000])
-def test_the_exported_search_finds_what_faiss_finds(block, monkeypatch):
+def test_the_exported_search_finds_what_faiss_finds(block, shared, monkeypatch):
     monkeypatch.setattr("patchad.memory.BLOCK", block)
-    bank, queries = filled(), torch.randn(50, DIM, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(nearest_by_product(queries, bank.vectors), bank._search(queries))
+    bank, queries = filled(), torch.randn(2, 50, DIM, generator=torch.Generator().manual_seed(1))
+    queries[:, :, DIM - shared :] = queries[:, :1, DIM - shared :]
+    assert torch.equal(nearest_by_product(queries, bank.vectors, shared), bank._search(queries))
 
 
 def test_patches_that_do_not_count_stay_out():

@@ -293,15 +293,22 @@ class PyramidDataModule(Configurable, LightningDataModule):
         return ImageDataset(samples, self.image_size, self.keep_aspect, self.metric_size)
 
     def _split(self, normals: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-        if len(normals) < 2:
+        groups: dict[Any, list[Sample]] = {}
+        for sample in normals:
+            groups.setdefault(sample.group or sample.path, []).append(sample)
+        if len(groups) < 2:
             raise PatchadError(
-                f"{self.root} has {len(normals)} training images; at least 2 are needed, one of them for calibration"
+                f"{self.root} has {len(normals)} training images in {len(groups)} groups of the same thing; at least "
+                "2 groups are needed, one of them for calibration"
             )
-        order = np.random.default_rng(self.seed).permutation(len(normals))
-        count = min(max(1, round(self.calibration_fraction * len(normals))), len(normals) - 1)
-        chosen = set(order[:count].tolist())
-        training = [sample for number, sample in enumerate(normals) if number not in chosen]
-        return training, [normals[number] for number in sorted(chosen)]
+        order, candidates = np.random.default_rng(self.seed).permutation(len(groups)), list(groups.values())
+        count = max(1, round(self.calibration_fraction * len(normals)))
+        calibration: set[Path] = set()
+        for number in order[:-1]:  # one group at least is left to train on
+            if len(calibration) < count:
+                calibration.update(sample.path for sample in candidates[number])
+        training = [sample for sample in normals if sample.path not in calibration]
+        return training, [sample for sample in normals if sample.path in calibration]
 
     def note_missing_masks(self, test: Sequence[Sample]) -> None:
         """Says once that pixel metrics leave out defective images without a mask."""

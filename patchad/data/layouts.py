@@ -118,7 +118,8 @@ class MagneticTile(Layout):
     Args:
         split: `published` trains on the 761 images of DifferNet's list, as published figures do; `random` tests a
             seeded share of the images; `by_tile` tests a seeded share of the clean tiles and leaves out normal images
-            of tiles that have a defect under another exposure, so that no tile is on both sides.
+            of tiles that have a defect under another exposure, so that no tile is on both sides; calibration then takes
+            whole tiles, too.
         test_fraction: share of the normal images (`random`) or of the clean tiles (`by_tile`) to test.
         seed: of the choice.
 
@@ -137,7 +138,7 @@ class MagneticTile(Layout):
         splits = {"published": self._published, "random": self._random, "by_tile": self._by_tile}
         if split not in splits:
             raise PatchadError(f"split {split} is unknown; choose one of {', '.join(splits)}")
-        self._choose, self.test_fraction, self.seed = splits[split], test_fraction, seed
+        self._choose, self.split, self.test_fraction, self.seed = splits[split], split, test_fraction, seed
 
     def samples(self, root: Path) -> list[Sample]:
         """Samples of the chosen split."""
@@ -145,7 +146,10 @@ class MagneticTile(Layout):
         defective = {path: kind for kind in self.defect_types for path in photographs(root, kind)}
         train, tested = self._choose(free, list(defective))
         faulty = [Sample(path, kind.lower(), path.with_suffix(".png"), "test") for path, kind in defective.items()]
-        return normals(train, "train") + normals(tested, "test") + faulty
+        every = tiles([*free, *defective]) if self.split == "by_tile" else []
+        shown = {path: str(number) for number, tile in enumerate(every) for path in tile}
+        trained = [sample._replace(group=shown.get(sample.path)) for sample in normals(train, "train")]
+        return trained + normals(tested, "test") + faulty
 
     def _published(self, free: list[Path], defective: list[Path]) -> tuple[list[Path], list[Path]]:
         names = set(files("patchad.data").joinpath("differnet_train_761.txt").read_text().split())

@@ -18,6 +18,8 @@ Reduction = Literal["random", "kcenter", "kmeans"]
 CANDIDATES = 100_000
 """Vectors, drawn at random, among which `kcenter` and `kmeans` choose; 26 MB of 64 numbers each."""
 
+REDUCING_ITERATIONS = 3
+"""Of K-means where it reduces a bank; 10 of them take 3 times as long for the same AUROC (docs/benchmarks.md)."""
 BLOCK = 1000
 """Vectors that the search of exported files looks at together."""
 PROBES, POINTS_PER_LIST = 32, 64
@@ -244,6 +246,6 @@ def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, progress: bool = 
 
 def kmeans_medoids(vectors: Float[Tensor, "vectors dim"], count: int, seed: int = 0) -> Int[Tensor, " chosen"]:
     """Numbers of the vectors nearest to the centroids of K-means; where two share one, there are fewer than `count`."""
-    centroids = kmeans(vectors, count, iterations=10, seed=seed)
+    centroids = kmeans(vectors, count, iterations=REDUCING_ITERATIONS, seed=seed)
     _, nearest = search_index(vectors, exact_most=len(vectors)).search(np.ascontiguousarray(centroids.cpu().numpy()), 1)
     return torch.from_numpy(np.unique(nearest)).to(vectors.device)

@@ -81,12 +81,11 @@ def fill(
 ) -> None:
     """Puts a new bank of each side into the detector; without `exact_most`, its search is exact."""
     for side in detector.encoder.sides:
-        bank = MemoryBank(side, size, reduction, detector.bank(side).seed)
-        for batch, embeddings in training:
-            bank.add(embeddings[side], detector.counted(batch.content, embeddings[side], side), batch.number)
-        bank.finish()
+        detector.banks[str(side)] = MemoryBank(side, size, reduction, detector.bank(side).seed)
+    detector.remember(training)
+    for side in detector.encoder.sides:
+        bank = detector.bank(side)
         bank.exact_most = exact_most or len(bank)
-        detector.banks[str(side)] = bank
 
 
 def calibrate(detector: PatchDetector, normals: Embedded, size: Size) -> None:

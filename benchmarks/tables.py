@@ -14,13 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from jsonargparse import auto_cli
+from torch import nn
 
+import patchad.models
+from benchmarks.speed import filled
 from patchad import PatchDetector
 from patchad.timing import alternate
 
@@ -75,7 +79,7 @@ class Found(NamedTuple):
 
 def main(
     table: str,
-    data: dict[str, Path],
+    data: dict[str, Path] | None = None,
     seeds: tuple[int, ...] = (0,),
     weights: Path = Path("weights"),
     folder: Path = Path("runs/tables"),
@@ -85,7 +89,7 @@ def main(
     """Prints one table, row by row.
 
     Args:
-        table: which: default, 2, 3, 4, 5, losses, scores, beyond; for table 1 see `benchmarks.speed`.
+        table: which: default, 1 (sizes and times, without data), 2, 3, 4, 5, losses, scores, beyond.
         data: folder of each data set by name; `magnetic_tile` is tested by both its splits.
         seeds: of everything; rows of ablations take the first.
         weights: folder of files of ImageNet weights.
@@ -94,9 +98,11 @@ def main(
             best epoch on test; 1 measures the last epoch only, and both protocols agree.
         options: further ones for every row of `patchad fit`.
     """
+    if table == "1":
+        return print_models([row["name"] for row in TABLES[table]])
     print(f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
     for row in TABLES[table]:
-        for images in (images for name, root in data.items() for images in splits(name, root)):
+        for images in (images for name, root in (data or {}).items() for images in splits(name, root)):
             chosen = seeds if row.get("seeds") == "all" else seeds[:1]
             try:
                 found = [run(row, images, seed, weights, folder, validations, options) for seed in chosen]
@@ -105,6 +111,31 @@ def main(
                 print(
                     f"| {row['name']} | {images.name} | not run: no weights |" + " |" * (len(COLUMNS) - 3), flush=True
                 )
+
+
+@torch.inference_mode()
+def print_models(names: Sequence[str]) -> None:
+    """Size, depth and time of each backbone up to its deepest tap, and of the whole detector, with random weights."""
+    print("| backbone | convolutions | its parameters | those of the encoders | its ms per image | all ms per image |")
+    print("|---|---|---|---|---|---|")
+    detectors = {name: filled(PatchDetector(getattr(patchad.models, name)(weights="none"))) for name in names}
+    image, tasks = torch.rand(1, 3, 256, 256), {}
+    for name, detector in detectors.items():
+        taps = sorted(set(detector.encoder.tap_names.values()))
+        tasks[name, "backbone"] = partial(detector.encoder.backbone, image, taps)
+        tasks[name, "all"] = partial(detector, image)
+    times = {task: statistics.median(found) for task, found in alternate(tasks, repeats=10).items()}
+    for name, detector in detectors.items():
+        encoder = detector.encoder
+        used = encoder.backbone.layers[: 1 + max(tap.layer for tap in encoder.taps.values())]
+        depth = sum(isinstance(layer, nn.Conv2d) for layer in used.modules())
+        sizes = f"{millions(used)} | {millions(encoder.encoders)}"
+        print(f"| {name} | {depth} | {sizes} | {times[name, 'backbone']:.1f} | {times[name, 'all']:.1f} |")
+
+
+def millions(module: nn.Module) -> str:
+    """Its parameters, in millions."""
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
 
 
 def splits(name: str, root: Path) -> Iterator[Images]:
@@ -135,7 +166,7 @@ def run(
     if "weights" in row and (weights / row["weights"]).is_file():
         given += ["--model.backbone.weights", str(weights / row["weights"])]
     seeded = ["--seed_everything", str(seed), "--data.seed", str(seed), "--model.seed", str(seed)]
-    resolved = yaml.safe_load(patchad("fit", *given, *images.options, "--print_config"))
+    resolved = yaml.safe_load(run_patchad("fit", *given, *images.options, "--print_config"))
     key = f"{digest(without_place(resolved))}-{digest([images.options, validations])}-{seed}"
     epochs = resolved["trainer"]["max_epochs"]
     watched = ["--data.validate_on", "test" if validations > 1 else "none"]
@@ -156,7 +187,7 @@ def run(
     )
 
 
-def patchad(*arguments: str) -> str:
+def run_patchad(*arguments: str) -> str:
     """What a command of patchad prints.
 
     Raises:
@@ -174,7 +205,7 @@ def patchad(*arguments: str) -> str:
 def timed(*arguments: str) -> float:
     """The seconds that a command takes."""
     start = time.perf_counter()
-    patchad(*arguments)
+    run_patchad(*arguments)
     return time.perf_counter() - start
 
 

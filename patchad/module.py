@@ -32,7 +32,7 @@ from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, Pyra
 CHECKPOINT_FORMAT = 4
 """Raised whenever checkpoints of an older patchad no longer load."""
 COLLAPSED = 0.01
-"""Deviation of embeddings, which lie in (-1, 1), below which they tell no patch from another."""
+"""Deviation of embeddings, whose numbers are of the order of 1, below which they tell no patch from another."""
 
 
 class Distances(NamedTuple):
@@ -427,17 +427,31 @@ class PatchDetector(Configurable, LightningModule):
 
     def fill_banks(self) -> None:
         """Fills the bank of each side with the patches of the training normals, and prints its size first."""
-        for side in self.encoder.sides:
-            self.bank(side).clear()
-        loader = self._data.memory_dataloader()
-        for number, batch in enumerate(self._batches(loader, "Filling the memory bank")):
+        self.remember(self._embedded_normals(), progress=self._shows_bars)
+
+    def _embedded_normals(self) -> Iterable[tuple[ImageBatch, dict[int, Tensor]]]:
+        for number, batch in enumerate(self._batches(self._data.memory_dataloader(), "Filling the memory bank")):
             embeddings = self.embed(batch.image, batch.content)
             if number == 0:
-                self._announce(embeddings, len(loader.dataset))
-            for side, values in embeddings.items():
-                self.bank(side).add(values, self.counted(batch.content, values, side), batch.number)
-        for side in self.encoder.sides:
-            self.bank(side).finish(progress=self._shows_bars)
+                self._announce(embeddings, len(self._data.train_set))
+            yield batch, embeddings
+
+    def remember(self, embedded: Iterable[tuple[ImageBatch, Mapping[int, Tensor]]], progress: bool = False) -> None:
+        """Fills the bank of each side anew.
+
+        Args:
+            embedded: normal images, and what `embed` says of them.
+            progress: whether a reduction may show a bar.
+        """
+        banks = {side: self.bank(side) for side in self.encoder.sides}
+        for bank in banks.values():
+            bank.clear()
+        for batch, embeddings in embedded:
+            for side, bank in banks.items():
+                values = embeddings[side]
+                bank.add(values, self.counted(batch.content, values, side), batch.number)
+        for bank in banks.values():
+            bank.finish(progress)
 
     def _announce(self, embeddings: Mapping[int, Tensor], images: int) -> None:
         for side, values in embeddings.items():

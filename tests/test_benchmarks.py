@@ -87,3 +87,9 @@ def test_the_papers_protocol_takes_the_epoch_that_is_best_on_test(tmp_path):
     )
     assert tables.best_epoch(tmp_path / "metrics.csv") == {"detection_auroc": 75, "segmentation_auroc": 75}
     assert tables.measured(tmp_path / "metrics.csv", "train/")[0] == {"loss": 150}
+
+
+def test_the_size_and_depth_of_a_backbone_are_those_that_are_known(capsys):
+    tables.print_models(["AlexNet", "VGG16"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[:3] for row in rows] == [["| AlexNet", "5", "2.47 M"], ["| VGG16", "13", "14.71 M"]]

@@ -182,43 +182,40 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
-def download(weights: torchvision.models.WeightsEnum) -> Mapping[str, Tensor]:
-    """Torchvision's weights, downloaded once and kept in torch's cache.
+class TorchvisionBackbone(Backbone):
+    """A backbone whose ImageNet weights torchvision has."""
 
-    Raises:
-        PatchadError: if there is no network, with the other ways.
-    """
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError) as error:
-        raise PatchadError(
-            f"cannot download {weights.url} ({error}); fetch it elsewhere and set --model.backbone.weights to its "
-            "path, or use --config backbone/efficientnet_lite0, whose weights are installed with patchad"
-        ) from error
+    imagenet_weights: ClassVar[torchvision.models.WeightsEnum]
+    """Which of torchvision's."""
+
+    def imagenet(self) -> Mapping[str, Tensor]:
+        """The weights, downloaded once and kept in torch's cache.
+
+        Raises:
+            PatchadError: if there is no network, with the other ways.
+        """
+        weights = self.imagenet_weights
+        try:
+            return weights.get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError) as error:
+            raise PatchadError(
+                f"cannot download {weights.url} ({error}); fetch it elsewhere and set --model.backbone.weights to its "
+                "path, or use --config backbone/efficientnet_lite0, whose weights are installed with patchad"
+            ) from error
 
 
-class VGG16(Backbone):
-    """VGG16 without batch normalisation, the paper's backbone (supplement, figure 2).
+class VGG(TorchvisionBackbone):
+    """A VGG without batch normalisation: torchvision's `features`.
 
     Pooling rounds up, so that a tap has ceil(size / stride) cells; nothing changes where the size is a multiple of 16.
     """
 
-    taps: ClassVar = {
-        "relu1_2": Tap(3, 1, 64),
-        "relu2_2": Tap(8, 2, 128),
-        "relu3_3": Tap(15, 4, 256),
-        "relu4_3": Tap(22, 8, 512),
-        "relu5_3": Tap(29, 16, 512),
-    }
-    side_taps: ClassVar = {64: "relu5_3", 32: "relu3_3", 16: "relu2_2"}
+    configuration: ClassVar[str]
+    """Its letter in Simonyan and Zisserman (ICLR 2015), table 1."""
 
     def build(self) -> nn.Sequential:
-        """Torchvision's `vgg16().features`."""
-        return rounding_up(torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"]))
-
-    def imagenet(self) -> Mapping[str, Tensor]:
-        """Torchvision's IMAGENET1K_V1."""
-        return download(torchvision.models.VGG16_Weights.IMAGENET1K_V1)
+        """All convolutions."""
+        return rounding_up(torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs[self.configuration]))
 
 
 def rounding_up(layers: nn.Sequential) -> nn.Sequential:
@@ -229,9 +226,26 @@ def rounding_up(layers: nn.Sequential) -> nn.Sequential:
     return layers
 
 
-class VGG19(Backbone):
-    """VGG19 without batch normalisation; pooling rounds up, as in `VGG16`."""
+class VGG16(VGG):
+    """The paper's backbone (supplement, figure 2)."""
 
+    configuration: ClassVar = "D"
+    imagenet_weights: ClassVar = torchvision.models.VGG16_Weights.IMAGENET1K_V1
+    taps: ClassVar = {
+        "relu1_2": Tap(3, 1, 64),
+        "relu2_2": Tap(8, 2, 128),
+        "relu3_3": Tap(15, 4, 256),
+        "relu4_3": Tap(22, 8, 512),
+        "relu5_3": Tap(29, 16, 512),
+    }
+    side_taps: ClassVar = {64: "relu5_3", 32: "relu3_3", 16: "relu2_2"}
+
+
+class VGG19(VGG):
+    """VGG16 with one more convolution in each of its last three blocks."""
+
+    configuration: ClassVar = "E"
+    imagenet_weights: ClassVar = torchvision.models.VGG19_Weights.IMAGENET1K_V1
     taps: ClassVar = {
         "relu1_2": Tap(3, 1, 64),
         "relu2_2": Tap(8, 2, 128),
@@ -241,16 +255,8 @@ class VGG19(Backbone):
     }
     side_taps: ClassVar = {64: "relu5_4", 32: "relu3_4", 16: "relu2_2"}
 
-    def build(self) -> nn.Sequential:
-        """Torchvision's `vgg19().features`."""
-        return rounding_up(torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["E"]))
 
-    def imagenet(self) -> Mapping[str, Tensor]:
-        """Torchvision's IMAGENET1K_V1."""
-        return download(torchvision.models.VGG19_Weights.IMAGENET1K_V1)
-
-
-class AlexNet(Backbone):
+class AlexNet(TorchvisionBackbone):
     """AlexNet as torchvision has it.
 
     Its first convolution (11 x 11, stride 4) and its pooling would lose the last column of cells: they are padded
@@ -265,6 +271,7 @@ class AlexNet(Backbone):
         "relu5": Tap(11, 16, 256),
     }
     side_taps: ClassVar = {64: "relu5", 32: "relu2", 16: "relu1"}
+    imagenet_weights: ClassVar = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
 
     def build(self) -> nn.Sequential:
         """Torchvision's `alexnet().features`, without its last pooling."""
@@ -273,10 +280,6 @@ class AlexNet(Backbone):
         for number in (2, 5):
             layers[number] = nn.Sequential(PadToStride(2), layers[number])
         return layers
-
-    def imagenet(self) -> Mapping[str, Tensor]:
-        """Torchvision's IMAGENET1K_V1."""
-        return download(torchvision.models.AlexNet_Weights.IMAGENET1K_V1)
 
     def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first convolution follows two paddings."""
@@ -296,7 +299,7 @@ class PadToStride(nn.Module):
         return nn.functional.pad(x, (0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride))
 
 
-class MobileNetV2(Backbone):
+class MobileNetV2(TorchvisionBackbone):
     """MobileNetV2; the paper's tables say MobileNet without a version."""
 
     taps: ClassVar = {
@@ -309,33 +312,39 @@ class MobileNetV2(Backbone):
         "stage7": Tap(17, 32, 320),
     }
     side_taps: ClassVar = {64: "stage5", 32: "stage5", 16: "stage2"}
+    imagenet_weights: ClassVar = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1
 
     def build(self) -> nn.Sequential:
         """Torchvision's `mobilenet_v2().features`, without the last convolution."""
         return torchvision.models.mobilenet_v2().features[:18]
-
-    def imagenet(self) -> Mapping[str, Tensor]:
-        """Torchvision's IMAGENET1K_V1."""
-        return download(torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1)
 
     def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The last convolution is left out."""
         return {name: value for name, value in super().rename(state).items() if not name.startswith("18.")}
 
 
-def residual_layers(network: torchvision.models.ResNet) -> nn.Sequential:
-    """The layers of a ResNet in their order, under their own names, without the classifier."""
-    return nn.Sequential(OrderedDict(list(network.named_children())[:8]))
+class ResNet(TorchvisionBackbone):
+    """A ResNet of torchvision, up to its fourth stage."""
+
+    side_taps: ClassVar = {64: "layer3", 32: "layer3", 16: "layer1"}
+
+    @abstractmethod
+    def network(self) -> torchvision.models.ResNet:
+        """The whole network, with random weights."""
+
+    def build(self) -> nn.Sequential:
+        """Its layers in their order, under their own names, without the classifier."""
+        return nn.Sequential(OrderedDict(list(self.network().named_children())[:8]))
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The classifier is left out."""
+        return {name: value for name, value in state.items() if not name.startswith("fc.")}
 
 
-def without_classifier(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A ResNet's state_dict without its last layer."""
-    return {name: value for name, value in state.items() if not name.startswith("fc.")}
-
-
-class ResNet18(Backbone):
+class ResNet18(ResNet):
     """ResNet18."""
 
+    imagenet_weights: ClassVar = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     taps: ClassVar = {
         "relu": Tap(2, 2, 64),
         "layer1": Tap(4, 4, 64),
@@ -343,24 +352,16 @@ class ResNet18(Backbone):
         "layer3": Tap(6, 16, 256),
         "layer4": Tap(7, 32, 512),
     }
-    side_taps: ClassVar = {64: "layer3", 32: "layer3", 16: "layer1"}
 
-    def build(self) -> nn.Sequential:
-        """Torchvision's `resnet18()` up to its fourth stage."""
-        return residual_layers(torchvision.models.resnet18())
-
-    def imagenet(self) -> Mapping[str, Tensor]:
-        """Torchvision's IMAGENET1K_V1."""
-        return download(torchvision.models.ResNet18_Weights.IMAGENET1K_V1)
-
-    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The classifier is left out."""
-        return without_classifier(state)
+    def network(self) -> torchvision.models.ResNet:
+        """Torchvision's `resnet18()`."""
+        return torchvision.models.resnet18()
 
 
-class ResNet50(Backbone):
+class ResNet50(ResNet):
     """ResNet50."""
 
+    imagenet_weights: ClassVar = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
     taps: ClassVar = {
         "relu": Tap(2, 2, 64),
         "layer1": Tap(4, 4, 256),
@@ -368,19 +369,10 @@ class ResNet50(Backbone):
         "layer3": Tap(6, 16, 1024),
         "layer4": Tap(7, 32, 2048),
     }
-    side_taps: ClassVar = {64: "layer3", 32: "layer3", 16: "layer1"}
 
-    def build(self) -> nn.Sequential:
-        """Torchvision's `resnet50()` up to its fourth stage."""
-        return residual_layers(torchvision.models.resnet50())
-
-    def imagenet(self) -> Mapping[str, Tensor]:
-        """Torchvision's IMAGENET1K_V2."""
-        return download(torchvision.models.ResNet50_Weights.IMAGENET1K_V2)
-
-    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The classifier is left out."""
-        return without_classifier(state)
+    def network(self) -> torchvision.models.ResNet:
+        """Torchvision's `resnet50()`."""
+        return torchvision.models.resnet50()
 
 
 class InvertedResidual(nn.Module):

@@ -15,6 +15,9 @@ from patchad.types import NORMAL, ImageBatch, Prediction
 class Report(Callback):
     """Writes `report.html` and `contact_sheet.png` into the run folder of a test.
 
+    The sheet shows the extremes: of each defect type, and of the normal images, those of the lowest and of the highest
+    scores, so that what was missed and what was called anomalous by mistake is seen beside what was found.
+
     Args:
         images_per_defect: images shown of each defect type, and of the normal ones.
     """
@@ -35,11 +38,13 @@ class Report(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps the first images of each defect type."""
+        """Keeps the images of the lowest and highest scores of each defect type, sorted by score."""
         for number, defect in enumerate(batch.defect):
             kept = self.shown.setdefault(defect, [])
-            if len(kept) < self.images_per_defect:
-                kept.append(show(outputs, batch, number))
+            kept.append(show(outputs, batch, number))
+            kept.sort(key=lambda shown: shown.score)
+            if len(kept) > self.images_per_defect:
+                del kept[self.images_per_defect // 2]
 
     def on_test_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Writes the page, from the images of the first process."""
@@ -83,6 +88,7 @@ calibration normals and red where the map reaches the threshold.</p>
 {lines}
 </table>
 <h2>Contact sheet</h2>
+<p>Of each defect type, and of the normal images, those of the lowest and of the highest scores.</p>
 <img src="contact_sheet.png" alt="image, truth, heat map and verdict of some test images">
 </body></html>
 """

@@ -166,6 +166,19 @@ def test_patchads_callbacks_change_no_number(fitted, product, tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
+def test_the_contact_sheet_shows_the_lowest_and_highest_scores_of_each_defect_type(fitted, product, tmp_path):
+    report, data = Report(images_per_defect=2), images(product)
+    trainer(tmp_path, report).test(detector(), data, ckpt_path=fitted, weights_only=True, verbose=False)
+    model, scores = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval(), {}
+    with torch.inference_mode():
+        for batch in data.test_dataloader():
+            for defect, score in zip(batch.defect, model(batch.image, batch.content).score.tolist(), strict=True):
+                scores.setdefault(defect, []).append(score)
+    shown = {defect: [one.score for one in kept] for defect, kept in report.shown.items()}
+    assert shown == {defect: sorted({min(found), max(found)}) for defect, found in scores.items()}
+    assert len(shown["good"]) == 2
+
+
 def test_evaluation_draws_nothing_from_the_training_generators(product, tmp_path):
     states = []
 

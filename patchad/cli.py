@@ -42,7 +42,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class PatchadCLI(LightningCLI):
-    """LightningCLI with patchad's defaults, and a checkpoint that brings its data settings along."""
+    """LightningCLI with patchad's defaults, and a checkpoint that brings its settings along."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Every subcommand starts from the packaged default.yaml."""
@@ -53,6 +53,11 @@ class PatchadCLI(LightningCLI):
         """Lightning's, and those of `DetectorTrainer`."""
         further = {name: {"model", "datamodule"} for name in ("export", "verify", "benchmark")}
         return {**LightningCLI.subcommands(), **further}
+
+    def _parse_ckpt_path(self) -> None:
+        """Only `fit` leaves it to Lightning, which would put the checkpoint's settings above the caller's options."""
+        if self.config.get("subcommand") == "fit":
+            super()._parse_ckpt_path()
 
     def after_fit(self) -> None:
         """Says where everything is and what comes next."""
@@ -68,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", expected)
     sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder
     try:
-        sys.argv[1:] = with_checkpoint_data(
+        sys.argv[1:] = with_checkpoint_settings(
             resolve_configs(name_exported(given))
         )  # Lightning starts further processes from these
         PatchadCLI(
@@ -128,8 +133,8 @@ def packaged_config(name: str) -> str:
     return str(packaged)
 
 
-def with_checkpoint_data(arguments: list[str]) -> list[str]:
-    """The arguments with the checkpoint's data settings as a first config, so that later options override them.
+def with_checkpoint_settings(arguments: list[str]) -> list[str]:
+    """The arguments with the checkpoint's settings as a first config, so that later options override them.
 
     Raises:
         PatchadError: if the checkpoint is missing or not readable.
@@ -137,8 +142,7 @@ def with_checkpoint_data(arguments: list[str]) -> list[str]:
     path = option_value(arguments, "--ckpt_path")
     if path is None or arguments[0] == "fit":
         return arguments
-    data = read_data_settings(Path(path))
-    return [arguments[0], "--config", json.dumps({"data": data}), *arguments[1:]] if data else arguments
+    return [arguments[0], "--config", json.dumps(read_settings(Path(path))), *arguments[1:]]
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:
@@ -151,8 +155,8 @@ def option_value(arguments: Sequence[str], option: str) -> str | None:
     return None
 
 
-def read_data_settings(path: Path) -> dict | None:
-    """class_path and init_args of the datamodule that a checkpoint was fitted with.
+def read_settings(path: Path) -> dict[str, dict]:
+    """class_path and init_args of the detector and of the datamodule of a checkpoint.
 
     Raises:
         PatchadError: if the checkpoint is missing, not readable, or of another format.
@@ -164,10 +168,18 @@ def read_data_settings(path: Path) -> dict | None:
     except Exception as error:
         raise PatchadError(f"--ckpt_path {path} is not a checkpoint: {one_line(error)}") from error
     check_format(checkpoint, path)
-    settings = dict(checkpoint.get(PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    settings.pop("_instantiator", None)
-    class_path = settings.pop("_class_path", None)
-    return {"class_path": class_path, "init_args": settings} if class_path else None
+    keys = {
+        "model": PatchDetector.CHECKPOINT_HYPER_PARAMS_KEY,
+        "data": PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY,
+    }
+    found = {name: dict(checkpoint.get(key, {})) for name, key in keys.items()}
+    return {name: class_and_arguments(settings) for name, settings in found.items() if "_class_path" in settings}
+
+
+def class_and_arguments(settings: dict) -> dict:
+    """Hyperparameters as Lightning keeps them, in the form of a config."""
+    arguments = {name: value for name, value in settings.items() if name not in ("_class_path", "_instantiator")}
+    return {"class_path": settings["_class_path"], "init_args": arguments}
 
 
 def find_mendable(error: BaseException | None) -> PatchadError | None:

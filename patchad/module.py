@@ -575,7 +575,7 @@ class PatchDetector(Configurable, LightningModule):
         if self._fitting and self._filled_at != self.global_step:
             self._refill()
             checkpoint["state_dict"] = self.state_dict()
-        checkpoint["patchad_format"] = CHECKPOINT_FORMAT
+        checkpoint["patchad_format"], checkpoint["patchad_scorer"] = CHECKPOINT_FORMAT, repr(self.scorer)
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = without_weights(self.hparams)
 
     def _refill(self) -> None:
@@ -590,8 +590,14 @@ class PatchDetector(Configurable, LightningModule):
         self.train(training)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another format."""
+        """Refuses a checkpoint of another format; warns where its threshold is that of another score."""
         check_format(checkpoint)
+        fitted = checkpoint.get("patchad_scorer", repr(self.scorer))
+        if fitted != repr(self.scorer):
+            rank_zero_warn(
+                f"the threshold was set for {fitted}, not for {self.scorer}: AUROCs hold, verdicts do not; fit with "
+                "this scorer for a threshold of its own"
+            )
 
     # what Lightning gives
 

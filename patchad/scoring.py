@@ -58,6 +58,13 @@ class Scorer(Configurable, nn.Module):
         self.register_buffer("scale", torch.ones(len(self.sides)))
         return self
 
+    def extra_repr(self) -> str:
+        """What distinguishes scorers."""
+        return (
+            f"combination={self.combination}, image_score={self.image_score}, top_fraction={self.top_fraction}, "
+            f"target_fpr={self.target_fpr}"
+        )
+
     @property
     def normal_level(self) -> float:
         """About the mean of the combined map on calibration normals: each side counts 1."""

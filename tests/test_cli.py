@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,23 @@ def test_options_override_the_settings_of_the_checkpoint(run, here, product, cap
     captured = capsys.readouterr()
     assert "test/detection_auroc" in captured.out
     assert "test/segmentation_auroc" not in captured.out  # the other folder has no masks
+
+
+@pytest.mark.parametrize("score", ["top_fraction", "max"])
+def test_images_are_scored_as_the_options_say_with_a_warning_where_the_threshold_does_not_fit(
+    score, run, here, product
+):
+    (here / "parts").mkdir()
+    shutil.copy(product / "test" / "good" / "000.png", here / "parts" / "same.png")
+    options = [f"--model.scorer.image_score={score}", "--trainer.enable_progress_bar=false"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", *options])
+    assert any("verdicts do not" in str(one.message) for one in caught) == (score == "max")
+    written = here / "runs/version_0/predictions"
+    row = next(csv.DictReader((written / "scores.csv").read_text().splitlines()))
+    highest = np.sort(np.load(written / "maps" / "same.png.npy").ravel())[-93:]  # 1 % of 96 x 96 pixels
+    assert float(row["score"]) == pytest.approx(highest.max() if score == "max" else highest.mean(), rel=1e-5)
 
 
 def test_configs_compose_and_print(here, capsys):

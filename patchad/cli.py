@@ -125,8 +125,8 @@ def packaged_config(name: str) -> str:
         PatchadError: if a short name fits nothing.
     """
     packaged = CONFIGS / f"{name}.yaml"
-    if Path(name).exists() or Path(name).suffix in (".yaml", ".yml", ".json") or "{" in name:
-        return name
+    if "{" in name or Path(name).exists() or Path(name).suffix in (".yaml", ".yml", ".json"):
+        return name  # a config in braces may be too long for a path
     if not packaged.is_file():
         known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
         raise PatchadError(f"--config {name} is neither a file nor one of {', '.join(known)}")

@@ -208,9 +208,10 @@ def nearest_by_product(
     is taken in blocks, so that the table of all queries and vectors is never held whole.
     """
     centre, own = vectors.mean(0), queries.shape[2] - shared
-    queries, common = F.pad((queries - centre)[..., :own], (0, 1), value=1.0), (queries - centre)[:, 0, own:]
+    queries, vectors = queries - centre, vectors - centre
+    queries, common = F.pad(queries[..., :own], (0, 1), value=1.0), queries[:, 0, own:]
     nearest = []
-    for part in (vectors - centre).split(BLOCK):
+    for part in vectors.split(BLOCK):
         offset = part.square().sum(1) - common @ (2 * part[:, own:].T)
         weights = (-2 * part[:, :own].T).expand(offset.shape[0], -1, -1)
         nearest.append((queries @ torch.cat([weights, offset[:, None]], dim=1)).min(2))

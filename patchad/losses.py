@@ -1,13 +1,14 @@
-"""The losses of the method, each on the embeddings of one side's patches.
+"""Losses, each on the embeddings of one side's patches: the paper's three, and one of our own.
 
 A loss of your own is one class: a subclass of `PatchLoss` in your own file, named by class_path (docs/extend.md).
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -137,3 +138,61 @@ class Clustering(PatchLoss):
         """Squared Euclidean distance per dimension."""
         assert views.label is not None and views.centroids is not None
         return (views.anchor - views.centroids[views.label]).square().mean()
+
+
+class Separation(PatchLoss):
+    """Painted defects shall lie farther from what is normal than normal patches of unseen things do.
+
+    The distance of a patch is that to the nearest normal patch of the batch, as the bank will measure it; for a normal
+    patch only other things count, since a new image shows one that the bank does not know. Over all pairs of a normal
+    distance n and a painted one p, `mean log(1 + exp((n - p) / unit))`, where the unit is half of the mean of n: a
+    smooth form of the share of pairs in the wrong order, which is 1 - AUROC. It is not in the paper. Sources: the
+    pairwise surrogate is that of Gao and Zhou (IJCAI 2015), painted defects are as in CutPaste (Li et al., CVPR 2021).
+
+    Args:
+        weight: factor of the term in the sum.
+        least_share: share of a patch that a defect must cover for the patch to count as defective.
+        most: patches that are compared, of each kind; more are thinned out evenly.
+
+    Example:
+        >>> normal, thing = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
+        >>> known = {"normal": normal, "thing": thing, "painted": torch.tensor([[9.0]]), "share": torch.ones(1)}
+        >>> views = PatchViews(16, normal, normal, None, None, thing, label=None, centroids=None, **known)
+        >>> Separation()(views).item() < 1e-5  # it is log(1 + exp((1 - 8) / 0.5))
+        True
+    """
+
+    needs = ("normal", "thing", "painted", "share")
+
+    def __init__(self, weight: float = 1.0, least_share: float = 0.02, most: int = 1500) -> None:
+        super().__init__(weight)
+        if not 0 <= least_share <= 1 or most < 1:
+            raise PatchadError(f"least_share {least_share} must lie in [0, 1], most {most} must be at least 1")
+        self.least_share, self.most = least_share, most
+
+    def forward(self, views: PatchViews) -> Scalar:
+        """Nats per pair; log 2 = 0.69 is chance, 0 where the batch holds nothing to compare."""
+        assert views.normal is not None and views.thing is not None
+        assert views.painted is not None and views.share is not None
+        normal, thing = self._thinned(views.normal), self._thinned(views.thing)
+        painted = self._thinned(views.painted[views.share >= self.least_share])
+        if not len(painted) or (thing == thing[0]).all():
+            return 0 * views.normal.mean()
+        own = nearest_distance(normal, normal, thing[:, None] == thing)
+        wrong = own[:, None] - nearest_distance(painted, normal)
+        return F.softplus(wrong / (0.5 * own.mean().detach())).mean()
+
+    def _thinned(self, values: Tensor) -> Tensor:
+        return values[:: max(1, math.ceil(len(values) / self.most))]
+
+
+def nearest_distance(
+    queries: Float[Tensor, "queries dim"],
+    vectors: Float[Tensor, "vectors dim"],
+    excluded: Bool[Tensor, "queries vectors"] | None = None,
+) -> Float[Tensor, " queries"]:
+    """Euclidean distance from each query to the nearest vector that is not excluded, with gradients to both."""
+    with torch.no_grad():
+        distances = torch.cdist(queries, vectors)
+        nearest = (distances if excluded is None else distances.masked_fill(excluded, torch.inf)).argmin(1)
+    return (queries - vectors[nearest]).norm(dim=1)

@@ -24,10 +24,10 @@ from patchad.metrics import AnomalyMetrics
 from patchad.models.backbones import Backbone
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, LearnedEncoder
-from patchad.pyramid import crop_resize, fits_pyramids, fold, inside, positions, window_size
+from patchad.pyramid import covered, crop_resize, fits_pyramids, fold, inside, positions, round_up, window_size
 from patchad.scoring import Scorer
 from patchad.spec import Configurable, hyperparameters
-from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan
+from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan, painted_view
 
 CHECKPOINT_FORMAT = 4
 """Raised whenever checkpoints of an older patchad no longer load."""
@@ -245,7 +245,12 @@ class PatchDetector(Configurable, LightningModule):
     @property
     def pyramid_plan(self) -> PyramidPlan:
         """What the datamodule must know to draw the pyramids."""
-        return PyramidPlan(self.encoder.grids, self.cache.views if self.cache and self.learns else 0)
+        return PyramidPlan(self.encoder.grids, self.cache.views if self.cache and self.learns else 0, self._paints)
+
+    @property
+    def _paints(self) -> bool:
+        needed = {name for side in self.encoder.sides for loss in self._losses(side) for name in loss.needs}
+        return self.learns and "painted" in needed
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over all that is trainable."""
@@ -271,14 +276,14 @@ class PatchDetector(Configurable, LightningModule):
         data, encoder = self._data, self.encoder
         assert isinstance(encoder, DenseEncoder)
         paths = [str(sample.path) for sample in data.train_set.samples]
-        cache.open(paths, data.view_settings, encoder, data.image_size)
+        cache.open(paths, data.view_settings, encoder, data.image_size, self._paints)
         missing = cache.missing()
         self.trainer.strategy.barrier()  # all processes have seen the same before one of them writes
         rank_zero_info(f"feature cache: {cache.gigabytes:.2f} GB in {cache.home}, {len(missing)} views to compute")
-        for numbers, views, images in self._batches(data.views_dataloader(missing), "Caching features"):
+        for numbers, views, images, masks in self._batches(data.views_dataloader(missing), "Caching features"):
             features = encoder.features(images)
             for place, (number, view) in enumerate(zip(numbers.tolist(), views.tolist(), strict=True)):
-                cache.write(number, view, {side: values[place] for side, values in features.items()})
+                cache.write(number, view, {side: values[place] for side, values in features.items()}, masks[place])
         self.trainer.strategy.barrier()
 
     def _observe(self) -> None:
@@ -358,6 +363,7 @@ class PatchDetector(Configurable, LightningModule):
         if not self.learns:
             return
         first, second = self._windows(batch, view=0), self._windows(batch, view=1)
+        compared = self._compared(batch) if self._paints else {}
         for side, pyramid in batch.sides.items():
             count = pyramid.anchor.shape[1]
             others = torch.cat([pyramid.near, pyramid.far, pyramid.neighbour], dim=1)
@@ -374,6 +380,7 @@ class PatchDetector(Configurable, LightningModule):
                 direction=pyramid.direction.flatten(),
                 label=clusters(anchor) if clusters.ready else None,
                 centroids=clusters.centroids if clusters.ready else None,
+                **compared.get(side, {}),
             )
 
     def _windows(self, batch: PyramidBatch, view: int) -> dict[int, Tensor]:
@@ -383,6 +390,41 @@ class PatchDetector(Configurable, LightningModule):
         extents = {side: window_size(self._data.image_size, side, grid) for side, grid in self.encoder.grids.items()}
         windows = self.cache.read(batch.number, batch.views[:, view], corners, extents)
         return {side: window.to(self.device) for side, window in windows.items()}
+
+    def _compared(self, batch: PyramidBatch) -> dict[int, dict[str, Tensor]]:
+        """Of each side, the normal patches of the first view and those that a painted defect touches."""
+        normal, painted, mask = self._with_and_without_defects(batch)
+        found = {}
+        for side, values in normal.items():
+            grid = (values.shape[2], values.shape[3])
+            counted = self.counted(batch.content, values, side)
+            share = covered(mask, grid, side, self.encoder.strides[side])
+            touched = counted & (share > 0)
+            found[side] = {
+                "normal": values.permute(0, 2, 3, 1)[counted],
+                "thing": batch.thing[:, None, None].expand(-1, *grid)[counted],
+                "painted": painted[side].permute(0, 2, 3, 1)[touched],
+                "share": share[touched],
+            }
+        return found
+
+    def _with_and_without_defects(self, batch: PyramidBatch) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
+        if self.cache is None:
+            return self.encoder(batch.image[:, 0]), self.encoder(batch.painted), batch.mask
+        first = batch.views[:, 0]
+        masks = self.cache.masks(batch.number, painted_view(first), self._data.image_size).to(self.device)
+        return self._embed_cached(batch, first), self._embed_cached(batch, painted_view(first)), masks
+
+    def _embed_cached(self, batch: PyramidBatch, views: Tensor) -> dict[int, Tensor]:
+        """Embeddings at every scoring position of cached views."""
+        assert self.cache is not None and isinstance(self.encoder, DenseEncoder)
+        height, width = (round_up(length, self.encoder.multiple) for length in self._data.image_size)
+        corner = torch.zeros(len(views), 2, dtype=torch.int64)
+        sides = self.encoder.sides
+        features = self.cache.read(
+            batch.number, views, dict.fromkeys(sides, corner), dict.fromkeys(sides, (height, width))
+        )
+        return self.encoder.embed_features({side: values.to(self.device) for side, values in features.items()})
 
     def loss_terms(self, views: PatchViews) -> dict[str, Tensor]:
         """The weighted terms of one side by name, to be summed. Override it to change the loss.

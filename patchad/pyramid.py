@@ -171,6 +171,24 @@ def fold(
     return F.interpolate(cells[:, None], scale_factor=float(stride))[:, 0]  # all pixels of a cell are covered alike
 
 
+def covered(mask: Bool[Tensor, "batch height width"], grid: Size, side: int, stride: int) -> Float[Tensor, "..."]:
+    """Share of each patch that a mask covers, `[batch, rows, columns]`; what lies beyond the mask is not covered.
+
+    Args:
+        mask: of whole images.
+        grid: rows x columns of patches.
+        side: side of a patch in pixels.
+        stride: distance between patches in pixels.
+
+    Example:
+        >>> covered(torch.tensor([[[True, False], [False, False]]]), (1, 2), side=2, stride=1)
+        tensor([[[0.2500, 0.0000]]])
+    """
+    missing = [(count - 1) * stride + side - length for count, length in zip(grid, mask.shape[1:], strict=True)]
+    padded = F.pad(mask.float(), (0, missing[1], 0, missing[0]))
+    return F.avg_pool2d(padded[:, None], side, stride)[:, 0]
+
+
 def crop_resize(
     maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"], size: Size
 ) -> Float[Tensor, "batch new_height new_width"]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
+
+Numbers = TypeVar("Numbers", int, Tensor)
 
 NORMAL = "good"
 """Name of the defect type of images without a defect (MVTec AD's own word)."""
@@ -88,10 +90,22 @@ class PyramidPlan(NamedTuple):
     Attributes:
         grids: distance in pixels between the places where a patch may lie, by side in pixels.
         cached_views: how many views of each image have cached features; 0 where each epoch makes views of its own.
+        painted: whether the first view is also wanted with defects painted on it.
     """
 
     grids: dict[int, int]
     cached_views: int = 0
+    painted: bool = False
+
+
+def painted_view(view: Numbers) -> Numbers:
+    """The number of a view with defects painted on it, or of the view below the defects: negative ones are painted.
+
+    Example:
+        >>> painted_view(0), painted_view(-1)
+        (-1, 0)
+    """
+    return -1 - view
 
 
 class PyramidBatch(NamedTuple):
@@ -100,13 +114,22 @@ class PyramidBatch(NamedTuple):
     Attributes:
         number: of the image within the training set, int64 `[batch]`.
         views: numbers of the two views, int64 `[batch, 2]`.
+        thing: number of what the image shows, the same for all images of a `Sample.group`, int64 `[batch]`.
+        content: height x width of the content, in pixels, int64 `[batch, 2]`.
         image: both views, RGB, float32 `[batch, 2, 3, height, width]`; empty where their features are cached.
+        painted: the first view with defects painted on it, RGB, float32 `[batch, 3, height, width]`; empty where it is
+            not wanted, or where its features are cached.
+        mask: True on these defects, bool `[batch, height, width]`; empty where `painted` is.
         sides: the patches by side in pixels.
     """
 
     number: Tensor
     views: Tensor
+    thing: Tensor
+    content: Tensor
     image: Tensor
+    painted: Tensor
+    mask: Tensor
     sides: dict[int, Pyramid]
 
 
@@ -122,6 +145,11 @@ class PatchViews(NamedTuple):
         direction: 0..11, int64 `[patches]`.
         label: pseudo-label of each anchor, int64 `[patches]`; None until the warm-up ends.
         centroids: of the clusters, float32 `[clusters, dim]`; None until the warm-up ends.
+        normal: embeddings of the scored patches of the first view, float32 `[normals, dim]`; this and what follows is
+            None where no loss needs `painted`.
+        thing: number of what each of these patches shows, int64 `[normals]`.
+        painted: embeddings of the patches that touch a painted defect, float32 `[defects, dim]`.
+        share: of each of these that the defect covers, float32 `[defects]`.
     """
 
     side: int
@@ -132,6 +160,10 @@ class PatchViews(NamedTuple):
     direction: Tensor
     label: Tensor | None
     centroids: Tensor | None
+    normal: Tensor | None = None
+    thing: Tensor | None = None
+    painted: Tensor | None = None
+    share: Tensor | None = None
 
 
 class Prediction(NamedTuple):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from patchad import PatchDetector, PyramidDataModule
-from patchad.data.datamodule import PyramidDataset
+from patchad.data.datamodule import PyramidDataset, ViewDataset
 from patchad.data.images import Augmentations
 from patchad.errors import PatchadError
 from patchad.models import EfficientNetLite0, FeatureCache
@@ -29,12 +29,12 @@ def paths(pyramids) -> list[str]:
 
 
 @torch.no_grad()
-def fill(cache, pyramids, detector) -> list[tuple[int, int]]:
-    cache.open(paths(pyramids), "key", detector.encoder, (96, 96))
+def fill(cache, pyramids, detector, painted=False) -> list[tuple[int, int]]:
+    cache.open(paths(pyramids), "key", detector.encoder, (96, 96), painted)
     missing = cache.missing()
-    for number, view in missing:
-        features = detector.encoder.features(pyramids.view(number, view)[None])
-        cache.write(number, view, {side: values[0] for side, values in features.items()})
+    for number, view, image, mask in ViewDataset(pyramids, missing):
+        features = detector.encoder.features(image[None])
+        cache.write(number, view, {side: values[0] for side, values in features.items()}, mask)
     return missing
 
 
@@ -71,6 +71,19 @@ def test_an_image_that_changed_is_computed_anew_and_a_removed_one_moves_no_other
     again = FeatureCache(str(cache.folder))
     again.open([str(path) for path in copies[1:]], "key", detector.encoder, (96, 96))
     assert again.missing() == [(0, 0), (0, 1)]
+
+
+def test_painted_views_are_added_to_those_without_defects_and_keep_their_masks(parts):
+    pyramids, detector, cache = parts
+    before = cache.gigabytes
+    cache.open(paths(pyramids), "key", detector.encoder, (96, 96), painted=True)
+    missing = cache.missing()
+    assert {view for _, view in missing} == {-1, -2} and len(missing) == 2 * len(pyramids.images)
+    assert cache.gigabytes == pytest.approx(2 * before)
+    fill(cache, pyramids, detector, painted=True)
+    assert cache.missing() == []
+    found = cache.masks(torch.tensor([3, 5]), torch.tensor([-1, -2]), (96, 96))
+    assert torch.equal(found, torch.stack([pyramids.painted(3, 0)[1], pyramids.painted(5, 1)[1]]))
 
 
 def test_a_repeated_image_is_kept_once(parts):

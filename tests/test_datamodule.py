@@ -3,8 +3,9 @@ import torch
 
 from patchad import PatchadError, PyramidDataModule
 from patchad.data import Folder, MVTecAD
-from patchad.data.datamodule import ImageDataset, SyntheticDefects
-from patchad.types import PyramidBatch
+from patchad.data.datamodule import ImageDataset, PyramidDataset, SyntheticDefects
+from patchad.data.images import Augmentations
+from patchad.types import PyramidBatch, PyramidPlan
 
 
 def images(root, **settings) -> PyramidDataModule:
@@ -118,7 +119,7 @@ def test_arguments_that_make_no_sense_are_refused(settings, message, product):
 
 
 def leaves(batch: PyramidBatch) -> list[torch.Tensor]:
-    return [batch.number, batch.views, batch.image, *(field for pyramid in batch.sides.values() for field in pyramid)]
+    return [*batch[:-1], *(field for pyramid in batch.sides.values() for field in pyramid)]
 
 
 def epoch_batches(root, epoch: int, workers: int = 0) -> list[PyramidBatch]:
@@ -160,6 +161,36 @@ def test_two_views_show_the_same_content_at_the_places_of_near_patches(product):
                 near.append((anchor - others[0]).abs().mean().item())
                 far.append((anchor - others[1]).abs().mean().item())
     assert sum(near) < 0.5 * sum(far)
+
+
+def painting(data: PyramidDataModule) -> PyramidDataset:
+    plan = PyramidPlan({16: 4}, painted=True)
+    return PyramidDataset(data.train_set, plan, 4, Augmentations(noise=0.02), seed=0)
+
+
+def test_a_painted_view_differs_from_the_first_view_on_its_mask_alone_and_not_on_padding(product):
+    data = images(product, image_size=(96, 128))  # the images are square
+    for number in range(4):
+        item = painting(data)[(0, number)]
+        changed = (item.painted != item.image[0]).any(0)
+        assert item.content.tolist() == [96, 96]
+        assert changed.any() and not changed[~item.mask].any() and not item.mask[:, 96:].any()
+
+
+def test_painted_defects_are_a_function_of_seed_epoch_and_image(product):
+    first, again = (painting(images(product)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(leaves(first[(2, 1)]), leaves(again[(2, 1)]), strict=True))
+    assert not torch.equal(first[(2, 1)].mask, first[(3, 1)].mask)
+    assert not torch.equal(first[(2, 1)].mask, first[(2, 2)].mask)
+
+
+def test_images_of_one_group_show_one_thing(product):
+    data = images(product, layout=Pairs())
+    groups = [sample.group for sample in data.train_set.samples]
+    things = [int(data.pyramids[(0, number)].thing) for number in range(len(groups))]
+    assert [things.index(thing) for thing in things] == [groups.index(group) for group in groups]
+    alone = images(product).pyramids
+    assert len({int(alone[(0, number)].thing) for number in range(5)}) == 5
 
 
 def test_the_probe_is_the_same_on_every_call(product):

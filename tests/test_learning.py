@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from patchad import PatchDetector, PyramidDataModule
 from patchad.callbacks import LastCheckpoint
-from patchad.losses import Clustering
+from patchad.losses import Clustering, Separation
 from patchad.models import EfficientNetLite0, FeatureCache, LearnedEncoder, WindowEncoder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -149,6 +149,39 @@ def test_clustering_alone_moves_the_encoders(product, tmp_path):
     before = {name: value.clone() for name, value in model.encoder.encoders.named_parameters()}
     run.fit(model, images(product))
     assert all(not torch.equal(before[name], value) for name, value in model.encoder.encoders.named_parameters())
+
+
+def test_separation_learns_from_cached_views_and_the_same_seed_gives_the_same_tensors(product, tmp_path):
+    cache = FeatureCache(str(tmp_path / "features"))
+    for name, workers in (("one", 0), ("two", 2)):
+        model = detector(losses=[Separation()], cache=cache, learning_rate=1e-3)
+        trainer(tmp_path / name).fit(model, images(product, num_workers=workers))
+    assert same(state(tmp_path / "one"), state(tmp_path / "two"))
+    found = logged(tmp_path / "one")
+    for side in (64, 32, 16):
+        assert found[f"train/separation_side_{side}"][-1] < found[f"train/separation_side_{side}"][0]
+
+
+@pytest.mark.parametrize("mode", ["dense", "sliding"])
+def test_what_separation_compares_are_the_embeddings_that_are_scored(mode, product, tmp_path):
+    """In dense mode cached and computed features give the same ones to half precision."""
+    cache = FeatureCache(str(tmp_path / "features"), views=1) if mode == "dense" else None
+    model = detector(mode=mode, losses=[Separation()], cache=cache, sides=(32, 16), scoring_strides={32: 16, 16: 16})
+    data = images(product, image_size=(96, 128), pyramids_per_image=4, num_workers=0)
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(model, data)
+    batch = next(iter(data.train_dataloader()))
+    view = [data.pyramids.view(int(n), int(v[0])) for n, v in zip(batch.number, batch.views, strict=True)]
+    painted = [data.pyramids.painted(int(n), int(v[0]))[0] for n, v in zip(batch.number, batch.views, strict=True)]
+    with torch.no_grad():
+        expected, with_defects = model.encoder(torch.stack(view)), model.encoder(torch.stack(painted))
+        for views in model.patch_views(batch):
+            counted = model.counted(batch.content, expected[views.side], views.side)
+            on_content = expected[views.side].permute(0, 2, 3, 1)[counted]
+            torch.testing.assert_close(views.normal, on_content, rtol=5e-3, atol=5e-3)
+            assert views.thing.tolist() == batch.thing.repeat_interleave(counted[0].sum()).tolist()
+            places = with_defects[views.side].permute(0, 2, 3, 1).reshape(-1, 64)
+            assert torch.cdist(views.painted, places).min(1).values.max() < 0.05
+            assert len(views.painted) == len(views.share) and 0 < views.share.min() <= views.share.max() <= 1
 
 
 def test_collapse_is_said_in_words(product, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from patchad.errors import PatchadError
-from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
+from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity, Separation, nearest_distance
 from patchad.module import check_names
 from tests.contracts import check_loss, some_views
 
@@ -17,7 +17,7 @@ class Spread(PatchLoss):
         return -views.anchor.std(dim=0).mean()
 
 
-@pytest.mark.parametrize("loss", [Position, RelativeSimilarity, Clustering, Spread])
+@pytest.mark.parametrize("loss", [Position, RelativeSimilarity, Clustering, Separation, Spread])
 def test_every_loss_keeps_the_contract(loss):
     check_loss(loss())
 
@@ -103,6 +103,56 @@ def test_clustering_does_not_depend_on_the_numbering_of_the_clusters():
     order = torch.tensor([3, 0, 4, 1, 2])
     renumbered = views._replace(centroids=views.centroids[order], label=order.argsort()[views.label])
     torch.testing.assert_close(Clustering()(renumbered), Clustering()(views))
+
+
+def test_separation_equals_a_loop_over_pairs():
+    views, loss = some_views(), Separation(least_share=0.3)
+    own = [
+        min((one - other).norm() for other, its in zip(views.normal, views.thing, strict=True) if its != thing)
+        for one, thing in zip(views.normal, views.thing, strict=True)
+    ]
+    touched = [one for one, share in zip(views.painted, views.share, strict=True) if share >= 0.3]
+    painted = [min((one - other).norm() for other in views.normal) for one in touched]
+    unit = 0.5 * sum(own) / len(own)
+    terms = [torch.log1p(torch.exp((a - b) / unit)) for a in own for b in painted]
+    assert 0 < len(touched) < len(views.painted)
+    torch.testing.assert_close(loss(views), sum(terms) / len(terms))
+
+
+def test_separation_bounds_the_share_of_pairs_in_the_wrong_order():
+    """log 2 for a tie, so log2(1 + exp(x)) is at least 1 where a normal patch lies farther than a painted one."""
+    views = some_views()
+    own = nearest_distance(views.normal, views.normal, views.thing[:, None] == views.thing)
+    painted = nearest_distance(views.painted, views.normal)
+    wrong = (own[:, None] > painted).float().mean()
+    assert 0 < wrong <= Separation(least_share=0.0)(views) / math.log(2)
+
+
+def test_separation_knows_no_unit():
+    views, loss = some_views(), Separation()
+    larger = views._replace(normal=7 * views.normal, painted=7 * views.painted)
+    torch.testing.assert_close(loss(larger), loss(views))
+
+
+@pytest.mark.parametrize("change", [{"thing": torch.zeros(60)}, {"share": torch.zeros(30)}])
+def test_separation_of_nothing_to_compare_is_zero_with_a_gradient(change):
+    views = some_views()._replace(**change)
+    value = Separation(least_share=0.1)(views)
+    value.backward()
+    assert value == 0 and (views.normal.grad == 0).all()
+
+
+def test_separation_thins_out_evenly_to_the_most_that_it_compares():
+    views = some_views()._replace(thing=torch.arange(60))
+    third, half = slice(None, None, 3), slice(None, None, 2)
+    fewer = views._replace(normal=views.normal[third], thing=views.thing[third])
+    fewer = fewer._replace(painted=views.painted[half], share=views.share[half])
+    torch.testing.assert_close(Separation(least_share=0.0, most=20)(views), Separation(least_share=0.0)(fewer))
+
+
+def test_separation_that_compares_nothing_is_refused():
+    with pytest.raises(PatchadError, match=r"least_share 2.0 must lie in \[0, 1\]"):
+        Separation(least_share=2.0)
 
 
 def test_a_negative_weight_is_refused():

@@ -5,6 +5,7 @@ from scipy.stats import chisquare
 
 from patchad.errors import PatchadError
 from patchad.pyramid import (
+    covered,
     crop_resize,
     cut,
     cut_grid,
@@ -79,6 +80,15 @@ def test_patches_on_padding_alone_do_not_count():
     counted = inside(torch.tensor([[128, 64]]), positions((128, 128), 16, 4), 16, 4)[0]
     starts = torch.arange(counted.shape[1]) * 4
     assert counted.any(0).tolist() == (starts + 8 < 64).tolist()
+
+
+def test_the_covered_share_equals_a_loop_over_patches_also_beyond_the_mask():
+    mask = torch.rand(2, 21, 30, generator=torch.Generator().manual_seed(0)) > 0.5
+    found = covered(mask, (6, 7), side=8, stride=4)
+    for row in range(6):
+        for column in range(7):
+            patch = mask[:, 4 * row : 4 * row + 8, 4 * column : 4 * column + 8]
+            torch.testing.assert_close(found[:, row, column], patch.flatten(1).sum(1) / 64)
 
 
 def test_all_patches_count_on_an_image_without_padding():

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from patchad.data import synthetic
-from patchad.data.synthetic import DEFECTS, STEP, paint_defect, write_synthetic
+from patchad.data.synthetic import DEFECTS, STEP, paint_defect, paint_defects, write_synthetic
 from patchad.errors import PatchadError
 
 SMALL = {"train": 2, "test_normal": 1, "test_defective": 7, "size": 48}
@@ -95,6 +95,27 @@ def test_the_image_may_be_a_view_with_channels_first_in_memory():
     painted, mask = paint_defect(view, np.random.default_rng(0), "dent")
     expected, expected_mask = paint_defect(CANVASES["photograph"], np.random.default_rng(0), "dent")
     assert (painted == expected).all() and (mask == expected_mask).all()
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_defects_of_any_size_change_the_picture_on_their_mask_alone(canvas):
+    image = CANVASES[canvas]
+    before = image.copy()
+    for seed in range(6):
+        painted, mask = paint_defects(image, np.random.default_rng(seed))
+        assert (image == before).all() and (painted[~mask] == image[~mask]).all()
+        assert mask.dtype == bool and painted.dtype == np.float32 and mask.any()
+        assert painted.min() >= 0 and painted.max() <= 1
+        assert np.abs(painted - image).max(-1)[mask].mean() > synthetic.FAINTEST / 2
+
+
+def test_the_area_of_a_defect_goes_with_the_square_of_its_size():
+    image, seeds = photograph(300, 300), range(20)
+    areas = {
+        size: np.mean([paint_defect(image, np.random.default_rng(seed), "wear", size)[1].sum() for seed in seeds])
+        for size in (0.5, 1.0, 2.0)
+    }
+    assert areas[1.0] / areas[0.5] == pytest.approx(4, rel=0.1) and areas[2.0] / areas[1.0] == pytest.approx(4, rel=0.3)
 
 
 def test_unknown_kinds_and_tiny_images_are_refused():

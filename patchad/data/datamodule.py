@@ -1,7 +1,7 @@
 """Samples -> batches: which images train, calibrate, validate and test, and how they reach the model."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,11 @@ from patchad.data.images import (
     resize_mask,
 )
 from patchad.data.layouts import Layout, detect_layout, images_below
-from patchad.data.synthetic import paint_defect
+from patchad.data.synthetic import FORMAT, paint_defect, paint_defects
 from patchad.errors import PatchadError
 from patchad.pyramid import sample_pyramids
 from patchad.spec import Configurable, hyperparameters
-from patchad.types import NORMAL, UNKNOWN, ImageBatch, PyramidBatch, PyramidPlan, Sample
+from patchad.types import NORMAL, UNKNOWN, ImageBatch, PyramidBatch, PyramidPlan, Sample, painted_view
 
 MOST_SHIFT = 2
 """Pixels; two views then differ by at most 4, which the window of side 16's pyramids has room for."""
@@ -105,16 +105,29 @@ class SyntheticDefects(Dataset[ImageBatch]):
 
     def _with_defect(self, normal: ImageBatch, index: int) -> ImageBatch:
         height, width = normal.content.tolist()
-        content = normal.image[:, :height, :width].permute(1, 2, 0).numpy()
-        painted, mask = paint_defect(content, np.random.default_rng((self.seed, index)))
-        image = normal.image.clone()
-        image[:, :height, :width] = torch.from_numpy(painted).permute(2, 0, 1)
+        image, mask = paint(normal.image, (height, width), paint_defect, (self.seed, index))
         return normal._replace(
             image=image,
             label=torch.tensor(1),
-            mask=resize_mask(torch.from_numpy(mask), self.normals.metric_size),
+            mask=resize_mask(mask[:height, :width], self.normals.metric_size),
             defect="synthetic",
         )
+
+
+Painter = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+"""Image `[height, width, 3]` and generator to the painted image and the mask of what was painted."""
+
+
+def paint(
+    image: torch.Tensor, content: Size, painter: Painter, seed: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image `[3, height, width]` with its content (height x width in pixels) painted on, and the mask."""
+    height, width = content
+    painted, region = painter(image[:, :height, :width].permute(1, 2, 0).numpy(), np.random.default_rng(seed))
+    image, mask = image.clone(), torch.zeros(image.shape[1:], dtype=torch.bool)
+    image[:, :height, :width] = torch.from_numpy(painted).permute(2, 0, 1)
+    mask[:height, :width] = torch.from_numpy(region)
+    return image, mask
 
 
 class PyramidDataset(Dataset[PyramidBatch]):
@@ -134,6 +147,9 @@ class PyramidDataset(Dataset[PyramidBatch]):
         self, images: ImageDataset, plan: PyramidPlan, count: int, augmentations: Augmentations, seed: int
     ) -> None:
         self.images, self.plan, self.count, self.augmentations, self.seed = images, plan, count, augmentations, seed
+        shown = [sample.group or str(sample.path) for sample in images.samples]
+        first = {thing: number for number, thing in reversed(list(enumerate(shown)))}
+        self.things = [first[thing] for thing in shown]
 
     def __getitem__(self, place: tuple[int, int]) -> PyramidBatch:
         epoch, number = place
@@ -142,10 +158,19 @@ class PyramidDataset(Dataset[PyramidBatch]):
         first, second = (self.drawn(number, view) for view in views)
         shift = (second.shift[0] - first.shift[0], second.shift[1] - first.shift[1])
         size, content = self.images.image_size, self._content(number)
+        image, painted, mask = torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.bool)
+        if not self.plan.cached_views:
+            image = self._both(number, first, second)
+            if self.plan.painted:
+                painted, mask = self.painted(number, views[0])
         return PyramidBatch(
             number=torch.tensor(number),
             views=torch.tensor(views),
-            image=torch.empty(0) if self.plan.cached_views else self._both(number, first, second),
+            thing=torch.tensor(self.things[number]),
+            content=torch.tensor(content),
+            image=image,
+            painted=painted,
+            mask=mask,
             sides={
                 side: sample_pyramids(size, content, side, grid, self.count, shift, generator)
                 for side, grid in self.plan.grids.items()
@@ -169,16 +194,23 @@ class PyramidDataset(Dataset[PyramidBatch]):
 
     def drawn(self, number: int, view: int) -> View:
         """How a view of an image differs from it: a function of (seed, file name, view), so that a cache stays true."""
-        name = self.images.samples[number].path.name
-        return draw_view((self.seed, zlib.crc32(name.encode()), view), self.augmentations)
+        return draw_view(self._seed(number, view), self.augmentations)
+
+    def _seed(self, number: int, view: int) -> tuple[int, int, int]:
+        return self.seed, zlib.crc32(self.images.samples[number].path.name.encode()), view
 
     def view(self, number: int, view: int) -> torch.Tensor:
         """The view itself, `[3, height, width]`."""
         return augment(self.images[number].image, self.drawn(number, view))
 
+    def painted(self, number: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The view with defects painted on it, and the mask of them, `[height, width]`."""
+        seed = (*self._seed(number, view), 2)  # with 1 the noise of the view is drawn
+        return paint(self.view(number, view), self._content(number), paint_defects, seed)
 
-class ViewDataset(Dataset[tuple[int, int, torch.Tensor]]):
-    """Some views of the training images: number, view, and the view itself.
+
+class ViewDataset(Dataset[tuple[int, int, torch.Tensor, torch.Tensor]]):
+    """Some views of the training images: number, view, the view itself, and the mask of what is painted on it.
 
     Args:
         pyramids: makes the views.
@@ -191,8 +223,12 @@ class ViewDataset(Dataset[tuple[int, int, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[int, int, torch.Tensor]:
-        return *self.pairs[index], self.pyramids.view(*self.pairs[index])
+    def __getitem__(self, index: int) -> tuple[int, int, torch.Tensor, torch.Tensor]:
+        number, view = self.pairs[index]
+        if view < 0:
+            return number, view, *self.pyramids.painted(number, painted_view(view))
+        image = self.pyramids.view(number, view)
+        return number, view, image, torch.zeros(image.shape[1:], dtype=torch.bool)
 
 
 class EpochSampler(DistributedSampler):
@@ -331,7 +367,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
     @property
     def view_settings(self) -> str:
         """All that views depend on beside the image files; a cache of their features is kept under it."""
-        return f"{self.image_size} {self.keep_aspect} {self.seed} {self.augmentations}"
+        return f"{self.image_size} {self.keep_aspect} {self.seed} {self.augmentations} {FORMAT}"
 
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""

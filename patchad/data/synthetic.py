@@ -25,7 +25,7 @@ Plane: TypeAlias = Float[np.ndarray, "height width"]
 Region: TypeAlias = Bool[np.ndarray, "height width"]
 
 FORMAT = 1
-"""Number of the recipe; to be raised when the same seed gives other pictures."""
+"""Number of the recipe of defects and pictures; to be raised when the same seed gives others."""
 SMALLEST = 32
 """Shortest side of an image in pixels that a defect can be painted on."""
 FAINTEST = 0.03
@@ -34,6 +34,10 @@ SHIFT = 0.08
 """Change of tone that replaces a defect which cannot be seen."""
 STEP = 4 / 255
 """Least change of each pixel of a defect; survives rounding to 8 bits."""
+SIZES = (0.7, 3.0)
+"""Least and most sizes of the defects that training paints, over the usual one."""
+COARSENESS = (0.6, 3.0)
+"""Pixels of the image over those of the canvas that training paints on: the higher, the softer the defect."""
 MANIFEST = "synthetic.json"
 CLOTH = np.array([0.33, 0.40, 0.47], np.float32)
 METAL = np.array([0.64, 0.63, 0.60], np.float32)
@@ -44,7 +48,7 @@ BORE = np.array([0.12, 0.12, 0.13], np.float32)
 
 
 def paint_defect(
-    image: Float[np.ndarray, "height width 3"], rng: np.random.Generator, kind: str | None = None
+    image: Float[np.ndarray, "height width 3"], rng: np.random.Generator, kind: str | None = None, size: float = 1.0
 ) -> tuple[Float[np.ndarray, "height width 3"], Bool[np.ndarray, "height width"]]:
     """Paints one defect on an image of any content.
 
@@ -52,6 +56,7 @@ def paint_defect(
         image: RGB in [0, 1], float32, each side at least 32 pixels; left as it is.
         rng: draws everything about the defect.
         kind: one of `DEFECTS`; drawn as well when left out.
+        size: of the defect, over its usual one.
 
     Returns:
         The painted image, float32, and the mask: every pixel in it differs from `image` by 4/255 or more in some
@@ -68,8 +73,35 @@ def paint_defect(
     kind = str(rng.choice(list(DEFECTS))) if kind is None else kind
     if kind not in DEFECTS:
         raise PatchadError(f"there is no defect {kind}; there are {', '.join(DEFECTS)}")
-    painted, region = DEFECTS[kind](image, rng)
+    painted, region = DEFECTS[kind](image, rng, size * min(image.shape[:2]))
     return _make_visible(image, np.clip(painted, 0, 1), region), region
+
+
+def paint_defects(
+    image: Float[np.ndarray, "height width 3"], rng: np.random.Generator, count: int = 2
+) -> tuple[Float[np.ndarray, "height width 3"], Bool[np.ndarray, "height width"]]:
+    """Paints defects of any kind, size and sharpness: each is painted on a coarser or finer image, and scaled back.
+
+    Args:
+        image: RGB in [0, 1], float32, each side at least 32 pixels; left as it is.
+        rng: draws everything about the defects.
+        count: how many.
+
+    Returns:
+        The painted image, float32, and the mask; every other pixel is untouched.
+
+    Raises:
+        PatchadError: if the image is too small.
+    """
+    mask = np.zeros(image.shape[:2], dtype=bool)
+    for _ in range(count):
+        size, coarseness = (float(np.exp(rng.uniform(*np.log(bounds)))) for bounds in (SIZES, COARSENESS))
+        canvas = _resize(image, tuple(max(SMALLEST, round(length / coarseness)) for length in mask.shape))
+        painted, region = paint_defect(canvas, rng, size=size)
+        region = _resize(region[..., None].astype(np.float32), mask.shape)[..., 0] > 0.5
+        changed = np.clip(image + _resize(painted - canvas, mask.shape), 0, 1)
+        image, mask = np.where(region[..., None], changed, image).astype(np.float32), mask | region
+    return image, mask
 
 
 def _make_visible(image: Picture, painted: Picture, region: Region) -> Picture:
@@ -86,10 +118,9 @@ def _change(image: Picture, painted: Picture) -> Plane:
     return np.abs(painted - image).max(-1)
 
 
-def _scratch(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+def _scratch(image: Picture, rng: np.random.Generator, side: float) -> tuple[Picture, Region]:
     """A thin bent line, brighter or darker than what it crosses."""
-    side = min(image.shape[:2])
-    distance = _distance_to_curve(image.shape[:2], _curve(image.shape[:2], rng))
+    distance = _distance_to_curve(image.shape[:2], _curve(image.shape[:2], rng, side))
     half_width = max(0.9, rng.uniform(0.005, 0.008) * side)
     alpha = np.clip(half_width + 0.5 - distance, 0, 1) * rng.uniform(0.75, 1)
     region = alpha > 0.2
@@ -97,9 +128,9 @@ def _scratch(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]
     return _blend(image, np.float32(tone), alpha), region
 
 
-def _stain(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+def _stain(image: Picture, rng: np.random.Generator, side: float) -> tuple[Picture, Region]:
     """A translucent discoloured blob, densest at its rim like dried liquid."""
-    level = _blob(image.shape[:2], rng, rng.uniform(0.08, 0.12) * min(image.shape[:2]))
+    level = _blob(image.shape[:2], rng, rng.uniform(0.08, 0.12) * side)
     rim = np.clip(1 - np.abs(level - 0.2) * 6, 0, 1)
     alpha = np.clip(level * 6, 0, 1) * rng.uniform(0.55, 0.75) + 0.2 * rim
     region = alpha > 0.12
@@ -113,9 +144,9 @@ def _stain_colour(surface: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return stains[rng.choice(by_contrast[-2:])]
 
 
-def _dent(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+def _dent(image: Picture, rng: np.random.Generator, side: float) -> tuple[Picture, Region]:
     """A dip: the surface is drawn together and one flank is bright, the other dark."""
-    radius = rng.uniform(0.06, 0.1) * min(image.shape[:2])
+    radius = rng.uniform(0.06, 0.1) * side
     down, right, angle = *_centre(image.shape[:2], rng), rng.uniform(0, 2 * np.pi)
     rows, columns = _grid(image.shape[:2])
     y, x = (rows - down) / radius, (columns - right) / radius
@@ -126,9 +157,8 @@ def _dent(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
     return warped + light[..., None], inside > 0.05
 
 
-def _wear(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+def _wear(image: Picture, rng: np.random.Generator, side: float) -> tuple[Picture, Region]:
     """A patch rubbed smooth, its texture gone."""
-    side = min(image.shape[:2])
     level = _blob(image.shape[:2], rng, rng.uniform(0.08, 0.13) * side)
     sigma = max(1.5, rng.uniform(0.018, 0.026) * side)
     tone = np.float32(rng.choice([-1, 1]) * rng.uniform(0.04, 0.1))
@@ -137,9 +167,8 @@ def _wear(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
     return _blend(image, smooth, alpha), alpha > 0.2
 
 
-def _hole(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+def _hole(image: Picture, rng: np.random.Generator, side: float) -> tuple[Picture, Region]:
     """A dark pit with a bright burr around it."""
-    side = min(image.shape[:2])
     level = _blob(image.shape[:2], rng, max(2.5, rng.uniform(0.032, 0.055) * side))
     rim = np.clip(1 - np.abs(level - 0.1) * 4, 0, 1)
     pit = np.clip((level - 0.2) * 5, 0, 1)
@@ -147,14 +176,14 @@ def _hole(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
     return painted, np.maximum(rim, pit) > 0.2
 
 
-def _misplaced(image: Picture, rng: np.random.Generator) -> tuple[Picture, Region]:
+def _misplaced(image: Picture, rng: np.random.Generator, side: float) -> tuple[Picture, Region]:
     """A rectangle cut from another part of the picture, turned and pasted."""
     size = np.array(image.shape[:2])
     target, source = _centre(size, rng), _centre(size, rng)
     rows, columns = _grid(size)
     tilt, turn = rng.uniform(0, np.pi), rng.uniform(np.pi / 6, 5 * np.pi / 6)
     y, x = _rotate(rows - target[0], columns - target[1], tilt)
-    half = rng.uniform(0.045, 0.09, 2) * size.min()
+    half = rng.uniform(0.045, 0.09, 2) * side
     pasted_y, pasted_x = _rotate(rows - target[0], columns - target[1], turn)
     pasted = _sample(image, source[0] + pasted_y, source[1] + pasted_x)
     tone = rng.choice([rng.uniform(0.75, 0.88), rng.uniform(1.12, 1.25)])
@@ -163,7 +192,7 @@ def _misplaced(image: Picture, rng: np.random.Generator) -> tuple[Picture, Regio
 
 STAINS = ((0.45, 0.18, 0.03), (0.22, 0.03, 0.35), (0.10, 0.42, 0.30), (0.80, 0.70, 0.30))
 """Colours of rust, ink, verdigris and grease."""
-DEFECTS: Mapping[str, Callable[[Picture, np.random.Generator], tuple[Picture, Region]]] = {
+DEFECTS: Mapping[str, Callable[[Picture, np.random.Generator, float], tuple[Picture, Region]]] = {
     "scratch": _scratch,
     "stain": _stain,
     "dent": _dent,
@@ -171,7 +200,8 @@ DEFECTS: Mapping[str, Callable[[Picture, np.random.Generator], tuple[Picture, Re
     "hole": _hole,
     "misplaced": _misplaced,
 }
-"""Painters by the name of their defect type: image and generator to the painted image and where it applies."""
+"""Painters by the name of their defect type: image, generator and the length in pixels that sizes are shares of, to the
+painted image and where it applies."""
 
 
 def _blend(image: Picture, colour: np.ndarray | np.float32, alpha: Plane) -> Picture:
@@ -196,11 +226,11 @@ def _blob(size: tuple[int, int], rng: np.random.Generator, radius: float) -> Pla
     return 1 - np.hypot(y, x) / (radius * outline)
 
 
-def _curve(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def _curve(size: tuple[int, int], rng: np.random.Generator, side: float) -> np.ndarray:
     """Points `[point, 2]` in pixels along a bent line that starts inside the picture and leads towards its middle."""
     start = np.array(_centre(size, rng))
     inward = np.arctan2(*(np.array(size) / 2 - start)) + rng.uniform(-0.9, 0.9)
-    length = rng.uniform(0.22, 0.42) * min(size)
+    length = rng.uniform(0.22, 0.42) * side
     along, across = np.array([np.sin(inward), np.cos(inward)]), np.array([np.cos(inward), -np.sin(inward)])
     steps = np.linspace(0, 1, 24)[:, None]
     bend = rng.uniform(-0.15, 0.15) * 4 * steps * (1 - steps)
@@ -229,10 +259,17 @@ def _rotate(y: np.ndarray, x: np.ndarray, angle: float) -> tuple[np.ndarray, np.
     return np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
 
 
-def _sample(image: Picture, rows: Plane, columns: Plane) -> Picture:
-    """The image at fractional rows and columns, mirrored beyond its edges."""
-    channels = [ndimage.map_coordinates(image[..., c], (rows, columns), order=1, mode="reflect") for c in range(3)]
-    return np.stack(channels, -1)
+def _sample(image: np.ndarray, rows: Plane, columns: Plane) -> np.ndarray:
+    """The image `[height, width, channels]` at fractional rows and columns, mirrored beyond its edges."""
+    channels = np.moveaxis(image, -1, 0)
+    return np.stack([ndimage.map_coordinates(one, (rows, columns), order=1, mode="reflect") for one in channels], -1)
+
+
+def _resize(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """The image `[height, width, channels]` at another height x width in pixels."""
+    rows, columns = _grid(np.array(size))
+    down, right = np.array(image.shape[:2]) / size
+    return _sample(image, (rows + 0.5) * down - 0.5, (columns + 0.5) * right - 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------- good pictures

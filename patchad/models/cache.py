@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from patchad.canvas import Size
 from patchad.errors import PatchadError
 from patchad.models.encoders import DenseEncoder
 from patchad.spec import Configurable
+from patchad.types import painted_view
 
 
 class FeatureCache(Configurable):
@@ -36,7 +37,7 @@ class FeatureCache(Configurable):
             raise PatchadError(f"views {views} of a cache must be at least 1; model.cache null switches it off")
         self.folder, self.views, self.max_gigabytes = Path(folder), views, max_gigabytes
 
-    def open(self, paths: Sequence[str], key: str, encoder: DenseEncoder, size: Size) -> None:
+    def open(self, paths: Sequence[str], key: str, encoder: DenseEncoder, size: Size, painted: bool = False) -> None:
         """Says which images are meant.
 
         Args:
@@ -44,6 +45,7 @@ class FeatureCache(Configurable):
             key: whatever else the views depend on.
             encoder: makes the features.
             size: height x width of the images in pixels.
+            painted: whether each view is also kept with defects painted on it.
 
         Raises:
             PatchadError: if the cache would be too large.
@@ -57,28 +59,33 @@ class FeatureCache(Configurable):
         padded = [length + -length % encoder.multiple for length in size]
         taps = {encoder.tap_names[side]: encoder.taps[side] for side in encoder.sides}.values()
         numbers = sum(tap.channels * padded[0] * padded[1] // tap.stride**2 for tap in taps)
-        self.gigabytes = 2 * numbers * self.views * len(set(self.images)) / 1e9
+        self.wanted = [*range(self.views), *map(painted_view, range(self.views if painted else 0))]
+        self.gigabytes = 2 * numbers * len(self.wanted) * len(set(self.images)) / 1e9
         if self.gigabytes > self.max_gigabytes:
             raise PatchadError(
-                f"the features of {len(paths)} images x {self.views} views need {self.gigabytes:.1f} GB in "
+                f"the features of {len(paths)} images x {len(self.wanted)} views need {self.gigabytes:.1f} GB in "
                 f"{self.folder}, more than max_gigabytes {self.max_gigabytes:g}; raise it, or set model.cache to null"
             )
 
     def missing(self) -> list[tuple[int, int]]:
         """Image and view numbers that are not there yet, each file's once."""
         first = {image: number for number, image in reversed(list(enumerate(self.images)))}
-        pairs = ((number, view) for number in sorted(first.values()) for view in range(self.views))
+        pairs = ((number, view) for number in sorted(first.values()) for view in self.wanted)
         return [pair for pair in pairs if not all(self._path(*pair, side).exists() for side in self.names)]
 
-    def write(self, number: int, view: int, features: Mapping[int, Tensor]) -> None:
-        """Keeps the features of one view, `[channels, rows, columns]` by side."""
+    def write(self, number: int, view: int, features: Mapping[int, Tensor], mask: Bool[Tensor, "height width"]) -> None:
+        """Keeps the features of one view, `[channels, rows, columns]` by side, and the mask of a painted one."""
+        if view < 0:
+            self._save(self._mask_path(number, view), np.packbits(mask.cpu().numpy(), axis=1))
         for side, values in features.items():
-            path = self._path(number, view, side)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            with part.open("wb") as file:
-                np.save(file, values.permute(1, 2, 0).half().cpu().numpy())
-            part.replace(path)
+            self._save(self._path(number, view, side), values.permute(1, 2, 0).half().cpu().numpy())
+
+    def _save(self, path: Path, values: np.ndarray) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, values)
+        part.replace(path)
 
     def read(
         self,
@@ -98,8 +105,22 @@ class FeatureCache(Configurable):
         pairs = list(zip(numbers.tolist(), views.tolist(), strict=True))
         return {side: self._windows(side, pairs, corners[side], extents[side]) for side in corners}
 
+    def masks(
+        self, numbers: Int[Tensor, " batch"], views: Int[Tensor, " batch"], size: Size
+    ) -> Bool[Tensor, "batch height width"]:
+        """True on the defects of painted views.
+
+        Args:
+            numbers: of the images.
+            views: of each of them.
+            size: height x width of the images in pixels.
+        """
+        pairs = zip(numbers.tolist(), views.tolist(), strict=True)
+        packed = np.stack([np.load(self._mask_path(*pair)) for pair in pairs])
+        return torch.from_numpy(np.unpackbits(packed, axis=2, count=size[1]).astype(bool))
+
     def whole(self, side: int) -> Iterable[Tensor]:
-        """Every feature map of a side, `[1, channels, rows, columns]`, image by image."""
+        """The feature maps of a side of all views without defects, `[1, channels, rows, columns]`, image by image."""
         for number in range(len(self.images)):
             for view in range(self.views):
                 yield torch.from_numpy(self._open(number, view, side).astype(np.float32)).permute(2, 0, 1)[None]
@@ -114,6 +135,9 @@ class FeatureCache(Configurable):
 
     def _open(self, number: int, view: int, side: int) -> np.ndarray:
         return np.load(self._path(number, view, side), mmap_mode="r")
+
+    def _mask_path(self, number: int, view: int) -> Path:
+        return self.home / self.images[number] / f"{view}.npy"
 
     def _path(self, number: int, view: int, side: int) -> Path:
         return self.home / self.images[number] / f"{view}-{self.names[side]}"

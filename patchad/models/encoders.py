@@ -424,7 +424,10 @@ class DenseEncoder(PyramidEncoder):
         return self._embed_tiles(prepared, self.tile)
 
     def _embed(self, prepared: Tensor) -> dict[int, Tensor]:
-        features = self._features(prepared)
+        return self.embed_features(self._features(prepared))
+
+    def embed_features(self, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Embeddings at every scoring position, `[batch, dim, rows, columns]` by side, from what `features` gave."""
         steps = {side: self.strides[side] // self.taps[side].stride for side in self.sides}
         return {side: self.patch_encoder(side)(features[side], steps[side]) for side in self.sides}
 

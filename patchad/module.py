@@ -24,7 +24,7 @@ from patchad.metrics import AnomalyMetrics
 from patchad.models.backbones import Backbone
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, LearnedEncoder
-from patchad.pyramid import covered, crop_resize, fits_pyramids, fold, inside, positions, round_up, window_size
+from patchad.pyramid import covered, crop_resize, fits_pyramids, fold, inside, positions, window_size
 from patchad.scoring import Scorer
 from patchad.spec import Configurable, hyperparameters
 from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan, painted_view
@@ -289,7 +289,7 @@ class PatchDetector(Configurable, LightningModule):
     def _observe(self) -> None:
         if self.learns and self.cache is not None:
             for side, standardize in self.encoder.standardizers.items():
-                for features in self.cache.whole(side):
+                for features in self.cache.each(side):
                     standardize.observe(features)
             return
         for batch in self._batches(self._data.memory_dataloader(), "Measuring features"):
@@ -418,12 +418,7 @@ class PatchDetector(Configurable, LightningModule):
     def _embed_cached(self, batch: PyramidBatch, views: Tensor) -> dict[int, Tensor]:
         """Embeddings at every scoring position of cached views."""
         assert self.cache is not None and isinstance(self.encoder, DenseEncoder)
-        height, width = (round_up(length, self.encoder.multiple) for length in self._data.image_size)
-        corner = torch.zeros(len(views), 2, dtype=torch.int64)
-        sides = self.encoder.sides
-        features = self.cache.read(
-            batch.number, views, dict.fromkeys(sides, corner), dict.fromkeys(sides, (height, width))
-        )
+        features = self.cache.whole(batch.number, views)
         return self.encoder.embed_features({side: values.to(self.device) for side, values in features.items()})
 
     def loss_terms(self, views: PatchViews) -> dict[str, Tensor]:

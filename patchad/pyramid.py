@@ -171,8 +171,10 @@ def fold(
     return F.interpolate(cells[:, None], scale_factor=float(stride))[:, 0]  # all pixels of a cell are covered alike
 
 
-def covered(mask: Bool[Tensor, "batch height width"], grid: Size, side: int, stride: int) -> Float[Tensor, "..."]:
-    """Share of each patch that a mask covers, `[batch, rows, columns]`; what lies beyond the mask is not covered.
+def covered(
+    mask: Bool[Tensor, "batch height width"], grid: Size, side: int, stride: int
+) -> Float[Tensor, "batch rows columns"]:
+    """Share of each patch that a mask covers; what lies beyond the mask is not covered.
 
     Args:
         mask: of whole images.

@@ -34,6 +34,11 @@ class Sample(NamedTuple):
     split: Literal["train", "test"]
     group: str | None = None
 
+    @property
+    def thing(self) -> str:
+        """Name of what the image shows: its group, or itself where it has none."""
+        return self.group or str(self.path)
+
 
 class ImageBatch(NamedTuple):
     """Decoded images, as the datamodule yields them.

@@ -1,5 +1,6 @@
 """Samples -> batches: which images train, calibrate, validate and test, and how they reach the model."""
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -147,9 +148,6 @@ class PyramidDataset(Dataset[PyramidBatch]):
         self, images: ImageDataset, plan: PyramidPlan, count: int, augmentations: Augmentations, seed: int
     ) -> None:
         self.images, self.plan, self.count, self.augmentations, self.seed = images, plan, count, augmentations, seed
-        shown = [sample.group or str(sample.path) for sample in images.samples]
-        first = {thing: number for number, thing in reversed(list(enumerate(shown)))}
-        self.things = [first[thing] for thing in shown]
 
     def __getitem__(self, place: tuple[int, int]) -> PyramidBatch:
         epoch, number = place
@@ -162,11 +160,11 @@ class PyramidDataset(Dataset[PyramidBatch]):
         if not self.plan.cached_views:
             image = self._both(number, first, second)
             if self.plan.painted:
-                painted, mask = self.painted(number, views[0])
+                painted, mask = self._painted(image[0], number, views[0])
         return PyramidBatch(
             number=torch.tensor(number),
             views=torch.tensor(views),
-            thing=torch.tensor(self.things[number]),
+            thing=torch.tensor(self._things[self.images.samples[number].thing]),
             content=torch.tensor(content),
             image=image,
             painted=painted,
@@ -176,6 +174,10 @@ class PyramidDataset(Dataset[PyramidBatch]):
                 for side, grid in self.plan.grids.items()
             },
         )
+
+    @functools.cached_property
+    def _things(self) -> dict[str, int]:
+        return {thing: number for number, thing in enumerate(dict.fromkeys(one.thing for one in self.images.samples))}
 
     def _views(self, epoch: int, generator: np.random.Generator) -> tuple[int, int]:
         cached = self.plan.cached_views
@@ -205,8 +207,11 @@ class PyramidDataset(Dataset[PyramidBatch]):
 
     def painted(self, number: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The view with defects painted on it, and the mask of them, `[height, width]`."""
+        return self._painted(self.view(number, view), number, view)
+
+    def _painted(self, image: torch.Tensor, number: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
         seed = (*self._seed(number, view), 2)  # with 1 the noise of the view is drawn
-        return paint(self.view(number, view), self._content(number), paint_defects, seed)
+        return paint(image, self._content(number), paint_defects, seed)
 
 
 class ViewDataset(Dataset[tuple[int, int, torch.Tensor, torch.Tensor]]):
@@ -331,7 +336,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
     def _split(self, normals: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         groups: dict[Any, list[Sample]] = {}
         for sample in normals:
-            groups.setdefault(sample.group or sample.path, []).append(sample)
+            groups.setdefault(sample.thing, []).append(sample)
         if len(groups) < 2:
             raise PatchadError(
                 f"{self.root} has {len(normals)} training images in {len(groups)} groups of the same thing; at least "

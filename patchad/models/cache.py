@@ -105,6 +105,16 @@ class FeatureCache(Configurable):
         pairs = list(zip(numbers.tolist(), views.tolist(), strict=True))
         return {side: self._windows(side, pairs, corners[side], extents[side]) for side in corners}
 
+    def whole(self, numbers: Int[Tensor, " batch"], views: Int[Tensor, " batch"]) -> dict[int, Tensor]:
+        """Whole feature maps, float32 `[batch, channels, rows, columns]` by side, as from `DenseEncoder.features`.
+
+        Args:
+            numbers: of the images.
+            views: of each of them.
+        """
+        pairs = list(zip(numbers.tolist(), views.tolist(), strict=True))
+        return {side: stacked([self._open(*pair, side) for pair in pairs]) for side in self.names}
+
     def masks(
         self, numbers: Int[Tensor, " batch"], views: Int[Tensor, " batch"], size: Size
     ) -> Bool[Tensor, "batch height width"]:
@@ -119,11 +129,11 @@ class FeatureCache(Configurable):
         packed = np.stack([np.load(self._mask_path(*pair)) for pair in pairs])
         return torch.from_numpy(np.unpackbits(packed, axis=2, count=size[1]).astype(bool))
 
-    def whole(self, side: int) -> Iterable[Tensor]:
+    def each(self, side: int) -> Iterable[Tensor]:
         """The feature maps of a side of all views without defects, `[1, channels, rows, columns]`, image by image."""
         for number in range(len(self.images)):
             for view in range(self.views):
-                yield torch.from_numpy(self._open(number, view, side).astype(np.float32)).permute(2, 0, 1)[None]
+                yield stacked([self._open(number, view, side)])
 
     def _windows(self, side: int, pairs: Sequence[tuple[int, int]], corners: Tensor, extent: Size) -> Tensor:
         grid = self.grids[side]
@@ -131,7 +141,7 @@ class FeatureCache(Configurable):
         for (number, view), (top, left) in zip(pairs, (corners // grid).tolist(), strict=True):
             rows, columns = slice(top, top + extent[0] // grid), slice(left, left + extent[1] // grid)
             cut.append(self._open(number, view, side)[rows, columns])
-        return torch.from_numpy(np.stack(cut)).float().permute(0, 3, 1, 2)
+        return stacked(cut)
 
     def _open(self, number: int, view: int, side: int) -> np.ndarray:
         return np.load(self._path(number, view, side), mmap_mode="r")
@@ -141,6 +151,11 @@ class FeatureCache(Configurable):
 
     def _path(self, number: int, view: int, side: int) -> Path:
         return self.home / self.images[number] / f"{view}-{self.names[side]}"
+
+
+def stacked(maps: Sequence[np.ndarray]) -> Tensor:
+    """Maps `[rows, columns, channels]` as one float32 tensor `[maps, channels, rows, columns]`."""
+    return torch.from_numpy(np.stack(maps)).float().permute(0, 3, 1, 2)
 
 
 def file_hash(path: Path) -> str:

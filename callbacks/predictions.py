@@ -1,7 +1,6 @@
 """`patchad predict` -> scores.csv, and a heat map and a float32 map per image."""
 
 import csv
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,8 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from patchad.callbacks.pictures import colour
-from patchad.callbacks.publish import run_folder, write_whole
+from patchad.callbacks.publish import run_folder
+from patchad.files import write_array, write_whole
 from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
 from patchad.types import ImageBatch, Prediction
@@ -84,7 +84,5 @@ def write_scores(path: Path, rows: list[Row]) -> None:
 def write_maps(path: Path, values: np.ndarray, limits: tuple[float, float]) -> None:
     """Writes `<name>.npy` and `<name>.heatmap.png`, the file's suffix kept in the name so that no two collide."""
     heat_map = Image.fromarray(colour(values, *limits))
-    array = io.BytesIO()
-    np.save(array, values.astype(np.float32))
-    write_whole(path.with_name(f"{path.name}.npy"), lambda part: part.write_bytes(array.getvalue()))
+    write_array(path.with_name(f"{path.name}.npy"), values.astype(np.float32))
     write_whole(path.with_name(f"{path.name}.heatmap.png"), lambda part: heat_map.save(part, format="PNG"))

@@ -1,30 +1,18 @@
-"""Where results go: files in the run folder, whole or not at all, and, where one is used, the wandb dashboard."""
+"""Where results go: files in the run folder and, where one is used, the wandb dashboard."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import WandbLogger
 
+from patchad.files import write_whole
+
 
 def run_folder(trainer: Trainer) -> Path:
     """The folder of this run; all processes must ask."""
     return Path(trainer.log_dir or trainer.default_root_dir)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under a temporary name and renames it.
-
-    Args:
-        path: the file; its folder is made.
-        write: writes to the path that it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    os.replace(part, path)
 
 
 def publish_picture(trainer: Trainer, path: Path, picture: Image.Image, key: str) -> None:

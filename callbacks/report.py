@@ -7,7 +7,8 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from patchad.callbacks.pictures import Shown, sheet, show
-from patchad.callbacks.publish import publish_picture, publish_table, run_folder, write_whole
+from patchad.callbacks.publish import publish_picture, publish_table, run_folder
+from patchad.files import write_whole
 from patchad.module import PatchDetector
 from patchad.types import NORMAL, ImageBatch, Prediction
 

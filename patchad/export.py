@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from patchad.callbacks.publish import write_whole
 from patchad.data.images import read_image
+from patchad.files import write_whole
 from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
 from patchad.runtime import EXPORT_FORMAT, ExportedDetector

@@ -290,7 +290,7 @@ def _draw_far(
     distance = np.repeat((drawn + (side - drawn) * nearer)[:, :, None], DIRECTIONS, axis=2)
     candidates = displacements(np.broadcast_to(np.arange(DIRECTIONS), distance.shape), distance, grid)
     fitting = _fits(candidates, np.stack([np.zeros_like(neighbour), neighbour])[:, :, None, None], room)
-    fitting &= np.linalg.norm(candidates, axis=-1) >= side
+    fitting &= candidates[..., 0] ** 2 + candidates[..., 1] ** 2 >= side**2
     first = fitting.any(2).argmax(1)
     rows = np.arange(count)
     return candidates[rows, first, _choose(fitting[rows, first], generator)]
@@ -306,7 +306,8 @@ def _draw_fitting(
 def _fits(candidates: np.ndarray, taken: np.ndarray, room: np.ndarray) -> np.ndarray:
     """Whether a candidate lies in one window with what is taken (first axis), `room` pixels of free play."""
     low, high = np.minimum(candidates, taken.min(0)), np.maximum(candidates, taken.max(0))
-    return np.all(high - low <= room, axis=-1)
+    fitting = high - low <= room
+    return fitting[..., 0] & fitting[..., 1]
 
 
 def _choose(allowed: Bool[np.ndarray, "count choices"], generator: np.random.Generator) -> Int[np.ndarray, " count"]:

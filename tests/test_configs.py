@@ -29,3 +29,15 @@ def test_every_config_parses_and_builds_its_parts(name, tmp_path, monkeypatch, c
 
 def test_every_file_of_configs_is_found():
     assert len(NAMES) == len(list(Path(__file__).parent.parent.joinpath("configs").rglob("*.yaml")))
+
+
+def losses_of(name, capsys) -> list[str]:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", name, "--model.backbone.weights=none", "--data.root=nowhere", "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    return [loss["class_path"].rpartition(".")[2] for loss in settings["losses"]]
+
+
+def test_the_papers_config_has_the_papers_losses_and_no_other(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["patchad"])
+    assert losses_of("paper", capsys) == ["Position", "RelativeSimilarity", "Clustering"]

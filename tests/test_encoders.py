@@ -169,6 +169,14 @@ def test_the_shortcut_adds_the_training_free_embedding_to_what_is_learned():
     assert LearnedEncoder(16, TAP, shortcut=False)(100 * features, 2).abs().max() <= 1
 
 
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("window", [1, 4])
+def test_windows_step_cells_apart_are_every_step_th_of_all(shortcut, window):
+    encoder = LearnedEncoder(4 * window, TAP, shortcut=shortcut)
+    features = torch.randn(2, 6, 9, 8)
+    torch.testing.assert_close(encoder(features, 2), encoder(features, 1)[:, :, ::2, ::2], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 16])
 def test_any_other_window_is_brought_to_one_cell(window):
     layers = convolutions(40, window, 48)

@@ -148,6 +148,7 @@ class PyramidDataset(Dataset[PyramidBatch]):
         self, images: ImageDataset, plan: PyramidPlan, count: int, augmentations: Augmentations, seed: int
     ) -> None:
         self.images, self.plan, self.count, self.augmentations, self.seed = images, plan, count, augmentations, seed
+        self._contents: dict[int, Size] = {}
 
     def __getitem__(self, place: tuple[int, int]) -> PyramidBatch:
         epoch, number = place
@@ -191,8 +192,10 @@ class PyramidDataset(Dataset[PyramidBatch]):
         return torch.stack([augment(image, first), augment(image, second)])
 
     def _content(self, number: int) -> Size:
-        native = native_size(self.images.samples[number].path)
-        return content_size(native, self.images.image_size, self.images.keep_aspect)
+        if number not in self._contents:
+            native = native_size(self.images.samples[number].path)
+            self._contents[number] = content_size(native, self.images.image_size, self.images.keep_aspect)
+        return self._contents[number]
 
     def drawn(self, number: int, view: int) -> View:
         """How a view of an image differs from it: a function of (seed, file name, view), so that a cache stays true."""

@@ -108,7 +108,9 @@ def fit(
 
 
 def native_size(path: Path) -> Size:
-    """Height x width of the upright image in a file, in pixels, from its header alone.
+    """Height x width of the upright image in a file, in pixels.
+
+    The header tells it; a PNG file is decoded, because its orientation may stand behind the pixels.
 
     Raises:
         PatchadError: if the file is missing or no image.

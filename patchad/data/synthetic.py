@@ -68,7 +68,7 @@ def paint_defect(
     if min(image.shape[:2]) < SMALLEST:
         raise PatchadError(
             f"defects need images of {SMALLEST} pixels or more, not {image.shape[0]} x {image.shape[1]}; "
-            "raise image_size, or set data.validate_on to none or test"
+            "raise image_size, or leave out what paints: data.validate_on none or test, and no loss Separation"
         )
     kind = str(rng.choice(list(DEFECTS))) if kind is None else kind
     if kind not in DEFECTS:

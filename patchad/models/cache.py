@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchad.canvas import Size
 from patchad.errors import PatchadError
+from patchad.files import write_array
 from patchad.models.encoders import DenseEncoder
 from patchad.spec import Configurable
 from patchad.types import painted_view
@@ -76,16 +77,9 @@ class FeatureCache(Configurable):
     def write(self, number: int, view: int, features: Mapping[int, Tensor], mask: Bool[Tensor, "height width"]) -> None:
         """Keeps the features of one view, `[channels, rows, columns]` by side, and the mask of a painted one."""
         if view < 0:
-            self._save(self._mask_path(number, view), np.packbits(mask.cpu().numpy(), axis=1))
+            write_array(self._mask_path(number, view), np.packbits(mask.cpu().numpy(), axis=1))
         for side, values in features.items():
-            self._save(self._path(number, view, side), values.permute(1, 2, 0).half().cpu().numpy())
-
-    def _save(self, path: Path, values: np.ndarray) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.save(file, values)
-        part.replace(path)
+            write_array(self._path(number, view, side), values.permute(1, 2, 0).half().cpu().numpy())
 
     def read(
         self,

@@ -1,0 +1,35 @@
+"""Files that are whole or not there: written under a temporary name and renamed."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file under a temporary name and renames it.
+
+    Args:
+        path: the file; its folder is made.
+        write: writes to the path that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    os.replace(part, path)
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Writes an array as a file of NumPy's.
+
+    Args:
+        path: the file; its folder is made.
+        values: of any shape and type.
+    """
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # to a path, numpy.save would append .npy
+            np.save(file, values)
+
+    write_whole(path, write)

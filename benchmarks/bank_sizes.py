@@ -33,6 +33,7 @@ def main(
     everything: bool = True,
     exactly: bool = False,
     metric_size: Size | None = None,
+    baseline: float | None = None,
 ) -> None:
     """Prints one row for each size and reduction.
 
@@ -43,6 +44,7 @@ def main(
         everything: also keep all vectors.
         exactly: search all vectors exactly, not as a bank of that size is searched otherwise.
         metric_size: height x width of the masks in pixels; by default as fitted.
+        baseline: of the banks; by default as fitted.
     """
     detector = PatchDetector.load_from_checkpoint(ckpt_path, map_location="cpu").eval()
     data = PyramidDataModule.load_from_checkpoint(ckpt_path)
@@ -50,6 +52,7 @@ def main(
     data.setup("test")
     loaders = data.memory_dataloader(), data.calibration_dataloader(), data.test_dataloader()
     training, calibration, test = (embed(detector, loader) for loader in loaders)
+    level = detector.bank(detector.encoder.sides[0]).baseline if baseline is None else baseline
     print("| vectors per side | chosen by | detection / segmentation | filling | test without embedding |")
     print("|---|---|---|---|---|")
     banks: list[tuple[int | None, Reduction, int | None]] = []
@@ -59,7 +62,9 @@ def main(
         banks.extend((size, reduction, MemoryBank.exact_most) for reduction in reductions)
     for size, reduction, exact_most in banks:
         start = time.perf_counter()
-        fill(detector, training, size, reduction, exact_most)
+        for side in detector.encoder.sides:
+            detector.banks[str(side)] = MemoryBank(side, size, reduction, detector.bank(side).seed, level)
+        fill(detector, training, data.train_set.things, exact_most)
         filled = time.perf_counter()
         calibrate(detector, calibration, data.image_size)
         calibrated = time.perf_counter()
@@ -76,13 +81,9 @@ def embed(detector: PatchDetector, batches: Iterable[ImageBatch]) -> Embedded:
     return [(batch._replace(image=torch.empty(0)), detector.embed(batch.image, batch.content)) for batch in batches]
 
 
-def fill(
-    detector: PatchDetector, training: Embedded, size: int | None, reduction: Reduction, exact_most: int | None
-) -> None:
-    """Puts a new bank of each side into the detector; without `exact_most`, its search is exact."""
-    for side in detector.encoder.sides:
-        detector.banks[str(side)] = MemoryBank(side, size, reduction, detector.bank(side).seed)
-    detector.remember(training)
+def fill(detector: PatchDetector, training: Embedded, things: Tensor, exact_most: int | None) -> None:
+    """Fills the banks; without `exact_most`, their search is exact."""
+    detector.remember(training, things)
     for side in detector.encoder.sides:
         bank = detector.bank(side)
         bank.exact_most = exact_most or len(bank)

@@ -1,5 +1,6 @@
 """Normal embeddings -> distance to the nearest of them, on faiss."""
 
+import math
 from typing import Literal, get_args
 
 import faiss
@@ -20,6 +21,12 @@ CANDIDATES = 100_000
 
 REDUCING_ITERATIONS = 3
 """Of K-means where it reduces a bank; 10 of them take 3 times as long for the same AUROC (docs/benchmarks.md)."""
+SAMPLED = 20_000
+"""Candidates at most whose distances give the local levels of a bank."""
+AROUND, PRIOR = 10, 5
+"""Vectors around one whose distances count for its level, and distances of the mean size that are added to them."""
+TABLE = 40_000_000
+"""Distances that are held at once when levels are measured."""
 BLOCK = 1000
 """Vectors that the search of exported files looks at together."""
 PROBES, POINTS_PER_LIST = 32, 64
@@ -40,29 +47,42 @@ class MemoryBank(nn.Module):
         reduce: how they are chosen: `random`; `kcenter` covers all candidates as closely as it can (see `kcenter`);
             `kmeans` takes the patch nearest to each centroid.
         seed: of the choice.
+        baseline: share of the local level that is subtracted from distances; 0 leaves them as they are.
 
     Attributes:
         vectors: embeddings, float32 `[vectors, dim]`.
         keys: number of the image and of the position within it, int64 `[vectors, 2]`, sorted.
+        levels: how far normal patches of things that the bank does not know are to be expected from each vector,
+            float32 `[vectors]`; see `local_levels`. 0 without a baseline.
     """
 
     exact_most = 100_000
     """Vectors up to which the search is exact; a larger bank is searched as `search_index` says."""
     vectors: Tensor
     keys: Tensor
+    levels: Tensor
 
     def __init__(
-        self, side: int, max_vectors: int | None = 10_000, reduce: Reduction = "random", seed: int = 0
+        self,
+        side: int,
+        max_vectors: int | None = 10_000,
+        reduce: Reduction = "random",
+        seed: int = 0,
+        baseline: float = 0.0,
     ) -> None:
         super().__init__()
         if max_vectors is not None and max_vectors < 1:
             raise PatchadError(f"max_vectors {max_vectors} keeps nothing; give at least 1, or null to keep all")
         if reduce not in get_args(Reduction):
             raise PatchadError(f"reduce {reduce} is none of {', '.join(get_args(Reduction))}")
+        if baseline < 0:
+            raise PatchadError(f"baseline {baseline} must not be negative; 0 takes distances as they are")
         self.side, self.max_vectors, self.reduce, self.seed = side, max_vectors, reduce, seed
+        self.baseline = baseline
         self._cap = max_vectors if reduce == "random" or max_vectors is None else max(max_vectors, CANDIDATES)
         self.register_buffer("vectors", torch.empty(0, 0))
         self.register_buffer("keys", torch.empty(0, 2, dtype=torch.int64))
+        self.register_buffer("levels", torch.empty(0))
         self._draws = np.empty(0)
         self._index: faiss.Index | None = None
 
@@ -112,11 +132,13 @@ class MemoryBank(nn.Module):
 
     def _set(self, keys: Tensor, vectors: Tensor) -> None:
         self.keys, self.vectors, self._index = keys, vectors, None
+        self.levels = torch.zeros(len(vectors), device=vectors.device)
 
-    def finish(self, progress: bool = False) -> None:
+    def finish(self, things: Int[Tensor, " images"] | None = None, progress: bool = False) -> None:
         """Merges the banks of all processes, sorts by key and reduces: every process then holds the same bank.
 
         Args:
+            things: number of what each training image shows; by default each shows another thing.
             progress: whether a reduction by `kcenter` shows a bar.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -129,8 +151,13 @@ class MemoryBank(nn.Module):
         order = torch.from_numpy(np.lexsort(self.keys.cpu().numpy().T[::-1]))
         self._set(self.keys[order], self.vectors[order])
         self._draws = np.empty(0)
+        candidates, images = self.vectors, self.keys[:, 0]
         if self.max_vectors is not None and len(self) > self.max_vectors:
             self._reduce_to(self.max_vectors, progress)
+        if self.baseline:
+            few = slice(None, None, math.ceil(len(candidates) / SAMPLED))
+            shown = (images, self.keys[:, 0]) if things is None else (things[images], things[self.keys[:, 0]])
+            self.levels = local_levels(self.vectors, shown[1], candidates[few], shown[0][few], self.exact_most)
 
     def _reduce_to(self, count: int, progress: bool) -> None:
         if self.reduce == "kcenter":
@@ -140,7 +167,7 @@ class MemoryBank(nn.Module):
         self._set(self.keys[chosen], self.vectors[chosen])
 
     def distances(self, queries: Float[Tensor, "*places dim"], shared: int = 0) -> Float[Tensor, "*places"]:
-        """Euclidean distance between each query and the nearest vector of the bank, in one search.
+        """Euclidean distance between each query and the nearest vector of the bank, in one search, over the baseline.
 
         Args:
             queries: embeddings; exported files take them as `[images, patches, dim]`.
@@ -155,7 +182,8 @@ class MemoryBank(nn.Module):
         exporting = torch.compiler.is_exporting()
         nearest = nearest_by_product(queries, self.vectors, shared) if exporting else self._search(queries)
         # not faiss's own distances, which lose digits where they are small
-        return (queries - self.vectors[nearest]).square().sum(-1).sqrt()
+        found = (queries - self.vectors[nearest]).square().sum(-1).sqrt()
+        return (found - self.baseline * self.levels[nearest]).clamp(min=0) if self.baseline else found
 
     def _search(self, queries: Tensor) -> Tensor:
         if self._index is None:
@@ -165,11 +193,54 @@ class MemoryBank(nn.Module):
         return torch.from_numpy(nearest[:, 0]).to(queries.device).reshape(queries.shape[:-1])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        for name in ("vectors", "keys"):  # a bank of another length is taken as it is, not refused
+        if prefix + "vectors" in state_dict:  # banks had no levels once, and no baseline
+            state_dict.setdefault(prefix + "levels", torch.zeros(len(state_dict[prefix + "vectors"])))
+        for name in ("vectors", "keys", "levels"):  # a bank of another length is taken as it is, not refused
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.vectors.device))
         self._index = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def local_levels(
+    vectors: Float[Tensor, "vectors dim"],
+    shown: Int[Tensor, " vectors"],
+    patches: Float[Tensor, "patches dim"],
+    shown_by_patches: Int[Tensor, " patches"],
+    exact_most: int,
+) -> Float[Tensor, " vectors"]:
+    """How far normal patches of things that the bank does not know are to be expected from each vector.
+
+    Each patch finds the nearest vector of another thing than its own, as patches of a new image do; the level of a
+    vector is the mean of the distances so found by it and the vectors around it. Where normal patches differ much from
+    one thing to the next, as textures do, it is high. Comparing a distance with those of its surroundings is the idea
+    of the local outlier factor (Breunig et al., SIGMOD 2000).
+
+    Args:
+        vectors: of the bank.
+        shown: number of what the image of each vector shows.
+        patches: embeddings of normal patches.
+        shown_by_patches: number of what the image of each patch shows.
+        exact_most: as in `search_index`.
+
+    Example:
+        >>> vectors, shown, patch = torch.tensor([[0.0], [5.0]]), torch.tensor([0, 1]), torch.tensor([[1.0]])
+        >>> local_levels(vectors, shown, patch, shown[1:], exact_most=9)
+        tensor([1., 1.])
+    """
+    total, count = torch.zeros(2, len(vectors), dtype=torch.float64, device=vectors.device)
+    rows = max(1, TABLE // len(vectors))
+    for part, own in zip(patches.split(rows), shown_by_patches.split(rows), strict=True):
+        distance, nearest = torch.cdist(part, vectors).masked_fill(own[:, None] == shown, torch.inf).min(1)
+        known = distance.isfinite()
+        total.index_add_(0, nearest[known], distance[known].double())
+        count.index_add_(0, nearest[known], torch.ones_like(distance[known], dtype=torch.float64))
+    if not count.any():
+        return torch.zeros(len(vectors), device=vectors.device)
+    index, asked = search_index(vectors, exact_most), np.ascontiguousarray(vectors.float().cpu().numpy())
+    around = torch.from_numpy(index.search(asked, min(AROUND, len(vectors)))[1]).to(vectors.device)
+    mean = total.sum() / count.sum()
+    return ((total[around].sum(1) + PRIOR * mean) / (count[around].sum(1) + PRIOR)).float()
 
 
 def search_index(vectors: Float[Tensor, "vectors dim"], exact_most: int) -> faiss.Index:

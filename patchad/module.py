@@ -71,6 +71,8 @@ class PatchDetector(Configurable, LightningModule):
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
         tile: a larger image (height or width in pixels) passes the backbone in tiles of that size, in dense mode, so
             that memory stays bounded; the result is the same. None passes every image whole.
+        baseline: how far normal patches of unseen things are to be expected around the nearest normal patch is known
+            (`MemoryBank.levels`); this share of it is subtracted from the distance. Not in the paper; 0 leaves it out.
         context: weight of the mean embedding of the whole image, which is appended to each patch's: the nearest normal
             patch then comes from an image that looks like this one, in its light, its texture, its product. It is not
             in the paper; 0 leaves it out.
@@ -104,6 +106,7 @@ class PatchDetector(Configurable, LightningModule):
         scoring_strides: dict[int, int] | None = None,
         subtract_mean_image: bool = False,
         tile: int | None = 1024,
+        baseline: float = 0.0,
         context: float = 1.0,
         clusters: int = 50,
         warmup: float = 0.1,
@@ -129,7 +132,7 @@ class PatchDetector(Configurable, LightningModule):
         self.losses = nn.ModuleDict({str(side): nn.ModuleList(map(copy.deepcopy, terms)) for side in sides})
         dims = {side: self.encoder.patch_encoder(side).dim for side in sides}
         self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dims[side], seed) for side in sides})
-        self.banks = nn.ModuleDict({str(side): MemoryBank(side, max_vectors, reduce, seed) for side in sides})
+        self.banks = nn.ModuleDict({str(side): MemoryBank(side, max_vectors, reduce, seed, baseline) for side in sides})
         self.scorer = (scorer or Scorer()).prepare(sides)
         self.warmup, self.learning_rate, self.cache = warmup, learning_rate, cache
         # The loss starts from it, so that there is one where every term is off or nothing is to be learned.
@@ -464,7 +467,7 @@ class PatchDetector(Configurable, LightningModule):
 
     def fill_banks(self) -> None:
         """Fills the bank of each side with the patches of the training normals, and prints its size first."""
-        self.remember(self._embedded_normals(), progress=self._shows_bars)
+        self.remember(self._embedded_normals(), self._data.train_set.things, progress=self._shows_bars)
 
     def _embedded_normals(self) -> Iterable[tuple[ImageBatch, dict[int, Tensor]]]:
         for number, batch in enumerate(self._batches(self._data.memory_dataloader(), "Filling the memory bank")):
@@ -473,11 +476,17 @@ class PatchDetector(Configurable, LightningModule):
                 self._announce(embeddings, len(self._data.train_set))
             yield batch, embeddings
 
-    def remember(self, embedded: Iterable[tuple[ImageBatch, Mapping[int, Tensor]]], progress: bool = False) -> None:
+    def remember(
+        self,
+        embedded: Iterable[tuple[ImageBatch, Mapping[int, Tensor]]],
+        things: Int[Tensor, " images"],
+        progress: bool = False,
+    ) -> None:
         """Fills the bank of each side anew.
 
         Args:
             embedded: normal images, and what `embed` says of them.
+            things: number of what each training image shows.
             progress: whether a reduction may show a bar.
         """
         banks = {side: self.bank(side) for side in self.encoder.sides}
@@ -488,7 +497,7 @@ class PatchDetector(Configurable, LightningModule):
                 values = embeddings[side]
                 bank.add(values, self.counted(batch.content, values, side), batch.number)
         for bank in banks.values():
-            bank.finish(progress)
+            bank.finish(things.to(bank.keys.device), progress)
 
     def _announce(self, embeddings: Mapping[int, Tensor], images: int) -> None:
         for side, values in embeddings.items():

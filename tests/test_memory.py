@@ -15,13 +15,15 @@ def embeddings() -> torch.Tensor:
     return torch.randn(IMAGES, DIM, ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
 
 
-def filled(order=range(IMAGES), batch=2, max_vectors=None, seed=0, counted=None, reduce="random") -> MemoryBank:
-    bank = MemoryBank(side=16, max_vectors=max_vectors, reduce=reduce, seed=seed)
+def filled(
+    order=range(IMAGES), batch=2, max_vectors=None, seed=0, counted=None, reduce="random", baseline=0.0, things=None
+) -> MemoryBank:
+    bank = MemoryBank(side=16, max_vectors=max_vectors, reduce=reduce, seed=seed, baseline=baseline)
     counted = torch.ones(IMAGES, ROWS, COLUMNS, dtype=torch.bool) if counted is None else counted
     index = torch.tensor(list(order))
     for part in index.split(batch):
         bank.add(embeddings()[part], counted[part], part)
-    bank.finish()
+    bank.finish(things)
     return bank
 
 
@@ -167,3 +169,66 @@ def test_distances_on_the_gpu_equal_those_on_the_cpu():
     bank, queries = filled(), torch.randn(50, DIM)
     expected = bank.distances(queries)
     torch.testing.assert_close(bank.cuda().distances(queries.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+THINGS = torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+def slow_levels(bank: MemoryBank, things: torch.Tensor) -> torch.Tensor:
+    """One patch after the other, all of them candidates."""
+    patches, owners = embeddings().permute(0, 2, 3, 1).flatten(0, 2), things.repeat_interleave(ROWS * COLUMNS)
+    found: list[list[float]] = [[] for _ in range(len(bank))]
+    for patch, owner in zip(patches, owners, strict=True):
+        distance = (bank.vectors - patch).norm(dim=1)
+        distance[things[bank.keys[:, 0]] == owner] = torch.inf
+        found[int(distance.argmin())].append(float(distance.min()))
+    mean = sum(map(sum, found)) / sum(map(len, found))
+    levels = []
+    for vector in bank.vectors:
+        around = (bank.vectors - vector).norm(dim=1).argsort()[:10].tolist()
+        values = [value for number in around for value in found[number]] + 5 * [mean]
+        levels.append(sum(values) / len(values))
+    return torch.tensor(levels)
+
+
+@pytest.mark.parametrize("reduce", ["random", "kmeans"])
+def test_levels_are_the_distances_of_patches_of_other_things_around_each_vector(reduce, monkeypatch):
+    monkeypatch.setattr("patchad.memory.TABLE", 1000)  # in several parts
+    max_vectors = None if reduce == "random" else 30
+    bank = filled(baseline=0.5, things=THINGS, max_vectors=max_vectors, reduce=reduce)
+    torch.testing.assert_close(bank.levels, slow_levels(bank, THINGS), rtol=1e-4, atol=1e-4)
+
+
+def test_the_baseline_is_subtracted_from_distances_down_to_0():
+    plain, bank = filled(), filled(baseline=0.8, things=THINGS)
+    queries = torch.cat([torch.randn(50, DIM), embeddings()[0, :, 0].T])
+    expected = plain.distances(queries) - 0.8 * bank.levels[plain._search(queries)]
+    assert expected.min() < 0 < expected.max()
+    torch.testing.assert_close(bank.distances(queries), expected.clamp(min=0))
+
+
+def test_without_another_thing_there_is_no_level():
+    bank = filled(baseline=1.0, things=torch.zeros(IMAGES, dtype=torch.int64))
+    assert (bank.levels == 0).all()
+    queries = torch.randn(9, DIM)
+    assert torch.equal(bank.distances(queries), filled().distances(queries))
+
+
+def test_neither_order_nor_batches_change_the_levels():
+    one = filled(baseline=0.5, things=THINGS, max_vectors=40, reduce="kmeans")
+    other = filled([5, 1, 3, 0, 4, 2], batch=4, baseline=0.5, things=THINGS, max_vectors=40, reduce="kmeans")
+    assert torch.equal(one.levels, other.levels)
+
+
+def test_a_bank_that_was_saved_without_levels_is_read():
+    state = filled().state_dict()
+    del state["levels"]
+    bank = MemoryBank(side=16)
+    bank.load_state_dict(state)
+    queries = torch.randn(9, DIM)
+    assert torch.equal(bank.distances(queries), filled().distances(queries))
+
+
+def test_a_negative_baseline_is_refused():
+    with pytest.raises(PatchadError, match=r"baseline -0\.5 must not be negative"):
+        MemoryBank(side=16, baseline=-0.5)

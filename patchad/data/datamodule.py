@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.utilities import rank_zero_info
@@ -57,6 +58,13 @@ class ImageDataset(Dataset[ImageBatch]):
             keep_aspect,
             metric_size,
         )
+
+    @functools.cached_property
+    def things(self) -> Int[torch.Tensor, " images"]:
+        """The number of what each image shows."""
+        shown = [one.thing for one in self.samples]
+        numbers = {thing: number for number, thing in enumerate(dict.fromkeys(shown))}
+        return torch.tensor([numbers[thing] for thing in shown])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -165,7 +173,7 @@ class PyramidDataset(Dataset[PyramidBatch]):
         return PyramidBatch(
             number=torch.tensor(number),
             views=torch.tensor(views),
-            thing=torch.tensor(self._things[self.images.samples[number].thing]),
+            thing=self.images.things[number],
             content=torch.tensor(content),
             image=image,
             painted=painted,
@@ -175,10 +183,6 @@ class PyramidDataset(Dataset[PyramidBatch]):
                 for side, grid in self.plan.grids.items()
             },
         )
-
-    @functools.cached_property
-    def _things(self) -> dict[str, int]:
-        return {thing: number for number, thing in enumerate(dict.fromkeys(one.thing for one in self.images.samples))}
 
     def _views(self, epoch: int, generator: np.random.Generator) -> tuple[int, int]:
         cached = self.plan.cached_views

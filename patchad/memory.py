@@ -154,7 +154,7 @@ class MemoryBank(nn.Module):
         candidates, images = self.vectors, self.keys[:, 0]
         if self.max_vectors is not None and len(self) > self.max_vectors:
             self._reduce_to(self.max_vectors, progress)
-        if self.baseline:
+        if self.baseline and len(self):
             few = slice(None, None, math.ceil(len(candidates) / SAMPLED))
             shown = (images, self.keys[:, 0]) if things is None else (things[images], things[self.keys[:, 0]])
             self.levels = local_levels(self.vectors, shown[1], candidates[few], shown[0][few], self.exact_most)

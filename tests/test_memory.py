@@ -229,6 +229,10 @@ def test_a_bank_that_was_saved_without_levels_is_read():
     assert torch.equal(bank.distances(queries), filled().distances(queries))
 
 
+def test_a_bank_without_patches_has_no_levels():
+    assert len(filled(baseline=0.5, counted=torch.zeros(IMAGES, ROWS, COLUMNS, dtype=torch.bool)).levels) == 0
+
+
 def test_a_negative_baseline_is_refused():
     with pytest.raises(PatchadError, match=r"baseline -0\.5 must not be negative"):
         MemoryBank(side=16, baseline=-0.5)

@@ -151,13 +151,14 @@ class MemoryBank(nn.Module):
         order = torch.from_numpy(np.lexsort(self.keys.cpu().numpy().T[::-1]))
         self._set(self.keys[order], self.vectors[order])
         self._draws = np.empty(0)
-        candidates, images = self.vectors, self.keys[:, 0]
+        candidates, keys = self.vectors, self.keys
         if self.max_vectors is not None and len(self) > self.max_vectors:
             self._reduce_to(self.max_vectors, progress)
         if self.baseline and len(self):
             few = slice(None, None, math.ceil(len(candidates) / SAMPLED))
-            shown = (images, self.keys[:, 0]) if things is None else (things[images], things[self.keys[:, 0]])
-            self.levels = local_levels(self.vectors, shown[1], candidates[few], shown[0][few], self.exact_most)
+            images = self.keys[:, 0], keys[few, 0]
+            shown, shown_by_patches = images if things is None else (things[one] for one in images)
+            self.levels = local_levels(self.vectors, shown, candidates[few], shown_by_patches, self.exact_most)
 
     def _reduce_to(self, count: int, progress: bool) -> None:
         if self.reduce == "kcenter":

@@ -28,20 +28,21 @@ from patchad import PatchDetector, PyramidDataModule
 from patchad.data.synthetic import write_synthetic
 from patchad.export import export
 from patchad.models import VGG16, EfficientNetLite0
+from patchad.models.backbones import Backbone
 from patchad.timing import HEADER, alternate, best_rate, measure_stages, peak_memory
 
 SIZE, BATCHES = 256, (1, 8)
 CORESET = int(0.1 * 209 * 32 * 32)
 """Vectors of PatchCore's bank: 10 % of the patches of 209 images."""
+BASELINE = 0.75
+"""As in `configs/default.yaml`."""
 OURS: Mapping[str, Callable[[], PatchDetector]] = {
-    "patchad VGG16, 3 sides": lambda: filled(PatchDetector(VGG16(weights="none"))),
-    "patchad VGG16, 2 sides": lambda: filled(PatchDetector(VGG16(weights="none"), sides=(64, 32))),
-    "patchad Lite0, 3 sides": lambda: filled(PatchDetector(EfficientNetLite0())),
-    "patchad Lite0, 2 sides": lambda: filled(PatchDetector(EfficientNetLite0(), sides=(64, 32))),
-    "patchad Lite0, 3 sides, 1000 vectors": lambda: filled(PatchDetector(EfficientNetLite0(), max_vectors=1000)),
-    "patchad Lite0, 2 sides, 1000 vectors": lambda: filled(
-        PatchDetector(EfficientNetLite0(), sides=(64, 32), max_vectors=1000)
-    ),
+    "patchad VGG16, 3 sides": lambda: filled(VGG16(weights="none")),
+    "patchad VGG16, 2 sides": lambda: filled(VGG16(weights="none"), sides=(64, 32)),
+    "patchad Lite0, 3 sides": lambda: filled(EfficientNetLite0()),
+    "patchad Lite0, 2 sides": lambda: filled(EfficientNetLite0(), sides=(64, 32)),
+    "patchad Lite0, 3 sides, 1000 vectors": lambda: filled(EfficientNetLite0(), max_vectors=1000),
+    "patchad Lite0, 2 sides, 1000 vectors": lambda: filled(EfficientNetLite0(), sides=(64, 32), max_vectors=1000),
 }
 PEERS = ("PaDiM ResNet18", "PatchCore ResNet18", "PatchCore WideResNet50", "EfficientAD-S")
 DEFAULT = "OpenVINO, default"
@@ -119,15 +120,17 @@ def synthetic_images(count: int) -> Tensor:
         return torch.stack([data.test_set[number].image for number in range(count)])
 
 
-def filled(detector: PatchDetector) -> PatchDetector:
-    """The detector with random vectors in its banks, as many as it keeps at most."""
+def filled(backbone: Backbone, **settings: Any) -> PatchDetector:
+    """A detector as the default, with random vectors in its banks, as many as it keeps at most."""
+    detector = PatchDetector(backbone, baseline=BASELINE, **settings).eval()
     generator = torch.Generator().manual_seed(0)
     blank = torch.zeros(1, 3, SIZE, SIZE)
-    for side, values in detector.eval().embed(blank, content(blank)).items():
+    for side, values in detector.embed(blank, content(blank)).items():
         bank = detector.bank(side)
         count, dim = bank.max_vectors or 10_000, values.shape[1]
         bank.vectors = torch.rand(count, dim, generator=generator) * 2 - 1
         bank.keys = torch.zeros(count, 2, dtype=torch.int64)
+        bank.levels = torch.rand(count, generator=generator)
     return detector
 
 
@@ -256,7 +259,7 @@ def print_memory(names: list[str]) -> None:
 
 def print_sliding(dense: PatchDetector, image: Tensor, runs: int) -> None:
     """Sliding beside dense, eager, in turns."""
-    sliding = filled(PatchDetector(VGG16(weights="none"), mode="sliding"))
+    sliding = filled(VGG16(weights="none"), mode="sliding")
     detectors = {"dense": dense, "sliding": sliding}
     times = alternate({name: partial(one, image, content(image)) for name, one in detectors.items()}, runs)
     first, second = (float(np.median(times[name])) for name in detectors)

@@ -118,7 +118,7 @@ def print_models(names: Sequence[str]) -> None:
     """Size, depth and time of each backbone up to its deepest tap, and of the whole detector, with random weights."""
     print("| backbone | convolutions | its parameters | those of the encoders | its ms per image | all ms per image |")
     print("|---|---|---|---|---|---|")
-    detectors = {name: filled(PatchDetector(getattr(patchad.models, name)(weights="none"))) for name in names}
+    detectors = {name: filled(getattr(patchad.models, name)(weights="none")) for name in names}
     image, tasks = torch.rand(1, 3, 256, 256), {}
     for name, detector in detectors.items():
         taps = sorted(set(detector.encoder.tap_names.values()))

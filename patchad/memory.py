@@ -14,6 +14,10 @@ from torch.nn import functional as F
 from patchad.clustering import kmeans
 from patchad.errors import PatchadError
 
+# Faiss 1.15 compares the patches of a single image with the bank one by one, not by a product of matrices, which takes
+# 2.4 times as long on few cores (docs/benchmarks.md). 0 asks for the product always, as before from 20 queries on.
+faiss.cvar.distance_compute_blas_threshold = 0
+
 Reduction = Literal["random", "kcenter", "kmeans"]
 
 CANDIDATES = 100_000

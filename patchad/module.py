@@ -29,7 +29,7 @@ from patchad.scoring import Scorer
 from patchad.spec import Configurable, hyperparameters
 from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan, painted_view
 
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 """Raised whenever checkpoints of an older patchad no longer load."""
 COLLAPSED = 0.01
 """Deviation of embeddings, whose numbers are of the order of 1, below which they tell no patch from another."""

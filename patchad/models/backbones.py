@@ -5,6 +5,7 @@ from, and the mean and deviation of its input.
 """
 
 import copy
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -17,6 +18,7 @@ import torch
 import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from patchad.errors import PatchadError
 from patchad.spec import Configurable
@@ -41,6 +43,8 @@ class Tap(NamedTuple):
 
 class Backbone(Configurable, nn.Module, ABC):
     """A network that turns RGB images in [0, 1] into feature maps.
+
+    Batch norms of frozen layers are folded into the convolutions before them.
 
     Args:
         weights: `imagenet`, the path of a state_dict (whole network or features alone), or `none` (random).
@@ -71,6 +75,7 @@ class Backbone(Configurable, nn.Module, ABC):
         first = self.tap(trainable).layer + 1 if first is None else first
         self.layers.requires_grad_(False)
         self.layers[first:].requires_grad_(True)
+        fold_batch_norms(self.layers.eval())
         self.layers.to(memory_format=torch.channels_last)  # a third less time on CPU, and what GPUs prefer
         self.train()
 
@@ -136,6 +141,27 @@ class Backbone(Configurable, nn.Module, ABC):
             if index in wanted:
                 maps[wanted[index]] = features
         return maps
+
+
+def fold_batch_norms(layers: nn.Module) -> None:
+    """Multiplies each frozen batch norm, in place, into the convolution that is registered right before it.
+
+    Args:
+        layers: in eval mode; whatever has a trainable parameter is left alone.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval().requires_grad_(False)
+        >>> fold_batch_norms(layers)
+        >>> layers[1]
+        Identity()
+    """
+    for child in layers.children():
+        fold_batch_norms(child)
+    for (name, convolution), (norm_name, norm) in itertools.pairwise(list(layers.named_children())):
+        trainable = any(parameter.requires_grad for parameter in (*convolution.parameters(), *norm.parameters()))
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and not trainable:
+            setattr(layers, name, fuse_conv_bn_eval(convolution, norm))
+            setattr(layers, norm_name, nn.Identity())
 
 
 @torch.no_grad()
@@ -395,8 +421,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """One block."""
-        hidden = nn.functional.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
-        hidden = nn.functional.relu6(self.bn1(self.depthwise_conv(hidden)))
+        hidden = nn.functional.relu6(self.bn0(self.expand_conv(x)), inplace=True) if self.expands else x
+        hidden = nn.functional.relu6(self.bn1(self.depthwise_conv(hidden)), inplace=True)
         projected = self.bn2(self.project_conv(hidden))
         return x + projected if self.residual else projected
 
@@ -411,7 +437,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Half the size, 32 channels."""
-        return nn.functional.relu6(self.bn0(self.conv_stem(x)))
+        return nn.functional.relu6(self.bn0(self.conv_stem(x)), inplace=True)
 
 
 class EfficientNetLite0(Backbone):

@@ -238,7 +238,7 @@ def test_verify_shows_that_the_file_is_that_of_the_checkpoint(fitted, here, caps
     main(["verify", str(fitted / "model.patchad"), f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--images=3"])
     told = capsys.readouterr().out
     assert told.count("| same |") == 3
-    assert "allowed 1e-04 and 1e-02" in told
+    assert "allowed 1e-04 and 5e-02" in told
 
 
 def test_verify_tells_a_file_of_another_checkpoint(fitted, here, capsys):  # noqa: F811

@@ -23,7 +23,7 @@ from patchad.types import ImageBatch
 TOLERANCE = 1e-4
 """Most that scores of an exported file may differ from the checkpoint's, relative."""
 MAP_TOLERANCE = 5e-2
-"""Most that a pixel may differ, over the highest pixel. Usually it is below 1e-4, too; but where two vectors of the bank
+"""Most that a pixel may differ, over the highest pixel. Usually below 1e-4, too; but where two vectors of the bank
 are equally near to the last digit, either may be found, and each has its own level (docs/benchmarks.md)."""
 
 

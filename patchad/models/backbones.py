@@ -44,7 +44,8 @@ class Tap(NamedTuple):
 class Backbone(Configurable, nn.Module, ABC):
     """A network that turns RGB images in [0, 1] into feature maps.
 
-    Batch norms of frozen layers are folded into the convolutions before them.
+    A frozen batch norm is folded into the convolution that its module registers right before it, so register layers in
+    the order in which they run.
 
     Args:
         weights: `imagenet`, the path of a state_dict (whole network or features alone), or `none` (random).

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from jsonargparse import auto_cli
 from torch import Tensor
 
 import patchad
 from patchad import PatchDetector, PyramidDataModule
+from patchad.cli import CONFIGS
 from patchad.data.synthetic import write_synthetic
 from patchad.export import export
 from patchad.models import VGG16, EfficientNetLite0
@@ -34,8 +36,7 @@ from patchad.timing import HEADER, alternate, best_rate, measure_stages, peak_me
 SIZE, BATCHES = 256, (1, 8)
 CORESET = int(0.1 * 209 * 32 * 32)
 """Vectors of PatchCore's bank: 10 % of the patches of 209 images."""
-BASELINE = 0.75
-"""As in `configs/default.yaml`."""
+DEFAULT_MODEL = yaml.safe_load((CONFIGS / "default.yaml").read_text())["model"]["init_args"]
 OURS: Mapping[str, Callable[[], PatchDetector]] = {
     "patchad VGG16, 3 sides": lambda: filled(VGG16(weights="none")),
     "patchad VGG16, 2 sides": lambda: filled(VGG16(weights="none"), sides=(64, 32)),
@@ -122,7 +123,7 @@ def synthetic_images(count: int) -> Tensor:
 
 def filled(backbone: Backbone, **settings: Any) -> PatchDetector:
     """A detector as the default, with random vectors in its banks, as many as it keeps at most."""
-    detector = PatchDetector(backbone, baseline=BASELINE, **settings).eval()
+    detector = PatchDetector(backbone, baseline=DEFAULT_MODEL["baseline"], **settings).eval()
     generator = torch.Generator().manual_seed(0)
     blank = torch.zeros(1, 3, SIZE, SIZE)
     for side, values in detector.embed(blank, content(blank)).items():

@@ -1,7 +1,9 @@
-"""How images are fitted to the size that a detector reads: arithmetic alone, without torch."""
+"""How images are fitted to the size and light that a detector reads: arithmetic alone, without torch."""
 
 Size = tuple[int, int]
 """Height x width in pixels."""
+DARKEST = 1 / 255
+"""Mean of an image below which it is not made brighter still: there is nothing to see in it."""
 
 
 def content_size(native: Size, size: Size, keep_aspect: bool) -> Size:
@@ -15,3 +17,17 @@ def content_size(native: Size, size: Size, keep_aspect: bool) -> Size:
         return size
     scale = min(size[0] / native[0], size[1] / native[1])
     return max(1, round(native[0] * scale)), max(1, round(native[1] * scale))
+
+
+def gain(mean: float, brightness: float | None) -> float:
+    """What the pixels of an image are multiplied with, as by a longer exposure or a stronger lamp.
+
+    Args:
+        mean: of the image's pixels and channels, in [0, 1].
+        brightness: the mean that is wanted; None leaves the image as it is.
+
+    Example:
+        >>> gain(0.2, 0.4)
+        2.0
+    """
+    return 1.0 if brightness is None else brightness / max(mean, DARKEST)

@@ -51,7 +51,7 @@ class MemoryBank(nn.Module):
         reduce: how they are chosen: `random`; `kcenter` covers all candidates as closely as it can (see `kcenter`);
             `kmeans` takes the patch nearest to each centroid.
         seed: of the choice.
-        baseline: share of the local level that is subtracted from distances; 0 leaves them as they are.
+        baseline: share of the square of the local level that is subtracted from squared distances; 0 leaves them.
 
     Attributes:
         vectors: embeddings, float32 `[vectors, dim]`.
@@ -172,7 +172,12 @@ class MemoryBank(nn.Module):
         self._set(self.keys[chosen], self.vectors[chosen])
 
     def distances(self, queries: Float[Tensor, "*places dim"], shared: int = 0) -> Float[Tensor, "*places"]:
-        """Euclidean distance between each query and the nearest vector of the bank, in one search, over the baseline.
+        """Distance between each query and the nearest vector of the bank, over the baseline, in one search.
+
+        It is the root of the smallest `|query - vector|^2 - baseline level^2`, and 0 below: the power distance
+        (Aurenhammer, Power diagrams, SIAM Journal on Computing, 1987), which does not jump where two vectors of
+        different level are equally near. What makes a patch a defect, if it is independent of how normal patches
+        vary, adds its square to theirs. Without a baseline it is the Euclidean distance.
 
         Args:
             queries: embeddings; exported files take them as `[images, patches, dim]`.
@@ -184,22 +189,25 @@ class MemoryBank(nn.Module):
         """
         if not len(self):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
-        exporting = torch.compiler.is_exporting()
-        nearest = nearest_by_product(queries, self.vectors, shared) if exporting else self._search(queries)
+        known = self.baseline * self.levels.square()
+        if torch.compiler.is_exporting():
+            nearest = nearest_by_product(queries, self.vectors, known, shared)
+        else:
+            nearest = self._search(queries, known)
         # not faiss's own distances, which lose digits where they are small
-        found = (queries - self.vectors[nearest]).square().sum(-1).sqrt()
-        return (found - self.baseline * self.levels[nearest]).clamp(min=0) if self.baseline else found
+        found = (queries - self.vectors[nearest]).square().sum(-1)
+        return (found - known[nearest]).clamp(min=0).sqrt()
 
-    def _search(self, queries: Tensor) -> Tensor:
+    def _search(self, queries: Tensor, known: Tensor) -> Tensor:
+        """One more number makes the nearest by Euclidean distance the nearest by power distance."""
         if self._index is None:
-            self._index = search_index(self.vectors, self.exact_most)
-        flat = np.ascontiguousarray(queries.float().flatten(0, -2).cpu().numpy())
-        _, nearest = self._index.search(flat, 1)
+            lifted = torch.cat([self.vectors, (known.max() - known).sqrt()[:, None]], dim=1)
+            self._index = search_index(lifted, self.exact_most)
+        flat = F.pad(queries.float().flatten(0, -2), (0, 1))
+        _, nearest = self._index.search(np.ascontiguousarray(flat.cpu().numpy()), 1)
         return torch.from_numpy(nearest[:, 0]).to(queries.device).reshape(queries.shape[:-1])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        if prefix + "vectors" in state_dict:  # banks had no levels once, and no baseline
-            state_dict.setdefault(prefix + "levels", torch.zeros(len(state_dict[prefix + "vectors"])))
         for name in ("vectors", "keys", "levels"):  # a bank of another length is taken as it is, not refused
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.vectors.device))
@@ -274,21 +282,25 @@ def list_count(vectors: int) -> int:
 
 
 def nearest_by_product(
-    queries: Float[Tensor, "images patches dim"], vectors: Float[Tensor, "vectors dim"], shared: int = 0
+    queries: Float[Tensor, "images patches dim"],
+    vectors: Float[Tensor, "vectors dim"],
+    known: Float[Tensor, " vectors"],
+    shared: int = 0,
 ) -> Int[Tensor, "images patches"]:
     """The number of the vector nearest to each query, by matrix products: the search that exported files run.
 
-    Squared distances, but for the query's own square, are one product: the vector's square rides along as one more
-    number, and so does what the `shared` last numbers of an image's queries add, the same for all of them. Both sides
-    are centred first: distances stay, and less is lost where squares of nearly equal numbers are subtracted. The bank
-    is taken in blocks, so that the table of all queries and vectors is never held whole.
+    Squared distances less what is `known` of each vector, but for the query's own square, are one product: the
+    vector's square rides along as one more number, and so does what the `shared` last numbers of an image's queries
+    add, the same for all of them. Both sides are centred first: distances stay, and less is lost where squares of
+    nearly equal numbers are subtracted. The bank is taken in blocks, so that the table of all queries and vectors is
+    never held whole.
     """
     centre, own = vectors.mean(0), queries.shape[2] - shared
     queries, vectors = queries - centre, vectors - centre
     queries, common = F.pad(queries[..., :own], (0, 1), value=1.0), queries[:, 0, own:]
     nearest = []
-    for part in vectors.split(BLOCK):
-        offset = part.square().sum(1) - common @ (2 * part[:, own:].T)
+    for part, less in zip(vectors.split(BLOCK), known.split(BLOCK), strict=True):
+        offset = part.square().sum(1) - less - common @ (2 * part[:, own:].T)
         weights = (-2 * part[:, :own].T).expand(offset.shape[0], -1, -1)
         nearest.append((queries @ torch.cat([weights, offset[:, None]], dim=1)).min(2))
     best = torch.stack([one.values for one in nearest]).argmin(0)

@@ -29,7 +29,7 @@ from patchad.scoring import Scorer
 from patchad.spec import Configurable, hyperparameters
 from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan, painted_view
 
-CHECKPOINT_FORMAT = 5
+CHECKPOINT_FORMAT = 6
 """Raised whenever checkpoints of an older patchad no longer load."""
 COLLAPSED = 0.01
 """Deviation of embeddings, whose numbers are of the order of 1, below which they tell no patch from another."""
@@ -72,7 +72,8 @@ class PatchDetector(Configurable, LightningModule):
         tile: a larger image (height or width in pixels) passes the backbone in tiles of that size, in dense mode, so
             that memory stays bounded; the result is the same. None passes every image whole.
         baseline: how far normal patches of unseen things are to be expected around the nearest normal patch is known
-            (`MemoryBank.levels`); this share of it is subtracted from the distance. Not in the paper; 0 leaves it out.
+            (`MemoryBank.levels`); this share of its square is subtracted from the squared distance. Not in the paper; 0
+            leaves it out.
         context: weight of the mean embedding of the whole image, which is appended to each patch's: the nearest normal
             patch then comes from an image that looks like this one, in its light, its texture, its product. It is not
             in the paper; 0 leaves it out.

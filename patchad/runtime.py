@@ -12,12 +12,12 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from patchad.canvas import Size, content_size
+from patchad.canvas import Size, content_size, gain
 from patchad.errors import PatchadError
 
 AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 
-EXPORT_FORMAT = 1
+EXPORT_FORMAT = 2
 """Raised whenever exported files of an older patchad no longer load."""
 
 
@@ -65,6 +65,7 @@ class ExportedDetector:
         height, width = self.metadata["image_size"]
         self.image_size: Size = (height, width)
         self.keep_aspect = bool(self.metadata["keep_aspect"])
+        self.brightness: float | None = self.metadata["brightness"]
 
     def __call__(self, image: np.ndarray) -> Scored:
         """Scores one image.
@@ -82,7 +83,7 @@ class ExportedDetector:
         """Scores several images, which may differ in size, in one pass."""
         if not len(images):
             return []
-        fitted = [fit(to_rgb(image), self.image_size, self.keep_aspect) for image in images]
+        fitted = [fit(to_rgb(image), self.image_size, self.keep_aspect, self.brightness) for image in images]
         inputs = {"image": np.stack([one for one, _ in fitted]), "content": np.array([size for _, size in fitted])}
         scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
         return [
@@ -162,11 +163,12 @@ def to_unit(image: np.ndarray) -> np.ndarray:
     return values
 
 
-def fit(image: np.ndarray, size: Size, keep_aspect: bool) -> tuple[np.ndarray, Size]:
-    """The image within `size`, as `patchad.data.images.fit` does it, and height x width of its content."""
+def fit(image: np.ndarray, size: Size, keep_aspect: bool, brightness: float | None = None) -> tuple[np.ndarray, Size]:
+    """The image and height x width of its content, as `patchad.data.images.fit` gives them."""
     content = content_size((image.shape[1], image.shape[2]), size, keep_aspect)
     if content != image.shape[1:]:
         image = np.stack([resize(plane, content) for plane in image])
+    image = image * np.float32(gain(float(image.mean()), brightness))
     padding = ((0, 0), (0, size[0] - content[0]), (0, size[1] - content[1]))
     return np.pad(image, padding, mode="edge"), content
 

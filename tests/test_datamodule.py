@@ -111,11 +111,25 @@ def test_a_folder_without_test_images_points_to_predict(product, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"calibration_fraction": 0.0}, "calibration_fraction 0.0"), ({"batch_size": 0}, "at least 1")],
+    [
+        ({"calibration_fraction": 0.0}, "calibration_fraction 0.0"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"brightness": 0.0}, r"brightness 0\.0 must lie above 0"),
+        ({"brightness": 102.0}, r"brightness 102\.0 must lie above 0 and be at most 1"),
+    ],
 )
 def test_arguments_that_make_no_sense_are_refused(settings, message, product):
     with pytest.raises(PatchadError, match=message):
         images(product, **settings)
+
+
+def test_whatever_reads_images_brings_them_to_the_brightness(product):
+    data = images(product, brightness=0.3, shift=0)
+    assert data.view_settings != images(product).view_settings
+    read = [*next(iter(data.memory_dataloader())).image, *next(iter(data.test_dataloader())).image]
+    read += [*next(iter(data.train_dataloader())).image.flatten(0, 1), data.pyramids.view(0, 0)]
+    for image in read:
+        assert image.mean() == pytest.approx(0.3)
 
 
 def leaves(batch: PyramidBatch) -> list[torch.Tensor]:

@@ -109,6 +109,21 @@ def test_an_image_that_fits_is_unchanged_and_a_distorted_one_is_filled():
     assert content == (32, 32) and distorted.shape == (3, 32, 32)
 
 
+def test_a_brightness_makes_every_exposure_of_a_thing_the_same_image():
+    thing = 0.6 * torch.rand(3, 50, 70)
+    expected, content = fit(thing, (64, 64), brightness=0.4)
+    for exposure in (0.2, 1.5):
+        torch.testing.assert_close(fit(exposure * thing, (64, 64), brightness=0.4)[0], expected)
+    height, width = content
+    assert expected[:, :height, :width].mean() == pytest.approx(0.4)
+    torch.testing.assert_close(expected / expected.mean(), fit(thing, (64, 64))[0] / fit(thing, (64, 64))[0].mean())
+
+
+def test_black_images_stay_black_and_nearly_black_ones_are_not_blown_up():
+    assert torch.equal(fit(torch.zeros(3, 8, 8), (8, 8), brightness=0.4)[0], torch.zeros(3, 8, 8))
+    assert fit(torch.full((3, 8, 8), 1e-4), (8, 8), brightness=0.4)[0].max() < 0.02
+
+
 def test_masks_are_resized_to_their_nearest_pixels():
     mask = torch.rand(7, 9) > 0.5
     assert torch.equal(resize_mask(mask, (14, 18)), mask.repeat_interleave(2, 0).repeat_interleave(2, 1))

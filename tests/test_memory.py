@@ -118,7 +118,7 @@ def test_a_large_bank_is_searched_in_lists_and_finds_nearly_all(monkeypatch):
     vectors = torch.tanh(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(6)) @ torch.randn(4, DIM))
     bank, exact = filled(), filled()
     for one in (bank, exact):
-        one.vectors = vectors
+        one.vectors, one.levels = vectors, torch.zeros(len(vectors))
     bank.exact_most = 10_000
     queries = vectors[:500] + 0.01
     found, nearest = bank.distances(queries), exact.distances(queries)
@@ -133,7 +133,8 @@ def test_the_exported_search_finds_what_faiss_finds(block, shared, monkeypatch):
     monkeypatch.setattr("patchad.memory.BLOCK", block)
     bank, queries = filled(), torch.randn(2, 50, DIM, generator=torch.Generator().manual_seed(1))
     queries[:, :, DIM - shared :] = queries[:, :1, DIM - shared :]
-    assert torch.equal(nearest_by_product(queries, bank.vectors, shared), bank._search(queries))
+    known = 4 * torch.rand(len(bank), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(nearest_by_product(queries, bank.vectors, known, shared), bank._search(queries, known))
 
 
 def test_patches_that_do_not_count_stay_out():
@@ -199,12 +200,22 @@ def test_levels_are_the_distances_of_patches_of_other_things_around_each_vector(
     torch.testing.assert_close(bank.levels, slow_levels(bank, THINGS), rtol=1e-4, atol=1e-4)
 
 
-def test_the_baseline_is_subtracted_from_distances_down_to_0():
-    plain, bank = filled(), filled(baseline=0.8, things=THINGS)
-    queries = torch.cat([torch.randn(50, DIM), embeddings()[0, :, 0].T])
-    expected = plain.distances(queries) - 0.8 * bank.levels[plain._search(queries)]
-    assert expected.min() < 0 < expected.max()
-    torch.testing.assert_close(bank.distances(queries), expected.clamp(min=0))
+def test_with_a_baseline_distances_are_the_smallest_power_distances():
+    bank = filled(baseline=0.8, things=THINGS)
+    queries = torch.cat([torch.randn(50, DIM, generator=torch.Generator().manual_seed(1)), embeddings()[0, :, 0].T])
+    power = (torch.cdist(queries, bank.vectors).square() - 0.8 * bank.levels.square()).amin(1)
+    assert power.min() < 0 < power.max()
+    torch.testing.assert_close(bank.distances(queries), power.clamp(min=0).sqrt(), rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_baseline_distances_do_not_jump_where_the_nearest_vector_changes():
+    bank = filled(baseline=0.8, things=THINGS)
+    start, end = torch.randn(2, DIM, generator=torch.Generator().manual_seed(1))
+    path = torch.lerp(start, end, torch.linspace(0, 1, 10_001)[:, None])
+    assert bank.levels.unique().numel() > 1
+    assert bank._search(path, 0.8 * bank.levels.square()).unique().numel() > 1
+    squares = bank.distances(path).square()
+    assert squares.diff().abs().max() < 0.01
 
 
 def test_without_another_thing_there_is_no_level():
@@ -218,15 +229,6 @@ def test_neither_order_nor_batches_change_the_levels():
     one = filled(baseline=0.5, things=THINGS, max_vectors=40, reduce="kmeans")
     other = filled([5, 1, 3, 0, 4, 2], batch=4, baseline=0.5, things=THINGS, max_vectors=40, reduce="kmeans")
     assert torch.equal(one.levels, other.levels)
-
-
-def test_a_bank_that_was_saved_without_levels_is_read():
-    state = filled().state_dict()
-    del state["levels"]
-    bank = MemoryBank(side=16)
-    bank.load_state_dict(state)
-    queries = torch.randn(9, DIM)
-    assert torch.equal(bank.distances(queries), filled().distances(queries))
 
 
 def test_a_bank_without_patches_has_no_levels():

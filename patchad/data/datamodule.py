@@ -49,15 +49,19 @@ class ImageDataset(Dataset[ImageBatch]):
         image_size: height x width in pixels.
         keep_aspect: pad instead of distorting.
         metric_size: height x width of masks.
+        brightness: mean to which the pixels of each image are scaled; None leaves them.
     """
 
-    def __init__(self, samples: Sequence[Sample], image_size: Size, keep_aspect: bool, metric_size: Size) -> None:
-        self.samples, self.image_size, self.keep_aspect, self.metric_size = (
-            list(samples),
-            image_size,
-            keep_aspect,
-            metric_size,
-        )
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        image_size: Size,
+        keep_aspect: bool,
+        metric_size: Size,
+        brightness: float | None = None,
+    ) -> None:
+        self.samples, self.image_size, self.keep_aspect = list(samples), image_size, keep_aspect
+        self.metric_size, self.brightness = metric_size, brightness
 
     @functools.cached_property
     def things(self) -> Int[torch.Tensor, " images"]:
@@ -73,7 +77,7 @@ class ImageDataset(Dataset[ImageBatch]):
         sample = self.samples[index]
         native = read_image(sample.path)
         size = (native.shape[1], native.shape[2])
-        image, content = fit(native, self.image_size, self.keep_aspect)
+        image, content = fit(native, self.image_size, self.keep_aspect, self.brightness)
         mask = torch.zeros(self.metric_size, dtype=torch.bool)
         if sample.mask is not None:
             mask = resize_mask(read_mask(sample.mask, size), self.metric_size)
@@ -263,6 +267,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
         layout: how the folder is arranged; found from the folder names when left out.
         image_size: height x width in pixels that images are brought to.
         keep_aspect: keep the aspect and pad the right or bottom edge; otherwise distort.
+        brightness: mean to which the pixels of each image are scaled, so that exposure and lamp make no difference.
+            Not in the paper; None leaves images as they are, for products whose light itself is to be watched.
         metric_size: height x width in pixels at which pixel metrics are computed.
         batch_size: images per batch.
         pyramids_per_image: pyramids of patches that are drawn per side, image and epoch.
@@ -288,6 +294,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         layout: Layout | None = None,
         image_size: tuple[int, int] = (256, 256),
         keep_aspect: bool = True,
+        brightness: float | None = None,
         metric_size: tuple[int, int] = (256, 256),
         batch_size: int = 8,
         pyramids_per_image: int = 256,
@@ -306,6 +313,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
             raise PatchadError(f"calibration_fraction {calibration_fraction} must lie between 0 and 1")
         if min(*image_size, *metric_size, batch_size, pyramids_per_image) < 1:
             raise PatchadError("image_size, metric_size, batch_size and pyramids_per_image must be at least 1")
+        if brightness is not None and not 0 < brightness <= 1:
+            raise PatchadError(f"brightness {brightness} must lie above 0 and be at most 1; null leaves images alone")
         if min(shift, colour_deviation, noise_deviation) < 0:
             raise PatchadError("shift, colour_deviation and noise_deviation must not be negative")
         if shift > MOST_SHIFT:
@@ -313,6 +322,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         self.augmentations = Augmentations(shift, colour_deviation, noise_deviation)
         self.root, self.layout = Path(root), layout
         self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size
+        self.brightness = brightness
         self.batch_size, self.pyramids_per_image, self.num_workers = batch_size, pyramids_per_image, num_workers
         self.calibration_fraction, self.validate_on, self.seed = calibration_fraction, validate_on, seed
         self.save_hyperparameters(hyperparameters(self), logger=False)  # the whole config is logged; both have a seed
@@ -338,7 +348,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         self.note_missing_masks(test)
 
     def _dataset(self, samples: Sequence[Sample]) -> ImageDataset:
-        return ImageDataset(samples, self.image_size, self.keep_aspect, self.metric_size)
+        return ImageDataset(samples, self.image_size, self.keep_aspect, self.metric_size, self.brightness)
 
     def _split(self, normals: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         groups: dict[Any, list[Sample]] = {}
@@ -379,7 +389,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
     @property
     def view_settings(self) -> str:
         """All that views depend on beside the image files; a cache of their features is kept under it."""
-        return f"{self.image_size} {self.keep_aspect} {self.seed} {self.augmentations} {FORMAT}"
+        return f"{self.image_size} {self.keep_aspect} {self.brightness} {self.seed} {self.augmentations} {FORMAT}"
 
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""

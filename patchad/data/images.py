@@ -1,4 +1,4 @@
-"""Files -> tensors: decoding, size, padding."""
+"""Files -> tensors: decoding, size, light, padding."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchad.canvas import Size, content_size
+from patchad.canvas import Size, content_size, gain
 from patchad.errors import PatchadError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -83,9 +83,9 @@ def read_mask(path: Path, size: Size) -> Bool[Tensor, "height width"]:
 
 
 def fit(
-    image: Float[Tensor, "3 height width"], size: Size, keep_aspect: bool = True
+    image: Float[Tensor, "3 height width"], size: Size, keep_aspect: bool = True, brightness: float | None = None
 ) -> tuple[Float[Tensor, "3 new_height new_width"], Size]:
-    """The image at another size, and the height x width of its content there.
+    """The image at another size and in another light, and the height x width of its content there.
 
     With `keep_aspect` the content lies top left and its last row and column are repeated up to `size`; an image that
     has the size already is returned as it is.
@@ -94,6 +94,7 @@ def fit(
         image: RGB.
         size: height x width in pixels.
         keep_aspect: pad instead of distorting.
+        brightness: mean to which the content's pixels are scaled, which may bring some above 1; None leaves them.
 
     Example:
         >>> fit(torch.zeros(3, 100, 200), (256, 256))[1]
@@ -103,6 +104,7 @@ def fit(
     content = content_size((height, width), size, keep_aspect)
     if content != (height, width):
         image = F.interpolate(image[None], content, mode="bilinear", align_corners=False, antialias=True)[0]
+    image = image * gain(float(image.mean()), brightness)
     padding = (0, size[1] - content[1], 0, size[0] - content[0])
     return F.pad(image[None], padding, mode="replicate")[0], content
 

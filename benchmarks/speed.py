@@ -37,6 +37,7 @@ SIZE, BATCHES = 256, (1, 8)
 CORESET = int(0.1 * 209 * 32 * 32)
 """Vectors of PatchCore's bank: 10 % of the patches of 209 images."""
 DEFAULT_MODEL = yaml.safe_load((CONFIGS / "default.yaml").read_text())["model"]["init_args"]
+"""The settings that `configs/default.yaml` gives the detector."""
 OURS: Mapping[str, Callable[[], PatchDetector]] = {
     "patchad VGG16, 3 sides": lambda: filled(VGG16(weights="none")),
     "patchad VGG16, 2 sides": lambda: filled(VGG16(weights="none"), sides=(64, 32)),

@@ -189,18 +189,23 @@ class MemoryBank(nn.Module):
         """
         if not len(self):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
-        known = self.baseline * self.levels.square()
         if torch.compiler.is_exporting():
-            nearest = nearest_by_product(queries, self.vectors, known, shared)
+            nearest = nearest_by_product(queries, self.vectors, self._known, shared)
         else:
-            nearest = self._search(queries, known)
+            nearest = self._search(queries)
         # not faiss's own distances, which lose digits where they are small
         found = (queries - self.vectors[nearest]).square().sum(-1)
-        return (found - known[nearest]).clamp(min=0).sqrt()
+        return (found - self._known[nearest]).clamp(min=0).sqrt()
 
-    def _search(self, queries: Tensor, known: Tensor) -> Tensor:
+    @property
+    def _known(self) -> Tensor:
+        """What is subtracted from the squared distance to each vector."""
+        return self.baseline * self.levels.square()
+
+    def _search(self, queries: Tensor) -> Tensor:
         """One more number makes the nearest by Euclidean distance the nearest by power distance."""
         if self._index is None:
+            known = self._known
             lifted = torch.cat([self.vectors, (known.max() - known).sqrt()[:, None]], dim=1)
             self._index = search_index(lifted, self.exact_most)
         flat = F.pad(queries.float().flatten(0, -2), (0, 1))

@@ -118,7 +118,7 @@ def test_a_large_bank_is_searched_in_lists_and_finds_nearly_all(monkeypatch):
     vectors = torch.tanh(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(6)) @ torch.randn(4, DIM))
     bank, exact = filled(), filled()
     for one in (bank, exact):
-        one.vectors, one.levels = vectors, torch.zeros(len(vectors))
+        one._set(one.keys, vectors)
     bank.exact_most = 10_000
     queries = vectors[:500] + 0.01
     found, nearest = bank.distances(queries), exact.distances(queries)
@@ -133,8 +133,8 @@ def test_the_exported_search_finds_what_faiss_finds(block, shared, monkeypatch):
     monkeypatch.setattr("patchad.memory.BLOCK", block)
     bank, queries = filled(), torch.randn(2, 50, DIM, generator=torch.Generator().manual_seed(1))
     queries[:, :, DIM - shared :] = queries[:, :1, DIM - shared :]
-    known = 4 * torch.rand(len(bank), generator=torch.Generator().manual_seed(2))
-    assert torch.equal(nearest_by_product(queries, bank.vectors, known, shared), bank._search(queries, known))
+    bank.baseline, bank.levels = 4.0, torch.rand(len(bank), generator=torch.Generator().manual_seed(2)).sqrt()
+    assert torch.equal(nearest_by_product(queries, bank.vectors, bank._known, shared), bank._search(queries))
 
 
 def test_patches_that_do_not_count_stay_out():
@@ -213,7 +213,7 @@ def test_with_a_baseline_distances_do_not_jump_where_the_nearest_vector_changes(
     start, end = torch.randn(2, DIM, generator=torch.Generator().manual_seed(1))
     path = torch.lerp(start, end, torch.linspace(0, 1, 10_001)[:, None])
     assert bank.levels.unique().numel() > 1
-    assert bank._search(path, 0.8 * bank.levels.square()).unique().numel() > 1
+    assert bank._search(path).unique().numel() > 1
     squares = bank.distances(path).square()
     assert squares.diff().abs().max() < 0.01
 

@@ -22,7 +22,7 @@ SIZE = (96, 96)
 @pytest.fixture(scope="module", params=["dense", "sliding"])
 def detector(request) -> PatchDetector:
     made = PatchDetector(EfficientNetLite0(weights="none"), WindowEncoder, sides=(32,), mode=request.param).eval()
-    made.bank(32).vectors, made.bank(32).levels = torch.rand(50, 128), torch.zeros(50)
+    made.bank(32)._set(torch.zeros(50, 2, dtype=torch.int64), torch.rand(50, 128))
     return made
 
 
@@ -39,7 +39,7 @@ def test_every_stage_takes_time_and_together_they_are_the_whole(detector):
 
 def test_operations_are_counted_as_the_closed_form_says():
     made = PatchDetector(EfficientNetLite0(weights="none"), WindowEncoder, sides=(16,)).eval()
-    made.bank(16).vectors, made.bank(16).levels = torch.rand(50, 128), torch.zeros(50)
+    made.bank(16)._set(torch.zeros(50, 2, dtype=torch.int64), torch.rand(50, 128))
     counted = floating_point_operations(made, torch.rand(2, 3, *SIZE), torch.tensor([SIZE] * 2))
     positions = 11 * 11  # stride 8
     assert counted["search"] == 2 * 2 * positions * 50 * 128  # 64 numbers of the patch, 64 of its image

@@ -88,7 +88,7 @@ def fit(
     """The image at another size and in another light, and the height x width of its content there.
 
     With `keep_aspect` the content lies top left and its last row and column are repeated up to `size`; an image that
-    has the size already is returned as it is.
+    has the size already keeps its pixels, but for the light.
 
     Args:
         image: RGB.

@@ -63,6 +63,17 @@ def test_a_second_fill_computes_nothing_and_other_weights_everything(parts):
     assert len(again.missing()) == 2 * len(pyramids.images)
 
 
+def test_another_mean_image_that_is_subtracted_computes_everything(parts):
+    pyramids, _, cache = parts
+    detector = PatchDetector(EfficientNetLite0(), subtract_mean_image=True).eval()
+    homes = set()
+    for level in (0.2, 0.3):
+        detector.encoder.mean_image.mean = torch.full((3, 96, 96), level)
+        cache.open(paths(pyramids), "key", detector.encoder, (96, 96))
+        homes.add(cache.home)
+    assert len(homes) == 2
+
+
 def test_an_image_that_changed_is_computed_anew_and_a_removed_one_moves_no_other(parts, tmp_path):
     pyramids, detector, cache = parts
     files = [Path(path) for path in paths(pyramids)]

@@ -161,9 +161,12 @@ def file_hash(path: Path) -> str:
 
 
 def fingerprint(encoder: DenseEncoder) -> str:
-    """A hash of the layers that the taps depend on."""
+    """A hash of the layers that the taps depend on, and of the mean image where one is subtracted."""
     digest = hashlib.sha256(type(encoder.backbone).__qualname__.encode())
     last = max(tap.layer for tap in encoder.taps.values())
-    for name, values in encoder.backbone.layers[: last + 1].state_dict().items():
+    parts = encoder.backbone.layers[: last + 1].state_dict()
+    if encoder.mean_image is not None:
+        parts |= encoder.mean_image.state_dict()
+    for name, values in parts.items():
         digest.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import html
 import math
+from collections.abc import Sequence
 
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
@@ -59,37 +60,47 @@ class Report(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         page = report_page(metrics, threshold)
         write_whole(folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
-        publish_table(trainer, ("defect", "detection_auroc", "segmentation_auroc"), per_defect(metrics), "defects")
+        publish_table(trainer, ("of", "detection_auroc", "segmentation_auroc"), aurocs(metrics), "aurocs")
         rank_zero_info(f"report: {folder / 'report.html'}")
 
 
-def per_defect(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
-    """Each defect type with its detection and segmentation AUROC (nan where there is none); first all together."""
-    start = "test/detection_auroc_defect_"
-    defects = [name.removeprefix(start) for name in metrics if name.startswith(start)]
-
-    def auroc(kind: str, end: str) -> float:
-        return metrics.get(f"test/{kind}_auroc{end}", math.nan)
-
-    ends = {"all": "", **{defect: f"_defect_{defect}" for defect in defects}}
-    return [(defect, auroc("detection", end), auroc("segmentation", end)) for defect, end in ends.items()]
+def aurocs(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
+    """Detection and segmentation AUROC (nan where there is none): all, each defect type, each side alone."""
+    kinds = ("test/detection_auroc", "test/segmentation_auroc")
+    ends = [name.removeprefix(kinds[0]) for name in metrics if name.startswith(kinds[0])]
+    names = [end.removeprefix("_defect_").replace("_side_", "side ") or "all" for end in ends]
+    values = ([metrics.get(kind + end, math.nan) for end in ends] for kind in kinds)
+    return list(zip(names, *values, strict=True))
 
 
 def report_page(metrics: dict[str, float], threshold: float) -> str:
-    """The page: a table of the metrics and the contact sheet."""
-    lines = "\n".join(f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>" for name, value in metrics.items())
+    """The page: tables of the metrics, in percent, and the contact sheet."""
+    others = [(name.removeprefix("test/"), value) for name, value in metrics.items() if "auroc" not in name]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>patchad test</title>
-<style>body {{ font: 15px sans-serif; margin: 2em; }} td {{ padding: 2px 1em; border-bottom: 1px solid #ddd; }}</style>
+<style>body {{ font: 15px sans-serif; margin: 2em; }} td, th {{ padding: 2px 1em; border-bottom: 1px solid #ddd; }}
+th {{ text-align: left; }} td + td {{ text-align: right; }} img {{ max-width: 100%; }}</style>
 </head><body>
 <h1>patchad test</h1>
-<p>Threshold {threshold:.4g}, from calibration normals only. Heat maps are blue up to the mean of
-calibration normals and red where the map reaches the threshold.</p>
 <table>
-{lines}
+<tr><th>AUROC in %</th><th>detection</th><th>segmentation</th></tr>
+{table_rows(aurocs(metrics))}
+</table>
+<h2>Other metrics</h2>
+<table>
+<tr><th></th><th>in %</th></tr>
+{table_rows(others)}
 </table>
 <h2>Contact sheet</h2>
-<p>Of each defect type, and of the normal images, those of the lowest and of the highest scores.</p>
+<p>Of each defect type, and of the normal images, those of the lowest and of the highest scores. The threshold,
+{threshold:.4g}, comes from calibration normals only. Heat maps are blue up to the mean of calibration normals and red
+where the map reaches the threshold.</p>
 <img src="contact_sheet.png" alt="image, truth, heat map and verdict of some test images">
 </body></html>
 """
+
+
+def table_rows(rows: Sequence[tuple[str, *tuple[float, ...]]]) -> str:
+    """Rows of a table: a name and fractions, as percentages."""
+    cells = [[html.escape(name), *(f"{100 * value:.1f}" for value in values)] for name, *values in rows]
+    return "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)

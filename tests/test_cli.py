@@ -73,7 +73,12 @@ def test_a_checkpoint_alone_is_tested(run, here, capsys):
         assert f"test/{name}" in printed
     with Image.open(here / "runs/version_0/contact_sheet.png") as sheet:
         assert sheet.width > 4 * 160 and len(np.unique(np.asarray(sheet))) > 100
-    assert "test/detection_auroc" in (here / "runs/version_0/report.html").read_text()
+    found = list(csv.DictReader((here / "runs/version_0/metrics.csv").read_text().splitlines()))[-1]
+    page = (here / "runs/version_0/report.html").read_text()
+    for row, end in (("all", ""), ("stain", "_defect_stain"), ("side 16", "_side_16")):
+        cells = [f"{100 * float(found[f'test/{kind}_auroc{end}']):.1f}" for kind in ("detection", "segmentation")]
+        assert f"<td>{row}</td><td>{cells[0]}</td><td>{cells[1]}</td>" in page
+    assert f"<td>pro</td><td>{100 * float(found['test/pro']):.1f}</td>" in page
     assert not list(here.rglob("*.part"))
 
 
@@ -85,7 +90,8 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
     with Image.open(folder / "same.png") as image:
         image.resize((150, 110)).save(folder / "wide.jpg")
         image.convert("L").save(folder / "deep" / "same.png")
-    main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", "--trainer.enable_progress_bar=false"])
+    options = ["--model.scorer.smoothing=0.0", "--trainer.enable_progress_bar=false"]
+    main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", *options])
     written = here / "runs/version_0/predictions"
     rows = list(csv.DictReader((written / "scores.csv").read_text().splitlines()))
     assert [row["path"] for row in rows] == ["parts/deep/same.png", "parts/same.png", "parts/wide.jpg"]
@@ -117,7 +123,11 @@ def test_images_are_scored_as_the_options_say_with_a_warning_where_the_threshold
 ):
     (here / "parts").mkdir()
     shutil.copy(product / "test" / "good" / "000.png", here / "parts" / "same.png")
-    options = [f"--model.scorer.image_score={score}", "--trainer.enable_progress_bar=false"]
+    options = [
+        f"--model.scorer.image_score={score}",
+        "--model.scorer.smoothing=0.0",
+        "--trainer.enable_progress_bar=false",
+    ]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", *options])

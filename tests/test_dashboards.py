@@ -93,15 +93,15 @@ def test_wandb_gets_the_resolved_config(runs):
     assert found["config"]["data"]["init_args"]["image_size"] == [96, 96]
 
 
-def test_wandb_gets_pictures_and_the_table_of_defect_types(runs, product):
+def test_wandb_gets_pictures_and_the_table_of_aurocs(runs, product):
     fit, test = dashboards(runs)
     assert len(list(fit.glob("files/media/images/anomaly_maps*.png"))) == 2
     assert len(list(fit.glob("files/media/images/clusters/side_32*.png"))) == 2
     assert list(test.glob("files/media/images/contact_sheet*.png"))
-    table = json.loads(next(test.glob("files/media/table/defects*.json")).read_text())
+    table = json.loads(next(test.glob("files/media/table/aurocs*.json")).read_text())
     defects = sorted(path.name for path in (product / "ground_truth").iterdir())
-    assert table["columns"] == ["defect", "detection_auroc", "segmentation_auroc"]
-    assert [row[0] for row in table["data"]] == ["all", *defects]
+    assert table["columns"] == ["of", "detection_auroc", "segmentation_auroc"]
+    assert [row[0] for row in table["data"]] == ["all", *defects, "side 64", "side 32", "side 16"]
     assert all(0 <= row[1] <= 1 for row in table["data"])
 
 

@@ -221,7 +221,8 @@ class PatchDetector(Configurable, LightningModule):
         combined = self.scorer.combine(maps)
         scores = self.scorer.score(combined, content)
         side_scores = {side: self.scorer.score(side_map, content) for side, side_map in maps.items()}
-        return Prediction(scores, scores > self.scorer.threshold, combined, side_scores, maps)
+        shown = self.scorer.smooth(combined, content)
+        return Prediction(scores, scores > self.scorer.threshold, shown, side_scores, maps)
 
     def forward(
         self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"] | None = None

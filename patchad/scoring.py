@@ -28,10 +28,12 @@ class Scorer(Configurable, nn.Module):
         image_score: `max` takes the highest pixel, as in the paper, `top_fraction` the mean of the highest pixels: one
             bad pixel on a normal image counts less.
         top_fraction: share of the pixels that `top_fraction` averages.
+        smoothing: deviation in pixels of the Gaussian that smooths the map which is shown and measured; scores come
+            from the map before it. 4 as in PatchCore (Roth et al., CVPR 2022, section 3.3); not in the paper: 0.
         target_fpr: false-positive rate that the threshold promises on normal images.
 
     Raises:
-        PatchadError: if a fraction lies outside (0, 1].
+        PatchadError: if a fraction lies outside (0, 1], or smoothing is negative.
     """
 
     threshold: Tensor
@@ -42,14 +44,17 @@ class Scorer(Configurable, nn.Module):
         combination: Literal["sum", "product"] = "product",
         image_score: Literal["max", "top_fraction"] = "top_fraction",
         top_fraction: float = 0.01,
+        smoothing: float = 4.0,
         target_fpr: float = 0.01,
     ) -> None:
         super().__init__()
         for name, value in (("top_fraction", top_fraction), ("target_fpr", target_fpr)):
             if not 0 < value <= 1:
                 raise PatchadError(f"{name} {value} must lie above 0 and be at most 1")
+        if smoothing < 0:
+            raise PatchadError(f"smoothing {smoothing} must not be negative; 0 leaves the map as it is")
         self.combination, self.image_score = combination, image_score
-        self.top_fraction, self.target_fpr = top_fraction, target_fpr
+        self.top_fraction, self.smoothing, self.target_fpr = top_fraction, smoothing, target_fpr
         self.register_buffer("threshold", torch.tensor(torch.inf))
 
     def prepare(self, sides: Sequence[int]) -> "Scorer":
@@ -59,7 +64,7 @@ class Scorer(Configurable, nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """What distinguishes scorers."""
+        """What scores and threshold depend on, which smoothing is not among."""
         return (
             f"combination={self.combination}, image_score={self.image_score}, top_fraction={self.top_fraction}, "
             f"target_fpr={self.target_fpr}"
@@ -76,6 +81,12 @@ class Scorer(Configurable, nn.Module):
         if self.combination == "sum":
             return scaled.sum(0)
         return self.normal_level * scaled.clamp(min=NOISE).prod(0).pow(1 / len(scaled))
+
+    def smooth(
+        self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]
+    ) -> Float[Tensor, "batch height width"]:
+        """The maps as they are shown and measured."""
+        return gaussian(maps, content, self.smoothing) if self.smoothing else maps
 
     def score(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]
@@ -98,6 +109,41 @@ def content_mask(content: Int[Tensor, "batch 2"], height: int, width: int) -> Bo
     """True on the content of each image, False on its padding."""
     rows, columns = torch.arange(height, device=content.device), torch.arange(width, device=content.device)
     return (rows < content[:, :1])[:, :, None] & (columns < content[:, 1:])[:, None, :]
+
+
+def gaussian(
+    maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"], deviation: float
+) -> Float[Tensor, "batch height width"]:
+    """The content of each map, smoothed as if nothing lay around it; 0 on the padding.
+
+    Two products of matrices, which on a CPU take a tenth of the time of a convolution.
+
+    Args:
+        maps: to be smoothed.
+        content: height x width of each map's content, top left, in pixels.
+        deviation: of the Gaussian, in pixels.
+
+    Example:
+        >>> spot = torch.zeros(1, 5, 5)
+        >>> spot[0, 2, 2] = 1
+        >>> gaussian(spot, torch.tensor([[5, 5]]), deviation=1.0)[0, 2].round(decimals=2)
+        tensor([0.0300, 0.1000, 0.1600, 0.1000, 0.0300])
+    """
+    rows = gaussian_weights(content[:, 0], maps.shape[1], deviation)
+    columns = gaussian_weights(content[:, 1], maps.shape[2], deviation)
+    with torch.autocast(maps.device.type, enabled=False):  # reduced precision would round the map
+        return rows @ maps.float() @ columns.mT
+
+
+def gaussian_weights(
+    extent: Int[Tensor, " batch"], length: int, deviation: float
+) -> Float[Tensor, "batch length length"]:
+    """How much each place below `extent` takes from each other one; each row sums to 1, rows beyond `extent` to 0."""
+    place = torch.arange(length, device=extent.device)
+    weights = (-((place[:, None] - place) / deviation).square() / 2).exp()
+    on = place < extent[:, None]
+    weights = weights * (on[:, :, None] & on[:, None])
+    return weights / weights.sum(2, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def top_mean(

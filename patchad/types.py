@@ -177,9 +177,9 @@ class Prediction(NamedTuple):
     Attributes:
         score: anomaly score, float32 `[batch]`; see `Scorer`; normal patches are about the number of sides.
         anomalous: the verdict, `score > threshold`, bool `[batch]`.
-        map: combined anomaly map at the pixels of `ImageBatch.image`, float32 `[batch, height, width]`.
+        map: combined anomaly map at the pixels of `ImageBatch.image`, smoothed, float32 `[batch, height, width]`.
         side_scores: score of each side alone, float32 `[batch]` per side.
-        side_maps: map of each side alone, float32 `[batch, height, width]` per side.
+        side_maps: map of each side alone, not smoothed, float32 `[batch, height, width]` per side.
     """
 
     score: Tensor

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from patchad.errors import PatchadError
 from patchad.scoring import Scorer, conformal_threshold
@@ -90,7 +91,29 @@ def test_no_calibration_image_is_an_error_with_a_way_out():
         conformal_threshold(torch.empty(0), 0.01)
 
 
-@pytest.mark.parametrize("wrong", [{"top_fraction": 0.0}, {"target_fpr": 1.5}])
-def test_fractions_outside_their_range_are_refused(wrong):
+@pytest.mark.parametrize("wrong", [{"top_fraction": 0.0}, {"target_fpr": 1.5}, {"smoothing": -1.0}])
+def test_arguments_outside_their_range_are_refused(wrong):
     with pytest.raises(PatchadError, match=next(iter(wrong))):
         Scorer(**wrong)
+
+
+def test_smoothing_is_scipys_gaussian_on_the_content_and_nothing_on_the_padding():
+    maps, content = torch.rand(2, 40, 56), torch.tensor([[40, 56], [33, 20]])
+    smooth = Scorer(smoothing=2.5).prepare((64,)).smooth(maps, content)
+    for image, (height, width) in enumerate(content.tolist()):
+        ones, values = np.ones((height, width)), maps[image, :height, :width].numpy().astype(float)
+        blurred, reached = (gaussian_filter(one, 2.5, mode="constant", truncate=12) for one in (values, ones))
+        np.testing.assert_allclose(smooth[image, :height, :width], blurred / reached, rtol=1e-5)
+    assert not smooth[1, 33:].any() and not smooth[1, :, 20:].any()
+
+
+def test_no_smoothing_leaves_the_map_as_it_is():
+    maps = torch.rand(2, 8, 8)
+    assert torch.equal(Scorer(smoothing=0.0).smooth(maps, FULL), maps)
+
+
+def test_smoothing_keeps_its_digits_at_reduced_precision():
+    maps, scorer = torch.rand(2, 8, 8), Scorer()
+    expected = scorer.smooth(maps, FULL)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scorer.smooth(maps, FULL), expected)

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Sequence
 
 from pytorch_lightning import Callback, Trainer
@@ -60,15 +61,15 @@ class Report(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         page = report_page(metrics, threshold)
         write_whole(folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
-        publish_table(trainer, ("of", "detection_auroc", "segmentation_auroc"), aurocs(metrics), "aurocs")
+        publish_table(trainer, ("part", "detection_auroc", "segmentation_auroc"), aurocs(metrics), "aurocs")
         rank_zero_info(f"report: {folder / 'report.html'}")
 
 
 def aurocs(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
     """Detection and segmentation AUROC (nan where there is none): all, each defect type, each side alone."""
     kinds = ("test/detection_auroc", "test/segmentation_auroc")
-    ends = [name.removeprefix(kinds[0]) for name in metrics if name.startswith(kinds[0])]
-    names = [end.removeprefix("_defect_").replace("_side_", "side ") or "all" for end in ends]
+    ends = list(dict.fromkeys(name.removeprefix(kind) for kind in kinds for name in metrics if name.startswith(kind)))
+    names = [re.sub("^_side_", "side ", end).removeprefix("_defect_") or "all" for end in ends]
     values = ([metrics.get(kind + end, math.nan) for end in ends] for kind in kinds)
     return list(zip(names, *values, strict=True))
 
@@ -86,6 +87,7 @@ th {{ text-align: left; }} td + td {{ text-align: right; }} img {{ max-width: 10
 <tr><th>AUROC in %</th><th>detection</th><th>segmentation</th></tr>
 {table_rows(aurocs(metrics))}
 </table>
+<p>Sides alone: their own maps, not smoothed.</p>
 <h2>Other metrics</h2>
 <table>
 <tr><th></th><th>in %</th></tr>
@@ -94,13 +96,16 @@ th {{ text-align: left; }} td + td {{ text-align: right; }} img {{ max-width: 10
 <h2>Contact sheet</h2>
 <p>Of each defect type, and of the normal images, those of the lowest and of the highest scores. The threshold,
 {threshold:.4g}, comes from calibration normals only. Heat maps are blue up to the mean of calibration normals and red
-where the map reaches the threshold.</p>
+where the map reaches the threshold; maps are smoothed, scores are not, so a small defect may be found without red.</p>
 <img src="contact_sheet.png" alt="image, truth, heat map and verdict of some test images">
 </body></html>
 """
 
 
 def table_rows(rows: Sequence[tuple[str, *tuple[float, ...]]]) -> str:
-    """Rows of a table: a name and fractions, as percentages."""
-    cells = [[html.escape(name), *(f"{100 * value:.1f}" for value in values)] for name, *values in rows]
+    """Rows of a table: a name and fractions, as percentages, empty where there is none."""
+    cells = [
+        [html.escape(name), *("" if math.isnan(value) else f"{100 * value:.1f}" for value in values)]
+        for name, *values in rows
+    ]
     return "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)

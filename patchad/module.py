@@ -432,11 +432,7 @@ class PatchDetector(Configurable, LightningModule):
         Args:
             views: embeddings of one side's patches.
         """
-        terms = {}
-        for loss in self._losses(views.side):
-            if all(getattr(views, name) is not None for name in loss.needs):
-                terms[type(loss).__name__.lower()] = loss.weight * loss(views)
-        return terms
+        return {type(loss).__name__.lower(): loss.weight * loss(views) for loss in self._losses_on(views)}
 
     def _clusters(self, side: int) -> PseudoLabels:
         clusters = self.pseudo_labels[str(side)]
@@ -446,12 +442,16 @@ class PatchDetector(Configurable, LightningModule):
     def _losses(self, side: int) -> list[PatchLoss]:
         return [loss for loss in self.losses[str(side)].children() if isinstance(loss, PatchLoss)]
 
+    def _losses_on(self, views: PatchViews) -> list[PatchLoss]:
+        """The losses of a side that find all they need."""
+        there = {name for name, value in views._asdict().items() if value is not None}
+        return [loss for loss in self._losses(views.side) if there.issuperset(loss.needs)]
+
     def _watch(self, views: PatchViews, terms: Mapping[str, Tensor]) -> None:
         found = {name: term.detach() for name, term in terms.items()}
         found["deviation"] = views.anchor.detach().std(dim=0).mean()
-        for loss in self._losses(views.side):
-            if all(getattr(views, name) is not None for name in loss.needs):
-                found |= loss.watched(views)
+        for loss in self._losses_on(views):
+            found |= loss.watched(views)
         named = {f"train/{name}_side_{views.side}": value for name, value in found.items()}
         self.log_dict(named, on_step=False, on_epoch=True, sync_dist=True)
 
@@ -522,7 +522,8 @@ class PatchDetector(Configurable, LightningModule):
 
     def calibrate_on(self, normals: Distances) -> float:
         """Sets scales and threshold from the distances of normal images; returns the false-positive rate promised."""
-        for number, (side, found) in enumerate(normals.sides.items()):
+        for number, side in enumerate(self.scorer.sides):
+            found = normals.sides[side]
             values = found[self.counted(normals.content, found, side)].double()
             self.scorer.scale[number] = values.mean().clamp(min=torch.finfo(torch.float32).tiny)
         single = [normals.rows(slice(number, number + 1)) for number in range(len(normals.content))]

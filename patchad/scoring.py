@@ -28,8 +28,8 @@ class Scorer(Configurable, nn.Module):
         image_score: `max` takes the highest pixel, as in the paper, `top_fraction` the mean of the highest pixels: one
             bad pixel on a normal image counts less.
         top_fraction: share of the pixels that `top_fraction` averages.
-        smoothing: deviation in pixels of the Gaussian that smooths the map which is shown and measured; scores come
-            from the map before it. 4 as in PatchCore (Roth et al., CVPR 2022, section 3.3); not in the paper: 0.
+        smoothing: deviation of the Gaussian that smooths the combined map, in pixels of `image_size`; scores come from
+            the map before it. 4 as in PatchCore (Roth et al., CVPR 2022, section 3.3); not in the paper: 0.
         target_fpr: false-positive rate that the threshold promises on normal images.
 
     Raises:
@@ -85,7 +85,7 @@ class Scorer(Configurable, nn.Module):
     def smooth(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]
     ) -> Float[Tensor, "batch height width"]:
-        """The maps as they are shown and measured."""
+        """Combined maps as they are shown, written and measured."""
         return gaussian(maps, content, self.smoothing) if self.smoothing else maps
 
     def score(
@@ -116,7 +116,7 @@ def gaussian(
 ) -> Float[Tensor, "batch height width"]:
     """The content of each map, smoothed as if nothing lay around it; 0 on the padding.
 
-    Two products of matrices, which on a CPU take a tenth of the time of a convolution.
+    As products of matrices, which a CPU does sooner than the convolution of maps of usual sizes.
 
     Args:
         maps: to be smoothed.
@@ -129,21 +129,18 @@ def gaussian(
         >>> gaussian(spot, torch.tensor([[5, 5]]), deviation=1.0)[0, 2].round(decimals=2)
         tensor([0.0300, 0.1000, 0.1600, 0.1000, 0.0300])
     """
-    rows = gaussian_weights(content[:, 0], maps.shape[1], deviation)
-    columns = gaussian_weights(content[:, 1], maps.shape[2], deviation)
+    on_content = content_mask(content, maps.shape[1], maps.shape[2])
+    rows, columns = (bell(length, deviation).to(maps.device) for length in maps.shape[1:])
     with torch.autocast(maps.device.type, enabled=False):  # reduced precision would round the map
-        return rows @ maps.float() @ columns.mT
+        weighted = rows @ (maps.float() * on_content) @ columns
+        weights = (on_content.any(2).float() @ rows)[:, :, None] * (on_content.any(1).float() @ columns)[:, None]
+    return (weighted / weights).where(on_content, 0)
 
 
-def gaussian_weights(
-    extent: Int[Tensor, " batch"], length: int, deviation: float
-) -> Float[Tensor, "batch length length"]:
-    """How much each place below `extent` takes from each other one; each row sums to 1, rows beyond `extent` to 0."""
-    place = torch.arange(length, device=extent.device)
-    weights = (-((place[:, None] - place) / deviation).square() / 2).exp()
-    on = place < extent[:, None]
-    weights = weights * (on[:, :, None] & on[:, None])
-    return weights / weights.sum(2, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+def bell(length: int, deviation: float) -> Float[Tensor, "length length"]:
+    """exp(-d^2 / 2) of the distance d of each two places in a row, in deviations."""
+    place = torch.arange(length) / deviation
+    return (-(place[:, None] - place).square() / 2).exp()
 
 
 def top_mean(

@@ -63,15 +63,35 @@ def test_a_second_fill_computes_nothing_and_other_weights_everything(parts):
     assert len(again.missing()) == 2 * len(pyramids.images)
 
 
-def test_another_mean_image_that_is_subtracted_computes_everything(parts):
+class OtherInput(EfficientNetLite0):
+    """Same weights, other normalisation."""
+
+    deviation = (1.0, 1.0, 1.0)
+
+
+def subtracting(level: float) -> PatchDetector:
+    detector = PatchDetector(EfficientNetLite0(), subtract_mean_image=True)
+    detector.encoder.mean_image.mean = torch.full((3, 96, 96), level)
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: subtracting(0.2), lambda: subtracting(0.3)),
+        (lambda: PatchDetector(EfficientNetLite0()), lambda: PatchDetector(OtherInput())),
+        (
+            lambda: PatchDetector(EfficientNetLite0()),
+            lambda: PatchDetector(EfficientNetLite0(), scoring_strides={64: 64}),  # pads images to multiples of 64
+        ),
+    ],
+    ids=["mean image", "normalisation", "padding"],
+)
+def test_whatever_else_changes_features_computes_everything(one, other, parts):
     pyramids, _, cache = parts
-    detector = PatchDetector(EfficientNetLite0(), subtract_mean_image=True).eval()
-    homes = set()
-    for level in (0.2, 0.3):
-        detector.encoder.mean_image.mean = torch.full((3, 96, 96), level)
-        cache.open(paths(pyramids), "key", detector.encoder, (96, 96))
-        homes.add(cache.home)
-    assert len(homes) == 2
+    fill(cache, pyramids, one().eval())
+    assert fill(cache, pyramids, one().eval()) == []
+    assert len(fill(cache, pyramids, other().eval())) == 2 * len(pyramids.images)
 
 
 def test_an_image_that_changed_is_computed_anew_and_a_removed_one_moves_no_other(parts, tmp_path):

@@ -100,7 +100,7 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
         assert row["verdict"] == ("anomalous" if float(row["score"]) > threshold else "normal")
     for name, size in (("same.png", (96, 96)), ("wide.jpg", (110, 150)), ("deep/same.png", (96, 96))):
         values = np.load(written / "maps" / f"{name}.npy")
-        assert values.dtype == np.float32 and values.shape == size and values.min() > 0
+        assert values.dtype == np.float32 and values.shape == size
         with Image.open(written / "maps" / f"{name}.heatmap.png") as heat_map:
             assert heat_map.size == size[::-1]
     scores = {row["path"]: float(row["score"]) for row in rows}
@@ -155,7 +155,7 @@ FEW = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--data.
 OWN = {
     "a loss appended": ["--model.losses+=mine.Spread", "--model.losses.weight=0.1"],
     "a loss that needs centroids": ["--model.losses+=mine.Compact"],
-    "a detector of their own": ["--model=mine.SpreadDetector"],
+    "a detector of their own": ["--model=mine.SmallDetector"],
     "a backbone and a layout": ["--model.backbone=mine.Shallow", "--data.layout=mine.Twice"],
 }
 LOGGED = {

@@ -100,7 +100,7 @@ def test_wandb_gets_pictures_and_the_table_of_aurocs(runs, product):
     assert list(test.glob("files/media/images/contact_sheet*.png"))
     table = json.loads(next(test.glob("files/media/table/aurocs*.json")).read_text())
     defects = sorted(path.name for path in (product / "ground_truth").iterdir())
-    assert table["columns"] == ["of", "detection_auroc", "segmentation_auroc"]
+    assert table["columns"] == ["part", "detection_auroc", "segmentation_auroc"]
     assert [row[0] for row in table["data"]] == ["all", *defects, "side 64", "side 32", "side 16"]
     assert all(0 <= row[1] <= 1 for row in table["data"])
 

@@ -1,4 +1,5 @@
 import functools
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from patchad import PatchadError, PatchDetector, PyramidDataModule
 from patchad.callbacks import Predictions, Report
+from patchad.callbacks.report import aurocs, report_page
 from patchad.models import VGG16, EfficientNetLite0, WindowEncoder
-from patchad.scoring import Scorer
+from patchad.scoring import Scorer, gaussian
 
 
 def detector(**settings) -> PatchDetector:
@@ -179,6 +181,14 @@ def test_the_contact_sheet_shows_the_lowest_and_highest_scores_of_each_defect_ty
     assert len(shown["good"]) == 2
 
 
+def test_the_page_has_a_row_for_whatever_was_measured():
+    rows = aurocs({"test/detection_auroc": 0.8, "test/segmentation_auroc_defect_on_side_left": 0.9, "test/pro": 0.7})
+    assert [name for name, *_ in rows] == ["all", "on_side_left"]
+    assert rows[0][1] == 0.8 and math.isnan(rows[0][2])
+    page = report_page({"test/segmentation_auroc_side_16": 0.9, "test/pro": 0.7}, threshold=1.0)
+    assert "<td>side 16</td><td></td><td>90.0</td>" in page and "<td>pro</td><td>70.0</td>" in page
+
+
 def test_evaluation_draws_nothing_from_the_training_generators(product, tmp_path):
     states = []
 
@@ -222,12 +232,21 @@ def test_calibration_images_score_as_in_calibration(fitted, product, tmp_path):
         assert distances.sides[side].mean().item() == pytest.approx(model.scorer.scale[number].item(), rel=1e-4)
 
 
+def test_maps_are_smoothed_scores_and_verdicts_are_not(fitted):
+    model, image = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval(), torch.rand(2, 3, 100, 75)
+    smoothed = model(image)
+    model.scorer.smoothing = 0.0
+    plain = model(image)
+    assert torch.equal(smoothed.score, plain.score) and torch.equal(smoothed.anomalous, plain.anomalous)
+    assert torch.equal(smoothed.map, gaussian(plain.map, torch.tensor([[100, 75]] * 2), 4.0))
+
+
 @pytest.mark.parametrize("size", [(96, 96), (100, 75), (64, 130)])
 def test_every_pixel_of_an_image_of_any_size_is_scored(size, fitted):
     model = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval()
     prediction = model(torch.rand(2, 3, *size))
     assert prediction.map.shape == (2, *size)
-    assert prediction.map.min() > 0
+    assert min(float(one.min()) for one in prediction.side_maps.values()) > 0
 
 
 def test_images_that_lie_in_the_bank_have_no_distance(product, tmp_path):

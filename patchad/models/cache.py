@@ -161,12 +161,12 @@ def file_hash(path: Path) -> str:
 
 
 def fingerprint(encoder: DenseEncoder) -> str:
-    """A hash of the layers that the taps depend on, and of the mean image where one is subtracted."""
-    digest = hashlib.sha256(type(encoder.backbone).__qualname__.encode())
-    last = max(tap.layer for tap in encoder.taps.values())
-    parts = encoder.backbone.layers[: last + 1].state_dict()
-    if encoder.mean_image is not None:
-        parts |= encoder.mean_image.state_dict()
+    """A hash of the layers that the taps depend on, of what comes before them, and of the padding."""
+    backbone = encoder.backbone
+    layers = backbone.layers[: 1 + max(tap.layer for tap in encoder.taps.values())]
+    told = (type(backbone).__qualname__, layers, backbone.mean, backbone.deviation, encoder.multiple)
+    digest = hashlib.sha256(repr(told).encode())
+    parts = layers.state_dict() | (encoder.mean_image.state_dict() if encoder.mean_image else {})
     for name, values in parts.items():
         digest.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

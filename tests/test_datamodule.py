@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from benchmarks.repeated import Repeated
 from patchad import PatchadError, PyramidDataModule
 from patchad.data import Folder, MVTecAD
 from patchad.data.datamodule import ImageDataset, PyramidDataset, SyntheticDefects
@@ -216,3 +217,12 @@ def test_the_probe_is_the_same_on_every_call(product):
 def test_a_shift_that_pyramids_have_no_room_for_is_refused(product):
     with pytest.raises(PatchadError, match="shift 3 leaves no room for the pyramids of side 16"):
         images(product, shift=3)
+
+
+def test_a_list_that_holds_each_file_several_times_is_split_as_the_list_once(product):
+    counts = []
+    for times in (1, 4):
+        data = PyramidDataModule(product, layout=Repeated(times))
+        data.setup("fit")
+        counts.append((len(data.train_set), len(data.calibration_set)))
+    assert counts[1] == (4 * counts[0][0], 4 * counts[0][1])

@@ -360,7 +360,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
                 "2 groups are needed, one of them for calibration"
             )
         order, candidates = np.random.default_rng(self.seed).permutation(len(groups)), list(groups.values())
-        count = max(1, round(self.calibration_fraction * len(normals)))
+        files = {sample.path for sample in normals}  # a list may hold a file more than once
+        count = max(1, round(self.calibration_fraction * len(files)))
         calibration: set[Path] = set()
         for number in order[:-1]:  # one group at least is left to train on
             if len(calibration) < count:

@@ -100,7 +100,7 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
         assert row["verdict"] == ("anomalous" if float(row["score"]) > threshold else "normal")
     for name, size in (("same.png", (96, 96)), ("wide.jpg", (110, 150)), ("deep/same.png", (96, 96))):
         values = np.load(written / "maps" / f"{name}.npy")
-        assert values.dtype == np.float32 and values.shape == size
+        assert values.dtype == np.float32 and values.shape == size and values.min() > 0
         with Image.open(written / "maps" / f"{name}.heatmap.png") as heat_map:
             assert heat_map.size == size[::-1]
     scores = {row["path"]: float(row["score"]) for row in rows}

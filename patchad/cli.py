@@ -26,6 +26,7 @@ EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen backbones are meant to be
     r"The dirpath has changed",  # a test has a run folder of its own
     r".*configure_optimizers` will be overridden",  # by --optimizer, as the user asked
+    r"Total length of `list` across ranks is zero",  # data.validate_on none, as the user asked
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with newer torch
 )
 """Warnings of Lightning about what patchad does on purpose, or about Lightning itself."""

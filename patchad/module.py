@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,10 +43,11 @@ class Distances(NamedTuple):
     height: int
     width: int
 
-    def rows(self, chosen: Tensor | slice) -> "Distances":
-        """The distances of some images of the batch."""
-        sides = {side: values[chosen] for side, values in self.sides.items()}
-        return self._replace(sides=sides, content=self.content[chosen])
+    def each(self) -> Iterator["Distances"]:
+        """Those of each image on its own, as a batch of one."""
+        for number in range(len(self.content)):
+            sides = {side: values[number, None] for side, values in self.sides.items()}
+            yield self._replace(sides=sides, content=self.content[number, None])
 
 
 class PatchDetector(Configurable, LightningModule):
@@ -140,8 +141,18 @@ class PatchDetector(Configurable, LightningModule):
         self.placeholder = nn.Parameter(torch.zeros(()))
         self.probe_batches: list[PyramidBatch] = []  # the patches that clusters are fitted on, and their labels
         self.probe_labels: dict[int, Tensor] = {}
-        self._calibration: Distances | None = None
-        self._filled_at: int | None = None
+        self._remembered_at: int | None = None  # the step whose embeddings the bank holds
+
+    def setup(self, stage: str) -> None:
+        """Makes the metrics, which know the defect types of the test set, and switches off losses that do not fit."""
+        if stage == "fit":
+            for side, grid in self.encoder.grids.items():
+                positions(window_size(self._data.image_size, side, grid), side, grid)  # or an error that says so
+        if stage == "fit" and self.learns:
+            self._switch_off_what_does_not_fit()
+        if stage != "predict":
+            defects = self._data.defects if stage == "test" else []
+            self.metrics = AnomalyMetrics(self.encoder.sides, stage == "test", defects, progress=self._shows_bars)
 
     # from images to predictions
 
@@ -163,7 +174,8 @@ class PatchDetector(Configurable, LightningModule):
             image: RGB in [0, 1].
             content: height x width of each image's content, top left, in pixels.
         """
-        embeddings = self.encoder(image)
+        # at reduced precision, distances would lose digits
+        embeddings = {side: values.float() for side, values in self.encoder(image).items()}
         if not self.context:
             return embeddings
         return {
@@ -185,7 +197,7 @@ class PatchDetector(Configurable, LightningModule):
         """
         found = {}
         for side, values in embeddings.items():
-            queries = values.flatten(2).transpose(1, 2).float()  # at reduced precision, distances would lose digits
+            queries = values.flatten(2).transpose(1, 2)
             shared = self.encoder.patch_encoder(side).dim if self.context else 0
             found[side] = self.bank(side).distances(queries, shared).unflatten(1, values.shape[2:])
         return Distances(found, content, *size)
@@ -467,6 +479,19 @@ class PatchDetector(Configurable, LightningModule):
 
     # the memory of what is normal
 
+    @torch.no_grad()
+    def remember_normals(self) -> None:
+        """Fills the bank and calibrates, in `fit`, unless both were done with the embeddings as they are now."""
+        if not self._fitting or self._remembered_at == self.global_step:
+            return
+        training = self.training
+        self.eval()
+        with self.trainer.precision_plugin.forward_context():  # the precision of validate, test and predict
+            self.fill_banks()
+            self.calibrate()
+        self.train(training)
+        self._remembered_at = self.global_step  # only now: a fit that ends in between starts over
+
     def fill_banks(self) -> None:
         """Fills the bank of each side with the patches of the training normals, and prints its size first."""
         self.remember(self._embedded_normals(), self._data.train_set.things, progress=self._shows_bars)
@@ -509,16 +534,13 @@ class PatchDetector(Configurable, LightningModule):
             rank_zero_info(f"memory bank, side {side}: {count} of {patches} vectors x {values.shape[1]}, {size:.1f} MB")
 
     def calibrate(self) -> None:
-        """Sets the scale of each side and the threshold from the collected distances of the calibration normals."""
-        assert self._calibration is not None
-        images = self._everywhere(self._calibration)
-        rate = self.calibrate_on(images)
+        """Sets the scale of each side and the threshold from the calibration normals."""
+        normals = self._calibration_distances()
+        rate = self.calibrate_on(normals)
         rank_zero_info(
-            f"threshold {float(self.scorer.threshold):.4g} from {len(images.content)} calibration images: "
+            f"threshold {float(self.scorer.threshold):.4g} from {len(normals.content)} calibration images: "
             f"false-positive rate promised at most {rate:.3g}, asked for {self.scorer.target_fpr:.3g}"
         )
-        self._calibration = None
-        self._filled_at = self.global_step  # only now: a fit that ends between filling and calibrating starts over
 
     def calibrate_on(self, normals: Distances) -> float:
         """Sets scales and threshold from the distances of normal images; returns the false-positive rate promised."""
@@ -526,60 +548,36 @@ class PatchDetector(Configurable, LightningModule):
             found = normals.sides[side]
             values = found[self.counted(normals.content, found, side)].double()
             self.scorer.scale[number] = values.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        single = [normals.rows(slice(number, number + 1)) for number in range(len(normals.content))]
-        return self.scorer.set_threshold(torch.cat([self.score(one).score for one in single]))
+        maps = ((self.scorer.combine(self.side_maps(one)), one.content) for one in normals.each())
+        return self.scorer.set_threshold(torch.cat([self.scorer.score(*one) for one in maps]))
 
-    def _everywhere(self, collected: Distances) -> Distances:
-        """The images that any process has seen; each has a content of at least one pixel."""
-        sides = {side: self._summed(values) for side, values in collected.sides.items()}
-        content = self._summed(collected.content)
-        return collected._replace(sides=sides, content=content).rows(content[:, 0] > 0)
+    def _calibration_distances(self) -> Distances:
+        batches = self._batches(self._data.calibration_dataloader(), "Calibrating")
+        seen = [(batch.number, self.distances(batch.image, batch.content)) for batch in batches]
+        numbers, found = torch.cat([number for number, _ in seen]), [one for _, one in seen]
+        sides = {side: self._everywhere(numbers, [one.sides[side] for one in found]) for side in self.encoder.sides}
+        return found[0]._replace(sides=sides, content=self._everywhere(numbers, [one.content for one in found]))
 
-    def _summed(self, values: Tensor) -> Tensor:
-        return torch.as_tensor(self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum"))
+    def _everywhere(self, numbers: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """One row for each calibration image, whichever process saw it."""
+        seen = torch.cat(list(parts))
+        rows = seen.new_zeros(len(self._data.calibration_set), *seen.shape[1:])
+        rows[numbers] = seen
+        return torch.as_tensor(self.trainer.strategy.reduce(rows, reduce_op="sum"))
 
-    def _collect(self, batch: ImageBatch) -> None:
-        """Notes the distances of calibration normals, in one place that is allocated once: memory stays flat."""
-        found = self.distances(batch.image, batch.content)
-        if self._calibration is None:
-            count = len(self._data.calibration_set)
-            sides = {side: torch.zeros(count, *values.shape[1:]) for side, values in found.sides.items()}
-            content = torch.zeros(count, 2, dtype=torch.int64)
-            self._calibration = found._replace(sides=sides, content=content)
-        numbers = batch.number.cpu()
-        self._calibration.content[numbers] = found.content.cpu()
-        for side, values in found.sides.items():
-            self._calibration.sides[side][numbers] = values.cpu()
-
-    # validation: calibration normals, then labelled images
+    # validate, test, predict
 
     def on_validation_start(self) -> None:
-        """In `fit`, fills the bank with the embeddings as they are now."""
-        if self._fitting and self._filled_at != self.global_step:
-            self.fill_banks()
+        """Before labelled images are scored, what is normal must be known."""
+        self.remember_normals()
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Prediction | None:
-        """Loader 0, the calibration normals, is collected in `fit`; loader 1, labelled images, is measured."""
-        if self.trainer.sanity_checking:  # nothing is remembered yet
-            return None
-        if dataloader_idx:
-            return self._measure(batch)
-        if self._fitting:
-            self._collect(batch)
-        return None
-
-    def on_validation_batch_start(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Calibrates once all calibration normals are collected."""
-        if dataloader_idx and self._calibration is not None:
-            self.calibrate()
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> Prediction | None:
+        """Measures labelled images, but for those of a sanity check: there is no bank yet."""
+        return None if self.trainer.sanity_checking else self._measure(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Calibrates if no labelled image did, and logs the AUROCs."""
-        if self._calibration is not None:
-            self.calibrate()
+        """Logs the AUROCs."""
         self._log("val")
-
-    # test and predict
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> Prediction:
         """Measures labelled images."""
@@ -592,17 +590,6 @@ class PatchDetector(Configurable, LightningModule):
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Prediction:
         """Scores images."""
         return self(batch.image, batch.content)
-
-    def setup(self, stage: str) -> None:
-        """Makes the metrics, which know the defect types of the test set, and switches off losses that do not fit."""
-        if stage == "fit":
-            for side, grid in self.encoder.grids.items():
-                positions(window_size(self._data.image_size, side, grid), side, grid)  # or an error that says so
-        if stage == "fit" and self.learns:
-            self._switch_off_what_does_not_fit()
-        if stage != "predict":
-            defects = self._data.defects if stage == "test" else []
-            self.metrics = AnomalyMetrics(self.encoder.sides, stage == "test", defects, progress=self._shows_bars)
 
     def _measure(self, batch: ImageBatch) -> Prediction:
         prediction = self(batch.image, batch.content)
@@ -621,22 +608,10 @@ class PatchDetector(Configurable, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes the bank for the weights that are saved, however the fit ends, and marks the format."""
-        if self._fitting and self._filled_at != self.global_step:
-            self._refill()
-            checkpoint["state_dict"] = self.state_dict()
+        self.remember_normals()
+        checkpoint["state_dict"] = self.state_dict()
         checkpoint["patchad_format"], checkpoint["patchad_scorer"] = CHECKPOINT_FORMAT, repr(self.scorer)
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = without_weights(self.hparams)
-
-    def _refill(self) -> None:
-        training = self.training
-        self.eval()
-        with torch.no_grad():
-            self.fill_banks()
-            self._calibration = None
-            for batch in self._batches(self._data.calibration_dataloader(), "Calibrating"):
-                self._collect(batch)
-            self.calibrate()
-        self.train(training)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format; warns where its threshold is that of another score."""

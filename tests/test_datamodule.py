@@ -73,7 +73,7 @@ def test_the_order_of_training_is_a_function_of_seed_and_epoch(product):
 
 
 def test_painted_defects_are_the_same_for_any_number_of_workers_and_are_marked(product):
-    batches = [list(images(product, num_workers=workers).val_dataloader()[1]) for workers in (0, 2)]
+    batches = [list(images(product, num_workers=workers).val_dataloader()[0]) for workers in (0, 2)]
     first, second = (torch.cat([batch.image for batch in one]) for one in batches)
     assert torch.equal(first, second)
     normal, painted = first[0::2], first[1::2]

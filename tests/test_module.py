@@ -203,6 +203,7 @@ def test_evaluation_draws_nothing_from_the_training_generators(product, tmp_path
     assert torch.equal(states[0], states[1])
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 @pytest.mark.parametrize("validate_on", ["synthetic_defects", "test", "none"])
 def test_validation_gives_aurocs_of_labelled_images_alone(validate_on, product, tmp_path):
     run = trainer(tmp_path)
@@ -230,6 +231,18 @@ def test_calibration_images_score_as_in_calibration(fitted, product, tmp_path):
     distances = model.distances(batch.image, batch.content)
     for number, side in enumerate(model.encoder.sides):
         assert distances.sides[side].mean().item() == pytest.approx(model.scorer.scale[number].item(), rel=1e-4)
+
+
+def test_a_fit_at_reduced_precision_remembers_and_calibrates_at_the_precision_of_a_test(product, tmp_path):
+    model, data = detector(max_vectors=None), images(product)
+    trainer(tmp_path, precision="bf16-mixed").fit(model, data)
+    batch = next(iter(data.calibration_dataloader()))
+    remembered = next(iter(data.memory_dataloader()))
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert model.eval()(batch.image, batch.content).score.max() == pytest.approx(float(model.scorer.threshold))
+        for number, side in enumerate(model.encoder.sides):
+            found = model.distances(remembered.image, remembered.content).sides[side]
+            assert found.max() < 0.02 * model.scorer.scale[number]
 
 
 def test_maps_are_smoothed_scores_and_verdicts_are_not(fitted):

@@ -278,7 +278,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         num_workers: processes that decode images.
         calibration_fraction: share of the training normals kept for calibration (at least one image).
         validate_on: `synthetic_defects` paints defects on 20 calibration normals; `test` watches the test images (for
-            watching only); `none`.
+            watching only); `none` leaves validations out, and the pictures that they write.
         seed: of the split, of shuffling and of painted defects.
 
     Raises:
@@ -416,13 +416,13 @@ class PyramidDataModule(Configurable, LightningDataModule):
         return self._each_once(self.calibration_set)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """Calibration normals and, unless `validate_on` is `none`, labelled images."""
+        """Labelled images, each once; no loader if `validate_on` is `none`, or is `test` where there are none."""
         labelled: dict[str, ImageDataset | SyntheticDefects] = {
             "synthetic_defects": SyntheticDefects(self.calibration_set, self.seed),
             "test": self.test_set,
         }
-        chosen = [labelled[self.validate_on]] if self.validate_on != "none" else []
-        return [self.calibration_dataloader(), *(self._each_once(dataset) for dataset in chosen if len(dataset))]
+        dataset = labelled.get(self.validate_on)
+        return [self._each_once(dataset)] if dataset else []
 
     def test_dataloader(self) -> DataLoader:
         """Test images, each once.

@@ -49,7 +49,7 @@ def main(
     detector = PatchDetector.load_from_checkpoint(ckpt_path, map_location="cpu").eval()
     data = PyramidDataModule.load_from_checkpoint(ckpt_path)
     data.metric_size = metric_size or data.metric_size
-    data.setup("test")
+    data.setup("fit")
     loaders = data.memory_dataloader(), data.calibration_dataloader(), data.test_dataloader()
     training, calibration, test = (embed(detector, loader) for loader in loaders)
     level = detector.bank(detector.encoder.sides[0]).baseline if baseline is None else baseline

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pytorch_lightning import Trainer
 
 from benchmarks.repeated import Repeated
 from patchad import PatchadError, PyramidDataModule
@@ -102,6 +103,14 @@ def test_defects_without_a_mask_are_noted_once_and_marked(product, tmp_path, cap
     data = images(tmp_path, layout=Folder())
     batch = next(iter(data.test_dataloader()))
     assert batch.has_mask.tolist() == (batch.label == 0).tolist()
+
+
+def test_fewer_images_than_processes_are_refused(product):
+    data = images(product)
+    data.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False)
+    assert len(data.calibration_set) == 1
+    with pytest.raises(PatchadError, match=r"1 images cannot be shared by 2 processes; give --trainer\.devices 1"):
+        data.calibration_dataloader()
 
 
 def test_a_folder_without_test_images_points_to_predict(product, tmp_path):

@@ -68,6 +68,12 @@ def test_1_bit_and_float_images_are_read(tmp_path):
         read_image(tmp_path / "c.tif")
 
 
+def test_whole_numbers_of_more_than_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.array([[0, 70_000]], dtype=np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(PatchadError, match=r"a\.tif holds values from 0 to 70000; scale them to \[0, 65535\]"):
+        read_image(tmp_path / "a.tif")
+
+
 def test_a_truncated_or_missing_file_is_named(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
@@ -82,6 +88,14 @@ def test_masks_are_true_above_128(tmp_path):
     values = np.array([[0, 127, 128, 129, 255]], dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "mask.png")
     assert read_mask(tmp_path / "mask.png", (1, 5)).tolist() == [[False, False, False, True, True]]
+
+
+def test_a_mask_of_small_numbers_is_refused(tmp_path):
+    Image.fromarray(np.array([[0, 1, 1]], dtype=np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(PatchadError, match=r"mask\.png has pixels above 0, but none above 128 .* by 255"):
+        read_mask(tmp_path / "mask.png", (1, 3))
+    Image.fromarray(np.zeros((1, 3), dtype=np.uint8)).save(tmp_path / "mask.png")
+    assert not read_mask(tmp_path / "mask.png", (1, 3)).any()
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path):

@@ -28,6 +28,28 @@ def test_mvtec_ad_is_read_as_its_authors_split_it(tmp_path):
     assert isinstance(detect_layout(tmp_path), MVTecAD)
 
 
+def test_folders_within_a_defect_type_belong_to_it(tmp_path):
+    touch(tmp_path, "train/good/line1/0.png", "test/good/line1/0.png", "test/hole/line1/0.png", "test/hole/line2/0.png")
+    touch(tmp_path, "ground_truth/hole/line2/0_mask.png")
+    expected = {("train", "good", False): 1, ("test", "good", False): 1}
+    expected |= {("test", "hole", True): 1, ("test", "hole", False): 1}
+    assert counts(MVTecAD().samples(tmp_path)) == expected
+    touch(tmp_path, "test/0.png")
+    with pytest.raises(PatchadError, match=r"test/0\.png lies in no folder of test"):
+        MVTecAD().samples(tmp_path)
+
+
+@pytest.mark.parametrize(("layout", "good", "bad"), [(MVTecAD, "good", "hole"), (BTAD, "ok", "ko")])
+def test_a_folder_with_test_images_alone_is_tested_and_not_learned_from(layout, good, bad, tmp_path):
+    touch(tmp_path, f"test/{good}/0.png", f"test/{bad}/0.png")
+    assert isinstance(detect_layout(tmp_path), layout)
+    data = PyramidDataModule(tmp_path)
+    data.setup("test")
+    assert len(data.test_set) == 2
+    with pytest.raises(PatchadError, match="has 0 training images"):
+        data.setup("fit")
+
+
 def test_btad_is_read_with_masks_of_another_format(tmp_path):
     touch(tmp_path, "train/ok/0.bmp", "test/ok/1.bmp", "test/ko/2.bmp", "ground_truth/ko/2.png")
     expected = {("train", "good", False): 1, ("test", "good", False): 1, ("test", "ko", True): 1}
@@ -63,7 +85,12 @@ def test_a_missing_folder_lists_what_there_is(tmp_path):
     touch(tmp_path, "pictures/0.png")
     with pytest.raises(PatchadError, match="has no folder normal; it has pictures"):
         Folder().samples(tmp_path)
-    with pytest.raises(PatchadError, match=r"layout of .* is not known .*--data.layout Folder"):
+    with pytest.raises(PatchadError, match="has no folder scrap; it has normal, pictures"):
+        touch(tmp_path, "normal/0.png")
+        Folder(abnormal="scrap").samples(tmp_path)
+    (tmp_path / "normal" / "0.png").unlink()
+    (tmp_path / "normal").rmdir()
+    with pytest.raises(PatchadError, match=r"not known: it has pictures, and none of .*--data\.layout\.abnormal scrap"):
         detect_layout(tmp_path)
     with pytest.raises(PatchadError, match="does not exist"):
         detect_layout(tmp_path / "nowhere")

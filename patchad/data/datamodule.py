@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
@@ -328,12 +329,13 @@ class PyramidDataModule(Configurable, LightningDataModule):
         self.save_hyperparameters(hyperparameters(self), logger=False)  # the whole config is logged; both have a seed
 
     def prepare_data(self) -> None:
-        """Lets the layout write what it makes itself (once per machine)."""
-        if self.layout is not None:
+        """Lets the layout write what it makes itself (once per machine); images to predict are the user's."""
+        predicting = self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+        if self.layout is not None and not predicting:
             self.layout.prepare(self.root)
 
     def setup(self, stage: str) -> None:
-        """Lists the files: for `predict` every image below the root, else what the layout says."""
+        """Lists the files: for `predict` every image below the root, else what the layout says, for `test` to test."""
         if stage == "predict":
             self.predict_set = self._dataset([Sample(path, UNKNOWN, None, "test") for path in images_below(self.root)])
             return
@@ -341,11 +343,14 @@ class PyramidDataModule(Configurable, LightningDataModule):
             self.layout = detect_layout(self.root)
             rank_zero_info(f"{self.root} is read as {type(self.layout).__name__}")
         samples = self.layout.samples(self.root)
-        training, calibration = self._split([sample for sample in samples if sample.split == "train"])
         test = [sample for sample in samples if sample.split == "test"]
-        self.train_set, self.calibration_set = self._dataset(training), self._dataset(calibration)
         self.test_set = self._dataset(test)
         self.note_missing_masks(test)
+        if stage == "test":
+            return
+        training, calibration = self._split([sample for sample in samples if sample.split == "train"])
+        self.train_set, self.calibration_set = self._dataset(training), self._dataset(calibration)
+        rank_zero_info(f"{len(training)} images to learn from, {len(calibration)} to calibrate on, {len(test)} to test")
 
     def _dataset(self, samples: Sequence[Sample]) -> ImageDataset:
         return ImageDataset(samples, self.image_size, self.keep_aspect, self.metric_size, self.brightness)
@@ -440,6 +445,9 @@ class PyramidDataModule(Configurable, LightningDataModule):
 
     def _sampler(self, kind: type[DistributedSampler], dataset: Dataset, shuffle: bool) -> DistributedSampler:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        count = len(dataset)  # type: ignore[arg-type]
+        if 0 < count < world:
+            raise PatchadError(f"{count} images cannot be shared by {world} processes; give --trainer.devices {count}")
         return kind(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=self.seed)
 
     def _each_once(self, dataset: Dataset) -> DataLoader:

@@ -50,15 +50,15 @@ def to_float(image: Image.Image, path: Path) -> np.ndarray:
     """Float32 in [0, 1]: `[height, width]` of grey images, `[height, width, 3]` of all others.
 
     Raises:
-        PatchadError: if a floating-point image leaves [0, 1].
+        PatchadError: if a floating-point image leaves [0, 1], or one of whole numbers 16 bits.
     """
-    if image.mode.startswith("I"):  # 16-bit grey: I;16, I;16B or, widened, I
-        return np.asarray(image).astype(np.float32) / 65535
-    if image.mode == "F":
-        values = np.array(image, dtype=np.float32)
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise PatchadError(f"{path} holds values from {values.min():g} to {values.max():g}; scale them to [0, 1]")
-        return values
+    if image.mode.startswith(("I", "F")):
+        values, most = np.asarray(image), 1 if image.mode == "F" else 65535  # 16-bit grey: I;16, I;16B or, widened, I
+        if not (values.min() >= 0 and values.max() <= most):
+            raise PatchadError(
+                f"{path} holds values from {values.min():g} to {values.max():g}; scale them to [0, {most}]"
+            )
+        return values.astype(np.float32) / np.float32(most)
     grey = image.mode in ("1", "L")
     return np.asarray(image.convert("L" if grey else "RGB"), dtype=np.float32) / 255
 
@@ -71,7 +71,7 @@ def read_mask(path: Path, size: Size) -> Bool[Tensor, "height width"]:
         size: height x width of its image in pixels.
 
     Raises:
-        PatchadError: if the file cannot be read or has another size than its image.
+        PatchadError: if the file cannot be read, has another size than its image, or marks defects by small numbers.
     """
     values = read_image(path).mean(0)
     if values.shape != size:
@@ -79,7 +79,10 @@ def read_mask(path: Path, size: Size) -> Bool[Tensor, "height width"]:
             f"mask {path} has {values.shape[0]} x {values.shape[1]} pixels (height x width), "
             f"its image has {size[0]} x {size[1]}"
         )
-    return values > 128 / 255
+    found = values > 128 / 255
+    if values.any() and not found.any():
+        raise PatchadError(f"mask {path} has pixels above 0, but none above 128 of 255; mark defects by 255")
+    return found
 
 
 def fit(

@@ -66,6 +66,11 @@ def folder_images(root: Path, name: str) -> list[Path]:
     return images_below(root / name)
 
 
+def images_if_any(root: Path, name: str) -> list[Path]:
+    """The images below a folder of the root; none where it has no such folder."""
+    return folder_images(root, name) if (root / name).is_dir() or not root.is_dir() else []
+
+
 def find_mask(folder: Path, stem: str) -> Path | None:
     """The mask of that stem, with or without `_mask`, in a folder; None if there is none."""
     names = (f"{stem}{ending}{suffix}" for ending in ("", "_mask") for suffix in IMAGE_SUFFIXES)
@@ -88,13 +93,15 @@ class MVTecAD(Layout):
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images as the set's authors split them."""
-        train = normals(folder_images(root, "train/good"), "train")
-        tested = images_below(root / "test") if (root / "test").is_dir() else []
-        return train + [self._tested(root, path) for path in tested]
+        train = normals(images_if_any(root, "train/good"), "train")
+        return train + [self._tested(root, path) for path in images_if_any(root, "test")]
 
     def _tested(self, root: Path, path: Path) -> Sample:
-        defect = path.parent.name
-        mask = None if defect == NORMAL else find_mask(root / "ground_truth" / defect, path.stem)
+        inner = path.relative_to(root / "test")
+        if len(inner.parts) < 2:
+            raise PatchadError(f"{path} lies in no folder of test that names its defect type, or {NORMAL}")
+        defect = inner.parts[0]
+        mask = None if defect == NORMAL else find_mask(root / "ground_truth" / inner.parent, path.stem)
         return Sample(path, defect, mask, "test")
 
 
@@ -103,11 +110,10 @@ class BTAD(Layout):
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images as the set's authors split them."""
-        train = normals(folder_images(root, "train/ok"), "train")
-        tested = normals(folder_images(root, "test/ok"), "test")
-        masks = root / "ground_truth" / "ko"
-        defective = [Sample(path, "ko", find_mask(masks, path.stem), "test") for path in folder_images(root, "test/ko")]
-        return train + tested + defective
+        train = normals(images_if_any(root, "train/ok"), "train")
+        tested = normals(images_if_any(root, "test/ok"), "test")
+        masks, faulty = root / "ground_truth" / "ko", images_if_any(root, "test/ko")
+        return train + tested + [Sample(path, "ko", find_mask(masks, path.stem), "test") for path in faulty]
 
 
 class MagneticTile(Layout):
@@ -207,12 +213,15 @@ def exposure_number(path: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+ABNORMAL = "abnormal"
+
+
 class Folder(Layout):
     """Any tree: normal images, abnormal ones, and optional masks; folders are relative to the root.
 
     Args:
         normal: folder of normal images.
-        abnormal: folder of defective images, whose first subfolder names the defect type; it may be missing.
+        abnormal: folder of defective images, whose first subfolder names the defect type; `abnormal` may be missing.
         masks: folder of masks, arranged as `abnormal`, with or without `_mask` in the name; it may be missing.
         normal_test: folder of normal images to test; by default a seeded share of `normal`, if there are abnormal ones.
         test_fraction: that share.
@@ -225,7 +234,7 @@ class Folder(Layout):
     def __init__(
         self,
         normal: str = "normal",
-        abnormal: str = "abnormal",
+        abnormal: str = ABNORMAL,
         masks: str = "masks",
         normal_test: str | None = None,
         test_fraction: float = 0.2,
@@ -236,7 +245,8 @@ class Folder(Layout):
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images."""
-        defective = images_below(root / self.abnormal) if (root / self.abnormal).is_dir() else []
+        expected = self.abnormal != ABNORMAL  # a name that the user gave
+        defective = (folder_images if expected else images_if_any)(root, self.abnormal)
         given = folder_images(root, self.normal_test) if self.normal_test else []
         others = [root / name for name in (self.abnormal, self.masks, self.normal_test) if name]
         inner = [folder for folder in others if (root / self.normal) in folder.parents]
@@ -282,13 +292,16 @@ def detect_layout(root: Path) -> Layout:
     Raises:
         PatchadError: if none does.
     """
-    known = {"train/good": MVTecAD, "train/ok": BTAD, "MT_Free": MagneticTile, "normal": Folder}
+    known = {"train/good": MVTecAD, "test/good": MVTecAD, "train/ok": BTAD, "test/ok": BTAD}
+    known |= {"MT_Free": MagneticTile, "normal": Folder}
     if not root.is_dir():
         raise PatchadError(f"data.root {root} does not exist or is no folder")
     for marker, layout in known.items():
         if (root / marker).is_dir():
             return layout()
+    there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folder"
     raise PatchadError(
-        f"the layout of {root} is not known (it has none of the folders {', '.join(known)}); "
-        "name the folders, for example --data.layout Folder --data.layout.normal ."
+        f"the layout of {root} is not known: it has {there}, and none of {', '.join(known)}; name its folders, for "
+        "example --data.layout Folder --data.layout.normal ok --data.layout.abnormal scrap (--data.layout.normal . "
+        "where every image is normal)"
     )

@@ -417,13 +417,18 @@ def _is_finished(root: Path, parameters: dict[str, int]) -> bool:
     """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
-    way_out = "give another data.root, or delete this one to have it made anew"
     try:
         found = json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise PatchadError(f"{root} exists and holds no synthetic set ({MANIFEST} is missing); {way_out}") from error
+        raise PatchadError(
+            f"{root} holds no synthetic set ({MANIFEST} is missing); give another data.root, or --data.layout null to "
+            "read images of your own there"
+        ) from error
     if found != parameters:
-        raise PatchadError(f"{root} holds a synthetic set made with {found}, not {parameters}; {way_out}")
+        raise PatchadError(
+            f"{root} holds a synthetic set made with {found}, not {parameters}; give another data.root, or delete this "
+            "one to have it made anew"
+        )
     return True
 
 

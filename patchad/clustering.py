@@ -1,5 +1,7 @@
 """Embeddings -> pseudo-labels, by faiss's K-means."""
 
+import functools
+
 import faiss
 import numpy as np
 import torch
@@ -9,6 +11,20 @@ from torch import Tensor, nn
 from patchad.errors import PatchadError
 
 
+def on_device(index: faiss.Index, device: torch.device) -> faiss.Index:
+    """The index where the tensors are that it is for: on their GPU, if faiss was built for GPUs, or on the CPU."""
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+        return index
+    number = device.index or 0
+    return faiss.index_cpu_to_gpu(gpu_resources(number), number, index)
+
+
+@functools.cache
+def gpu_resources(number: int) -> "faiss.StandardGpuResources":
+    """The working memory of a GPU, up to 1.5 GB, shared by all of its indices."""
+    return faiss.StandardGpuResources()
+
+
 def kmeans(
     embeddings: Float[Tensor, "patches dim"],
     clusters: int,
@@ -16,7 +32,7 @@ def kmeans(
     iterations: int = 20,
     seed: int = 0,
 ) -> Float[Tensor, "clusters dim"]:
-    """Centroids of embeddings; faiss splits a large cluster for each empty one, and runs on the GPU when it sees one.
+    """Centroids of embeddings, found where these are; faiss splits a large cluster for each empty one.
 
     Args:
         embeddings: what to cluster.
@@ -35,10 +51,10 @@ def kmeans(
     """
     if len(embeddings) < clusters:
         raise PatchadError(f"{clusters} clusters need as many patches, there are {len(embeddings)}; lower clusters")
-    on_gpu = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
     # all patches take part: the caller sampled already
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": len(embeddings)}
-    run = faiss.Kmeans(embeddings.shape[1], clusters, niter=iterations, seed=seed, gpu=on_gpu, **limits)
+    run = faiss.Kmeans(embeddings.shape[1], clusters, niter=iterations, seed=seed, **limits)
+    run.index = on_device(run.index, embeddings.device)
     first = None if start is None else start.float().cpu().numpy()
     run.train(np.ascontiguousarray(embeddings.float().cpu().numpy()), init_centroids=first)
     return torch.from_numpy(run.centroids).to(embeddings.device)

@@ -9,7 +9,7 @@ from pytorch_lightning import Trainer
 from patchad.data.datamodule import ImageDataset, PyramidDataModule
 from patchad.errors import PatchadError
 from patchad.export import MAP_TOLERANCE, TOLERANCE, compare, export
-from patchad.module import PatchDetector, check_format
+from patchad.module import PatchDetector
 from patchad.runtime import load
 from patchad.timing import HEADER, Row, alternate, best_rate, measure_stages, peak_memory
 from patchad.types import ImageBatch
@@ -53,8 +53,15 @@ class DetectorTrainer(Trainer):
             exported: what patchad export wrote.
             ckpt_path: what it was exported from.
             images: how many images of the folder, spread evenly.
+
+        Raises:
+            PatchadError: if it says something else, or holds another threshold.
         """
+        if images < 1:
+            raise PatchadError(f"--images {images} shows nothing; give at least 1")
         detector, runtime = restored(model, ckpt_path), load(exported)
+        for side in detector.encoder.sides:  # the file compares with every vector, however many there are
+            detector.bank(side).exact_most = len(detector.bank(side))
         datamodule.setup("predict")
         batches = spread(datamodule.predict_set, images)
         print("| image | score | map | verdict |\n|---|---|---|---|")
@@ -63,8 +70,11 @@ class DetectorTrainer(Trainer):
             print(f"| {one.path} | {one.score:.1e} | {one.map:.1e} | {'same' if one.same_verdict else 'DIFFERENT'} |")
         score, pixel = max(one.score for one in differences), max(one.map for one in differences)
         told = f"largest relative difference of a score {score:.1e}, of a pixel over the highest {pixel:.1e}"
-        if score > TOLERANCE or pixel > MAP_TOLERANCE:
+        if not all(one.score <= TOLERANCE and one.map <= MAP_TOLERANCE for one in differences):  # nan is not, either
             raise PatchadError(f"{exported} differs from {ckpt_path}, {told}; export it again")
+        if not np.isclose(runtime.threshold, float(detector.scorer.threshold), rtol=TOLERANCE):
+            thresholds = f"{runtime.threshold:.4g}, not {float(detector.scorer.threshold):.4g} as {ckpt_path}"
+            raise PatchadError(f"{exported} has the threshold {thresholds}; export it again")
         print(f"{told}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
 
     def benchmark(
@@ -109,7 +119,7 @@ def restored(model: PatchDetector, ckpt_path: Path | None) -> PatchDetector:
     if ckpt_path is None:
         raise PatchadError("no detector: give --ckpt_path, the checkpoint that patchad fit wrote")
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-    check_format(checkpoint, ckpt_path)
+    model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model.eval()
 

@@ -25,6 +25,8 @@ TOLERANCE = 1e-4
 MAP_TOLERANCE = 1e-2
 """Most that a pixel may differ, over the highest pixel. Usually below 1e-4, too; but near 0 the roots that make
 distances, and products of maps, magnify rounding (docs/benchmarks.md)."""
+TINY = 1e-12
+"""A score or a map that is nothing; differences are not divided by less."""
 
 
 class ScoringGraph(nn.Module):
@@ -47,7 +49,7 @@ class ScoringGraph(nn.Module):
 
 
 def export(detector: PatchDetector, output: Path, data: Any, ckpt_path: Path | None = None) -> None:
-    """Writes a fitted detector as one ONNX file: preprocessing, backbone, encoders, banks, fold and score.
+    """Writes a fitted detector as one ONNX file: normalisation, backbone, encoders, banks, fold and score.
 
     Args:
         detector: in eval mode, on the CPU.
@@ -136,7 +138,7 @@ def compare(detector: PatchDetector, exported: ExportedDetector, batch: ImageBat
     score = float(prediction.score)
     return Difference(
         path=batch.path[0],
-        score=abs(found.score - score) / abs(score),
-        map=float(np.abs(found.map - expected).max() / expected.max()),
+        score=abs(found.score - score) / max(abs(score), TINY),
+        map=float(np.abs(found.map - expected).max()) / max(float(expected.max()), TINY),
         same_verdict=found.anomalous == bool(prediction.anomalous),
     )

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchad.clustering import kmeans
+from patchad.clustering import kmeans, on_device
 from patchad.errors import PatchadError
 
 # Faiss 1.15 compares the patches of a single image with the bank one by one, not by a product of matrices, which takes
@@ -21,7 +21,7 @@ faiss.cvar.distance_compute_blas_threshold = 0
 Reduction = Literal["random", "kcenter", "kmeans"]
 
 CANDIDATES = 100_000
-"""Vectors, drawn at random, among which `kcenter` and `kmeans` choose; 26 MB of 64 numbers each."""
+"""Vectors, drawn at random, among which `kcenter` and `kmeans` choose; 51 MB of 128 numbers each."""
 
 REDUCING_ITERATIONS = 3
 """Of K-means where it reduces a bank; 10 of them take 3 times as long for the same AUROC (docs/benchmarks.md)."""
@@ -262,7 +262,7 @@ def local_levels(
 
 
 def search_index(vectors: Float[Tensor, "vectors dim"], exact_most: int) -> faiss.Index:
-    """A faiss index of the vectors, on the GPU when faiss sees one.
+    """A faiss index of the vectors, on their GPU where they are on one.
 
     Exact up to `exact_most` vectors. Above, vectors are stored at half precision in 4 sqrt(vectors) lists, of which a
     query looks into the `PROBES` nearest; a test holds that nearly all neighbours are found.
@@ -274,8 +274,7 @@ def search_index(vectors: Float[Tensor, "vectors dim"], exact_most: int) -> fais
         index = faiss.index_factory(dim, f"IVF{list_count(count)},SQfp16")
         lists = faiss.extract_index_ivf(index)
         lists.nprobe, lists.cp.max_points_per_centroid = PROBES, POINTS_PER_LIST
-    if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0:
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), vectors.device.index or 0, index)
+    index = on_device(index, vectors.device)
     index.train(values)
     index.add(values)
     return index
@@ -332,7 +331,9 @@ def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, progress: bool = 
     chosen, nearest = [squared.argmin()], torch.full_like(squared, torch.inf)
     for _ in track(range(count - 1), "Reducing the memory bank", disable=not progress, transient=True):
         centre = chosen[-1]
-        torch.minimum(nearest, squared + squared[centre] - vectors @ (2 * vectors[centre]), out=nearest)
+        with torch.autocast(vectors.device.type, enabled=False):  # reduced precision would swamp small distances
+            products = vectors @ (2 * vectors[centre])
+        torch.minimum(nearest, squared + squared[centre] - products, out=nearest)
         nearest[centre] = -torch.inf
         chosen.append(nearest.argmax())
     return torch.stack(chosen).sort().values

@@ -4,8 +4,6 @@ A side of K pixels is scored at positions `stride` pixels apart; the patch at po
 `[row * stride, row * stride + K)` x `[column * stride, column * stride + K)`.
 """
 
-import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -83,11 +81,6 @@ def cut_grid(
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
 
-def common_multiple(strides: Iterable[int]) -> int:
-    """The size in pixels that every stride divides."""
-    return math.lcm(*strides)
-
-
 def round_up(length: int, multiple: int) -> int:
     """The next multiple.
 
@@ -150,7 +143,8 @@ def spread(values: Float[Tensor, "batch rows columns"], width: int) -> Float[Ten
         values: one number per patch position.
         width: rows, and columns, of cells that a patch covers.
     """
-    return F.conv_transpose2d(values[:, None], values.new_ones(1, 1, width, width))[:, 0]
+    with torch.autocast(values.device.type, enabled=False):  # reduced precision would round the map
+        return F.conv_transpose2d(values[:, None], values.new_ones(1, 1, width, width))[:, 0]
 
 
 def fold(
@@ -234,6 +228,9 @@ def sample_pyramids(
         count: pyramids to draw.
         shift: rows x columns in pixels by which the second view's content is moved against the first's.
         generator: draws everything.
+
+    Raises:
+        PatchadError: if the shift leaves them no room.
     """
     area = np.array([round_up(length, grid) for length in size])  # images are padded at least to the next cell
     limit = np.minimum(area, np.maximum(np.array(content) // grid * grid, WINDOW * side))  # where the window may lie
@@ -249,8 +246,10 @@ def sample_pyramids(
     near = _draw_fitting(_near_candidates(side, grid), np.stack([nowhere, neighbour, far]), room, generator)
     moved = -np.round(np.array(shift) / grid).astype(np.int64) * grid if extent.min() >= WINDOW * side else nowhere
     offsets = np.stack([nowhere, near + moved, far + moved, neighbour + moved])
-    low, high = offsets.min(0), offsets.max(0)
-    anchor = _draw_up_to((room - (high - low)).clip(min=0), grid, generator) - low
+    low, left = offsets.min(0), room - (offsets.max(0) - offsets.min(0))
+    if left.min() < 0:
+        raise PatchadError(f"data.shift leaves no room for the pyramids of side {side}; lower it")
+    anchor = _draw_up_to(left, grid, generator) - low
     return _pyramid(window, *(anchor + offset for offset in offsets), direction)
 
 

@@ -153,7 +153,7 @@ def to_unit(image: np.ndarray) -> np.ndarray:
     Raises:
         PatchadError: if the numbers are of another type, or leave [0, 1].
     """
-    if image.dtype in (np.uint8, np.uint16):
+    if image.dtype.newbyteorder("=") in (np.uint8, np.uint16):
         return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
     if not np.issubdtype(image.dtype, np.floating):
         raise PatchadError(f"an image of {image.dtype} has no known range; give uint8, uint16 or floats in [0, 1]")
@@ -185,7 +185,4 @@ def unfit(values: np.ndarray, content: Size, size: Size) -> np.ndarray:
     if content == size:
         return cropped
     scale = (content[1] / size[1], 0, 0, 0, content[0] / size[0], 0)
-    sampled = Image.fromarray(cropped).transform(
-        (size[1], size[0]), Image.Transform.AFFINE, scale, Image.Resampling.BILINEAR
-    )
-    return np.asarray(sampled)
+    return np.array(Image.fromarray(cropped).transform((size[1], size[0]), AFFINE, scale, BILINEAR))

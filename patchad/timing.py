@@ -1,7 +1,6 @@
 """How long a detector takes, stage by stage, and how far that is from what the machine can do at best."""
 
 import re
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ STAGES = ("backbone", "encoders", "search", "fold", "score")
 """From an image in memory to its score; `encoders` is what is left of embedding without the backbone."""
 Name = TypeVar("Name")
 
+CPU = torch.device("cpu")
 REST = 0.02
 """Seconds before each task, in which the threads of the last one stop waiting for more."""
 VGG_CHANNELS, VGG_SIZE = 256, 64
@@ -29,7 +29,7 @@ class Clock:
     """Milliseconds between calls, when all that was asked of the device is done."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self._last = device, time.perf_counter()
         self()
 
     def __call__(self) -> float:
@@ -37,7 +37,7 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        passed, self._last = now - getattr(self, "_last", now), now
+        passed, self._last = now - self._last, now
         return 1e3 * passed
 
 
@@ -88,7 +88,9 @@ def time_stages(
     return dict(zip(STAGES, (backbone.total, embedding - backbone.total, search, fold, clock()), strict=True))
 
 
-def alternate(tasks: Mapping[Name, Callable[[], object]], repeats: int) -> dict[Name, list[float]]:
+def alternate(
+    tasks: Mapping[Name, Callable[[], object]], repeats: int, device: torch.device = CPU
+) -> dict[Name, list[float]]:
     """Milliseconds of each task, run in turns, so that a slow minute of the machine hits all alike; one run warms up.
 
     Example:
@@ -96,7 +98,7 @@ def alternate(tasks: Mapping[Name, Callable[[], object]], repeats: int) -> dict[
         {'a': 3, 'b': 3}
     """
     times: dict[Name, list[float]] = {name: [] for name in tasks}
-    clock = Clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    clock = Clock(device)
     for repeat in range(repeats + 1):
         for name, task in tasks.items():
             time.sleep(REST)
@@ -137,7 +139,7 @@ def best_rate(device: torch.device, repeats: int = 3) -> float:
         layer = nn.Conv2d(channels, channels, 3, padding=1, device=device).to(memory_format=torch.channels_last)
         tasks[f"convolution {batch}"] = lambda layer=layer, image=image: layer(image)
         operations[f"convolution {batch}"] = 2 * 9 * channels**2 * size**2 * batch
-    times = alternate(tasks, repeats)
+    times = alternate(tasks, repeats, device)
     return max(operations[name] / (1e-3 * min(found)) for name, found in times.items())
 
 
@@ -148,6 +150,8 @@ def peak_memory(device: torch.device) -> float:
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would count what the parent held before this process began
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e6
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 

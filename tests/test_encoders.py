@@ -126,7 +126,8 @@ def test_a_shift_by_the_stride_of_the_coarsest_tap_shifts_the_embeddings():
     [
         ({"taps": {16: "nowhere"}}, "has no layer nowhere"),
         ({"scoring_strides": {16: 3}}, "scoring stride 3 of side 16"),
-        ({"taps": {16: "stage7"}}, "scoring stride 32 of side 16"),
+        ({"taps": {16: "stage7"}}, "scoring stride 32 of side 16 .* another tap in taps"),
+        ({"tile": 0}, "tile 0 must be at least 1"),
     ],
 )
 def test_sides_taps_and_strides_that_do_not_fit_are_refused(settings, message):

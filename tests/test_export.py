@@ -85,6 +85,7 @@ def assert_equal(made: PatchDetector, file: ExportedDetector, array: np.ndarray,
         (EfficientNetLite0, {"encoder": WindowEncoder, "subtract_mean_image": False}),
         (EfficientNetLite0, {"scorer": Scorer(combination="sum", image_score="max")}),
         (EfficientNetLite0, {"tile": 48}),
+        (EfficientNetLite0, {"mode": "sliding"}),
         (VGG16, {}),
         (EfficientNetLite0, {"context": 0.0}),
         (EfficientNetLite0, {"baseline": 0.5}),
@@ -113,6 +114,7 @@ def test_the_file_brings_images_to_the_light_that_the_data_had(tmp_path):
     file = exported(made, tmp_path, brightness=0.4)
     dark = np.random.default_rng(0).random((60, 130, 3), dtype=np.float32) / 4
     assert_equal(made, file, dark, torch.from_numpy(dark).permute(2, 0, 1))
+    file(dark).map[:] = 0  # it is the caller's
     assert file(2 * dark).score == pytest.approx(file(dark).score, rel=TOLERANCE)
 
 
@@ -128,7 +130,7 @@ def test_grey_16_bit_float_and_alpha_are_read_as_from_files(file, tmp_path):
     rgb = read_image(tmp_path / "grey.png").permute(1, 2, 0).numpy()
     alpha = np.concatenate([rgb, np.zeros_like(rgb[..., :1])], axis=2)
     expected = file(rgb)
-    for same in (grey, grey[..., None], rgb.astype(np.float64), alpha):
+    for same in (grey, grey.astype(">u2"), grey[..., None], rgb.astype(np.float64), alpha):
         assert file(same).score == expected.score
         assert np.array_equal(file(same).map, expected.map)
 
@@ -253,6 +255,20 @@ def test_verify_tells_a_file_of_another_checkpoint(fitted, here, capsys):  # noq
     with pytest.raises(SystemExit):
         main(["verify", str(fitted / "model.patchad"), f"--ckpt_path={fitted / CHECKPOINTS[1]}", "--images=2"])
     assert "model.patchad differs from" in capsys.readouterr().err
+
+
+def test_verify_tells_a_file_of_another_threshold(fitted, here, capsys):  # noqa: F811
+    checkpoint = torch.load(fitted / CHECKPOINTS[0], weights_only=True)
+    checkpoint["state_dict"]["scorer.threshold"] *= 2
+    torch.save(checkpoint, here / "other.ckpt")
+    with pytest.raises(SystemExit):
+        main(["verify", str(fitted / "model.patchad"), "--ckpt_path=other.ckpt", "--images=1"])
+    assert "model.patchad has the threshold" in capsys.readouterr().err
+
+
+def test_an_export_by_another_score_warns_that_the_threshold_does_not_fit(fitted, here):  # noqa: F811
+    with pytest.warns(UserWarning, match="verdicts do not"):
+        main(["export", f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--model.scorer.image_score=max"])
 
 
 def test_benchmark_prints_the_stages_of_the_users_own_model(fitted, here, capsys):  # noqa: F811

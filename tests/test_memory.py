@@ -97,6 +97,15 @@ def test_kcenter_is_the_greedy_choice_of_the_farthest():
     assert kcenter(vectors, 12).tolist() == sorted(chosen)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kcenter_chooses_alike_at_reduced_precision():
+    vectors = torch.randn(60, DIM, generator=torch.Generator().manual_seed(3)).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = kcenter(vectors, 12)
+    assert torch.equal(found, kcenter(vectors, 12))
+
+
 def test_kcenter_covers_within_twice_the_best():
     vectors = torch.randn(10, 2, generator=torch.Generator().manual_seed(4))
     best = min(covering_radius(vectors, torch.tensor(few)) for few in itertools.combinations(range(10), 3))

@@ -55,6 +55,13 @@ def test_folding_equals_a_loop_over_patches(side, stride):
         np.testing.assert_allclose(folded[image], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_folding_keeps_its_digits_at_reduced_precision():
+    values, counted = torch.rand(1, 5, 7), torch.ones(1, 5, 7, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        folded = fold(values, counted, 16, 8)
+    assert torch.equal(folded, fold(values, counted, 16, 8))
+
+
 def test_folding_a_constant_gives_that_constant_everywhere():
     folded = fold(torch.full((1, 9, 9), 3.5), torch.ones(1, 9, 9, dtype=torch.bool), 32, 4)
     torch.testing.assert_close(folded, torch.full((1, 64, 64), 3.5))
@@ -198,3 +205,9 @@ def test_cut_grid_takes_every_patch_in_reading_order():
         one[:, top : top + 4, left : left + 4] for one in image for top in range(0, 7, 2) for left in range(0, 9, 2)
     ]
     assert torch.equal(patches, torch.stack(expected))
+
+
+def test_a_shift_that_leaves_pyramids_no_room_is_refused():
+    with pytest.raises(PatchadError, match=r"data\.shift leaves no room for the pyramids of side 8"):
+        for seed in range(20):
+            sample_pyramids((96, 96), (96, 96), 8, 2, 500, (4, 4), np.random.default_rng(seed))

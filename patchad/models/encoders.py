@@ -7,6 +7,7 @@ image through the backbone once, `SlidingEncoder` each patch on its own.
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,7 +20,6 @@ from patchad.canvas import Size
 from patchad.errors import PatchadError
 from patchad.models.backbones import Backbone, Tap, receptive_radius
 from patchad.pyramid import (
-    common_multiple,
     cut,
     cut_grid,
     pad_to_multiple,
@@ -294,7 +294,8 @@ class PyramidEncoder(nn.Module, ABC):
         scoring_strides: distance between scored patches for each side in pixels, a multiple of the tap's stride; by
             default 8, or half a side where that is less, or the tap's stride where that is more.
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
-        tile: a larger image (height or width in pixels) passes the backbone in tiles of that size; None never.
+        tile: a larger image (height or width in pixels) that is scored passes the backbone in tiles of that size; None
+            never.
 
     Raises:
         PatchadError: if a tap is unknown or a stride does not fit.
@@ -311,6 +312,8 @@ class PyramidEncoder(nn.Module, ABC):
         tile: int | None = None,
     ) -> None:
         super().__init__()
+        if tile is not None and tile < 1:
+            raise PatchadError(f"tile {tile} must be at least 1 pixel; null passes every image whole")
         self.tile = tile
         self.backbone, self.mean_image = backbone, MeanImage() if subtract_mean_image else None
         self.sides = tuple(sides)
@@ -321,7 +324,7 @@ class PyramidEncoder(nn.Module, ABC):
         for side in self.sides:
             check_stride(side, self.strides[side], self.taps[side].stride)
         self.encoders = nn.ModuleDict({str(side): encoder(side, self.taps[side]) for side in self.sides})
-        self.multiple = common_multiple([*self.strides.values(), *(tap.stride for tap in self.taps.values())])
+        self.multiple = math.lcm(*self.strides.values(), *(tap.stride for tap in self.taps.values()))
 
     @property
     @abstractmethod
@@ -492,7 +495,7 @@ class SlidingEncoder(PyramidEncoder):
         for side, stride in self.strides.items():
             rows, columns = self.grid((image.shape[2], image.shape[3]), side)
             embeddings = self._encode(side, cut_grid(padded, side, stride))
-            found[side] = embeddings.unflatten(0, (len(image), rows, columns)).permute(0, 3, 1, 2)
+            found[side] = embeddings.unflatten(0, (image.shape[0], rows, columns)).permute(0, 3, 1, 2)
         return found
 
     def observable(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
@@ -519,7 +522,8 @@ class SlidingEncoder(PyramidEncoder):
         return self.backbone(patches, [name])[name]
 
     def _encode(self, side: int, patches: Float[Tensor, "patches 3 side side"]) -> Float[Tensor, "patches dim"]:
-        parts = patches.split(self.patches_at_once)
+        # an exported graph passes all, since their number depends on a batch that it does not know
+        parts = [patches] if torch.compiler.is_exporting() else patches.split(self.patches_at_once)
         return torch.cat([self.patch_encoder(side)(self._features(side, part), 1).flatten(1) for part in parts])
 
 
@@ -545,10 +549,11 @@ def default_stride(side: int, tap: Tap) -> int:
     to search, and to fit into a bank (docs/benchmarks.md has what it costs).
 
     Example:
-        >>> [default_stride(side, Tap(layer=3, stride=4, channels=24)) for side in (32, 16, 8)]
-        [8, 8, 4]
+        >>> [default_stride(side, Tap(layer=3, stride=4, channels=24)) for side in (32, 20, 16, 8)]
+        [8, 4, 8, 4]
     """
-    return max(tap.stride, min(8, side // 2))
+    most = max(tap.stride, min(8, side // 2))
+    return max((one for one in range(tap.stride, most + 1, tap.stride) if side % one == 0), default=tap.stride)
 
 
 def check_stride(side: int, stride: int, tap_stride: int) -> None:
@@ -556,5 +561,5 @@ def check_stride(side: int, stride: int, tap_stride: int) -> None:
     if stride % tap_stride or side % stride:
         raise PatchadError(
             f"scoring stride {stride} of side {side} must be a multiple of its tap's stride {tap_stride} "
-            f"and divide {side}"
+            f"and divide {side}; set scoring_strides, or another tap in taps"
         )

@@ -1,6 +1,6 @@
 """Milliseconds per image of patchad and of its peers, on the same images in one process, in turns, as Markdown.
 
-pip install patchad[bench]
+pip install ".[bench]"
 python -m benchmarks.speed
 
 Each is timed as it runs in torch (eager), and in the files that it exports itself; claims are made against the faster.

@@ -225,7 +225,7 @@ def without_place(config: dict[str, Any]) -> dict[str, Any]:
         config.pop(name, None)
     for name in ("root", "layout", "seed", "num_workers", "validate_on"):
         config["data"]["init_args"].pop(name, None)
-    for name in ("logger", "check_val_every_n_epoch"):
+    for name in ("logger", "check_val_every_n_epoch", "default_root_dir"):
         config["trainer"].pop(name, None)
     config["model"]["init_args"].pop("seed", None)
     backbone = config["model"]["init_args"]["backbone"]["init_args"]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -20,7 +21,8 @@ from patchad.module import PatchDetector, check_format
 
 CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
-
+LIGHTNINGS_CHECKPOINTS = ("best", "last", "hpc")
+"""Words that `fit --ckpt_path` takes for a path."""
 
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen backbones are meant to be
@@ -59,6 +61,10 @@ class PatchadCLI(LightningCLI):
         """Only `fit` leaves it to Lightning, which would put the checkpoint's settings above the caller's options."""
         if self.config.get("subcommand") == "fit":
             super()._parse_ckpt_path()
+
+    def predict(self, **settings: Any) -> None:
+        """Lightning's, which would keep every map in memory; the `Predictions` callback has written them."""
+        self.trainer.predict(**{**settings, "return_predictions": False})
 
     def after_fit(self) -> None:
         """Says where everything is and what comes next."""
@@ -126,7 +132,7 @@ def packaged_config(name: str) -> str:
         PatchadError: if a short name fits nothing.
     """
     packaged = CONFIGS / f"{name}.yaml"
-    if "{" in name or Path(name).exists() or Path(name).suffix in (".yaml", ".yml", ".json"):
+    if "{" in name or Path(name).is_file() or Path(name).suffix in (".yaml", ".yml", ".json"):
         return name  # a config in braces may be too long for a path
     if not packaged.is_file():
         known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
@@ -141,9 +147,10 @@ def with_checkpoint_settings(arguments: list[str]) -> list[str]:
         PatchadError: if the checkpoint is missing or not readable.
     """
     path = option_value(arguments, "--ckpt_path")
-    if path is None or arguments[0] == "fit":
+    if path is None or (arguments[0] == "fit" and path in LIGHTNINGS_CHECKPOINTS):
         return arguments
-    return [arguments[0], "--config", json.dumps(read_settings(Path(path))), *arguments[1:]]
+    settings = read_settings(Path(path))
+    return arguments if arguments[0] == "fit" else [arguments[0], "--config", json.dumps(settings), *arguments[1:]]
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:
@@ -167,7 +174,8 @@ def read_settings(path: Path) -> dict[str, dict]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise PatchadError(f"--ckpt_path {path} is not a checkpoint: {one_line(error)}") from error
+        told = str(error).strip().partition("\n")[0]
+        raise PatchadError(f"--ckpt_path {path} is not a checkpoint of patchad's: {told}") from error
     check_format(checkpoint, path)
     keys = {
         "model": PatchDetector.CHECKPOINT_HYPER_PARAMS_KEY,

@@ -102,6 +102,9 @@ class Position(PatchLoss):
     def logits(self, views: PatchViews) -> Float[Tensor, "patches 12"]:
         """Scores of the 12 directions."""
         assert views.neighbour is not None
+        dim = self.classifier[0].in_features
+        if views.anchor.shape[1] != dim:
+            raise PatchadError(f"Position has dim {dim}, embeddings have {views.anchor.shape[1]}; give it theirs")
         return self.classifier(views.anchor - views.neighbour)
 
     def forward(self, views: PatchViews) -> Scalar:

@@ -70,8 +70,9 @@ class PatchDetector(Configurable, LightningModule):
         taps: name of the backbone's layer for each side; by default the backbone's own choice.
         scoring_strides: distance between scored patches for each side in pixels.
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
-        tile: a larger image (height or width in pixels) passes the backbone in tiles of that size, in dense mode, so
-            that memory stays bounded; the result is the same. None passes every image whole.
+        tile: a larger image (height or width in pixels) that is scored passes the backbone in tiles of that size, in
+            dense mode, so that memory stays bounded; the result is the same. None passes every image whole. Training
+            takes whole images: there a smaller `data.batch_size` saves memory.
         baseline: how far normal patches of unseen things are to be expected around the nearest normal patch is known
             (`MemoryBank.levels`); this share of its square is subtracted from the squared distance. Not in the paper; 0
             leaves it out.
@@ -127,7 +128,7 @@ class PatchDetector(Configurable, LightningModule):
         if cache is not None and not isinstance(self.encoder, DenseEncoder):
             raise PatchadError(f"mode {mode} has no features to cache; set model.cache to null")
         terms = [Position(), RelativeSimilarity(), Clustering()] if losses is None else losses
-        check_names(terms)
+        check_losses(terms)
         if context < 0:
             raise PatchadError(f"context {context} must not be negative; 0 compares patches alone")
         self.context = context
@@ -145,6 +146,8 @@ class PatchDetector(Configurable, LightningModule):
 
     def setup(self, stage: str) -> None:
         """Makes the metrics, which know the defect types of the test set, and switches off losses that do not fit."""
+        if self.trainer.strategy.root_device.type == "mps":
+            raise PatchadError("float64, which figures need, is not there on mps; give --trainer.accelerator cpu")
         if stage == "fit":
             for side, grid in self.encoder.grids.items():
                 positions(window_size(self._data.image_size, side, grid), side, grid)  # or an error that says so
@@ -275,7 +278,12 @@ class PatchDetector(Configurable, LightningModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Measures the mean image, caches features, and measures the encoders' input, where these are asked for."""
+        """Measures the mean image, caches features, and measures the encoders' input, where these are asked for.
+
+        Before that, calibration images are read: one that cannot be read ends a fit now, not when all is learned.
+        """
+        for _ in self._batches(self._data.calibration_dataloader(), "Reading calibration images"):
+            pass
         mean_image = self.encoder.mean_image
         if mean_image is not None and not mean_image.ready:
             for batch in self._batches(self._data.memory_dataloader(), "Averaging images"):
@@ -610,18 +618,24 @@ class PatchDetector(Configurable, LightningModule):
         """Completes the bank for the weights that are saved, however the fit ends, and marks the format."""
         self.remember_normals()
         checkpoint["state_dict"] = self.state_dict()
-        checkpoint["patchad_format"], checkpoint["patchad_scorer"] = CHECKPOINT_FORMAT, repr(self.scorer)
+        checkpoint["patchad_format"], checkpoint["patchad_threshold_of"] = CHECKPOINT_FORMAT, self._threshold_of
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = without_weights(self.hparams)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format; warns where its threshold is that of another score."""
         check_format(checkpoint)
-        fitted = checkpoint.get("patchad_scorer", repr(self.scorer))
-        if fitted != repr(self.scorer):
+        fitted = checkpoint.get("patchad_threshold_of", self._threshold_of)
+        if fitted != self._threshold_of:
             rank_zero_warn(
-                f"the threshold was set for {fitted}, not for {self.scorer}: AUROCs hold, verdicts do not; fit with "
-                "this scorer for a threshold of its own"
+                f"the threshold was set for {fitted}, not for {self._threshold_of}: AUROCs hold, verdicts do not; fit "
+                "with these settings for a threshold of its own"
             )
+
+    @property
+    def _threshold_of(self) -> str:
+        """What scores, and so the threshold, depend on, of all that may be given another value after a fit."""
+        baseline = self.bank(self.encoder.sides[0]).baseline
+        return f"{self.scorer}, context={self.context}, baseline={baseline}"
 
     # what Lightning gives
 
@@ -645,8 +659,14 @@ class PatchDetector(Configurable, LightningModule):
             yield self.trainer.strategy.batch_to_device(batch, self.device)
 
 
-def check_names(losses: Sequence[PatchLoss]) -> None:
-    """Raises PatchadError if two losses would be logged under one name."""
+def check_losses(losses: Sequence[PatchLoss]) -> None:
+    """Raises PatchadError if a loss needs what there never is, or two would be logged under one name."""
+    for loss in losses:
+        if not isinstance(loss.needs, tuple) or not set(loss.needs) <= set(PatchViews._fields):
+            raise PatchadError(
+                f"needs of {type(loss).__name__} is {loss.needs!r}; it must be a tuple of the names "
+                f"{', '.join(PatchViews._fields)}"
+            )
     names = [type(loss).__name__ for loss in losses]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:

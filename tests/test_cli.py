@@ -110,7 +110,6 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
 
 def test_options_override_the_settings_of_the_checkpoint(run, here, product, capsys):
     shutil.copytree(product / "test", here / "other" / "test")
-    shutil.copytree(product / "train", here / "other" / "train")
     main(["test", "--ckpt_path", checkpoint(run), "--data.root=other", "--trainer.enable_progress_bar=false"])
     captured = capsys.readouterr()
     assert "test/detection_auroc" in captured.out
@@ -138,7 +137,27 @@ def test_images_are_scored_as_the_options_say_with_a_warning_where_the_threshold
     assert float(row["score"]) == pytest.approx(highest.max() if score == "max" else highest.mean(), rel=1e-5)
 
 
+def test_images_of_the_users_own_are_predicted_by_a_detector_of_the_synthetic_set(run, here, product, capsys):
+    shutil.copytree(product / "test" / "good", here / "parts")
+    (here / "watching.py").write_text(WATCH)
+    options = ["--data.layout=Synthetic", "--trainer.callbacks+=watching.Watch", "--trainer.enable_progress_bar=false"]
+    main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", *options])
+    assert "maps are kept in memory: False" in capsys.readouterr().out
+    rows = (here / "runs/version_0/predictions/scores.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(list((here / "parts").iterdir()))
+
+
+WATCH = """
+from pytorch_lightning import Callback
+
+class Watch(Callback):
+    def on_predict_end(self, trainer, pl_module):
+        print("maps are kept in memory:", trainer.predict_loop.return_predictions)
+"""
+
+
 def test_configs_compose_and_print(here, capsys):
+    (here / "data" / "magnetic_tile").mkdir(parents=True)  # a folder is no config
     with pytest.raises(SystemExit) as stop:
         main(
             ["fit", "--config", "data/magnetic_tile", "--data.layout.split=by_tile", "--data.root=x", "--print_config"]
@@ -217,6 +236,11 @@ def other_checkpoint(here: Path, product: Path) -> list[str]:
     return ["test", "--ckpt_path=other.ckpt"]
 
 
+def no_checkpoint(here: Path, product: Path) -> list[str]:
+    (here / "other.ckpt").write_bytes(b"nothing")
+    return ["test", "--ckpt_path=other.ckpt"]
+
+
 MISTAKES = {
     "a broken image": (broken_image, r"cannot read image broken/train/good/003\.png"),
     "a mask of another size": (wrong_mask, r"has 96 x 90 pixels \(height x width\), its image has 96 x 96"),
@@ -226,6 +250,11 @@ MISTAKES = {
     "no root": (lambda *_: ["fit", *LITE, *SMALL], r"no images: give --data\.root FOLDER"),
     "a missing root": (lambda *_: ["fit", "--data.root=nowhere", *LITE, *SMALL], r"data\.root nowhere does not exist"),
     "a missing checkpoint": (lambda *_: ["test", "--ckpt_path=no.ckpt"], r"--ckpt_path no\.ckpt does not exist"),
+    "a missing checkpoint to go on with": (
+        lambda _, product: ["fit", f"--data.root={product}", "--ckpt_path=no.ckpt", *LITE, *SMALL],
+        r"--ckpt_path no\.ckpt does not exist",
+    ),
+    "what is no checkpoint": (no_checkpoint, r"--ckpt_path other\.ckpt is not a checkpoint of patchad's: "),
     "an unknown config": (lambda *_: ["fit", "--config", "fast"], r"--config fast is neither a file nor one of"),
     "a side too large": (
         lambda _, product: ["fit", f"--data.root={product}", *LITE, *SMALL, "--data.image_size=[32,32]"],

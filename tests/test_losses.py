@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from patchad.errors import PatchadError
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity, Separation, nearest_distance
-from patchad.module import check_names
+from patchad.module import check_losses
 from tests.contracts import check_loss, some_views
 
 
@@ -162,4 +162,19 @@ def test_a_negative_weight_is_refused():
 
 def test_two_losses_of_one_name_are_refused():
     with pytest.raises(PatchadError, match="losses holds Clustering more than once"):
-        check_names([Clustering(), Position(), Clustering()])
+        check_losses([Clustering(), Position(), Clustering()])
+
+
+@pytest.mark.parametrize("needs", [("centroid",), ("centroids")])
+def test_a_loss_that_needs_what_there_never_is_is_refused(needs):
+    class Wrong(Spread):
+        pass
+
+    Wrong.needs = needs
+    with pytest.raises(PatchadError, match=r"needs of Wrong is .*centroid.*; it must be a tuple of .*centroids"):
+        check_losses([Wrong()])
+
+
+def test_position_names_both_dims_where_they_differ():
+    with pytest.raises(PatchadError, match="Position has dim 32, embeddings have 64"):
+        Position(dim=32)(some_views())

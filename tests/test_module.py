@@ -1,5 +1,6 @@
 import functools
 import math
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -231,6 +232,31 @@ def test_calibration_images_score_as_in_calibration(fitted, product, tmp_path):
     distances = model.distances(batch.image, batch.content)
     for number, side in enumerate(model.encoder.sides):
         assert distances.sides[side].mean().item() == pytest.approx(model.scorer.scale[number].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("changed", [{"context": 2.0}, {"baseline": 0.5}, {"scorer": Scorer(target_fpr=0.5)}])
+def test_other_settings_than_the_thresholds_are_told(changed, fitted):
+    checkpoint = torch.load(fitted, weights_only=True)
+    with pytest.warns(UserWarning, match="verdicts do not"):
+        detector(**changed).on_load_checkpoint(checkpoint)
+    detector(scorer=Scorer(smoothing=1.0)).on_load_checkpoint(checkpoint)  # any warning would be an error
+
+
+class Learned(Callback):
+    """Notes whether training began."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.began = True
+
+
+def test_a_calibration_image_that_cannot_be_read_ends_a_fit_before_it_learns(product, tmp_path):
+    shutil.copytree(product, tmp_path / "product")
+    data, model = images(tmp_path / "product"), detector()
+    data.setup("fit")
+    data.calibration_set.samples[0].path.write_bytes(b"no image")
+    with pytest.raises(PatchadError, match="cannot read image"):
+        trainer(tmp_path, Learned()).fit(model, data)
+    assert not hasattr(model, "began")
 
 
 def test_a_fit_at_reduced_precision_remembers_and_calibrates_at_the_precision_of_a_test(product, tmp_path):

@@ -33,7 +33,7 @@ class DetectorTrainer(Trainer):
             ckpt_path: what patchad fit wrote.
             output: the file.
         """
-        export(restored(model, ckpt_path), output, datamodule, ckpt_path)
+        export(restored(model, datamodule, ckpt_path), output, datamodule, ckpt_path)
         megabytes = output.stat().st_size / 1e6
         print(f"exported: {output} ({megabytes:.1f} MB)\nnext:     patchad.load({str(output)!r})(image)")
 
@@ -59,7 +59,7 @@ class DetectorTrainer(Trainer):
         """
         if images < 1:
             raise PatchadError(f"--images {images} shows nothing; give at least 1")
-        detector, runtime = restored(model, ckpt_path), load(exported)
+        detector, runtime = restored(model, datamodule, ckpt_path), load(exported)
         for side in detector.encoder.sides:  # the file compares with every vector, however many there are
             detector.bank(side).exact_most = len(detector.bank(side))
         datamodule.setup("predict")
@@ -95,7 +95,7 @@ class DetectorTrainer(Trainer):
             repeats: timed runs.
         """
         device = self.strategy.root_device
-        detector, rate = restored(model, ckpt_path).to(device), best_rate(device)
+        detector, rate = restored(model, datamodule, ckpt_path).to(device), best_rate(device)
         print(f"best float32 rate measured: {rate / 1e9:.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads")
         datamodule.setup("predict")
         for size in batch_sizes:
@@ -110,8 +110,8 @@ class DetectorTrainer(Trainer):
             print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
 
 
-def restored(model: PatchDetector, ckpt_path: Path | None) -> PatchDetector:
-    """The detector with the checkpoint's weights, in eval mode.
+def restored(model: PatchDetector, datamodule: PyramidDataModule, ckpt_path: Path | None) -> PatchDetector:
+    """The detector with the checkpoint's weights, in eval mode; warns where options differ from what was fitted.
 
     Raises:
         PatchadError: if there is no checkpoint, or one of another format.
@@ -120,6 +120,7 @@ def restored(model: PatchDetector, ckpt_path: Path | None) -> PatchDetector:
         raise PatchadError("no detector: give --ckpt_path, the checkpoint that patchad fit wrote")
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
     model.on_load_checkpoint(checkpoint)
+    datamodule.load_state_dict(checkpoint.get(type(datamodule).__qualname__, {}))
     model.load_state_dict(checkpoint["state_dict"])
     return model.eval()
 

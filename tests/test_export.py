@@ -271,6 +271,13 @@ def test_an_export_by_another_score_warns_that_the_threshold_does_not_fit(fitted
         main(["export", f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--model.scorer.image_score=max"])
 
 
+def test_images_in_another_light_than_the_checkpoints_are_told(fitted, here):  # noqa: F811
+    light = [f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--data.brightness=0.5"]
+    for command in (["export"], ["test", "--trainer.enable_progress_bar=false"]):
+        with pytest.warns(UserWarning, match=r"images of brightness 0\.4, not 0\.5: verdicts do not hold"):
+            main([command[0], *light, *command[1:]])
+
+
 def test_benchmark_prints_the_stages_of_the_users_own_model(fitted, here, capsys):  # noqa: F811
     main(["benchmark", f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--repeats=1", "--batch_sizes=[1,2]"])
     told = capsys.readouterr().out

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from patchad.canvas import Size, content_size
@@ -396,6 +396,17 @@ class PyramidDataModule(Configurable, LightningDataModule):
     def view_settings(self) -> str:
         """All that views depend on beside the image files; a cache of their features is kept under it."""
         return f"{self.image_size} {self.keep_aspect} {self.brightness} {self.seed} {self.augmentations} {FORMAT}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What images are brought to before the bank and the threshold know them; a checkpoint keeps it."""
+        return {"image_size": list(self.image_size), "keep_aspect": self.keep_aspect, "brightness": self.brightness}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warns where options bring images to something else than a checkpoint's."""
+        now = self.state_dict()
+        told = [f"{name} {value}, not {now[name]}" for name, value in state_dict.items() if now[name] != value]
+        if told:
+            rank_zero_warn(f"bank and threshold are of images of {'; '.join(told)}: verdicts do not hold")
 
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""

@@ -21,8 +21,8 @@ from patchad.module import PatchDetector, check_format
 
 CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
-LIGHTNINGS_CHECKPOINTS = ("best", "last", "hpc")
-"""Words that `fit --ckpt_path` takes for a path."""
+LIGHTNINGS_WORDS = ("best", "last", "hpc", "null")
+"""What `fit --ckpt_path` takes beside a path."""
 
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen backbones are meant to be
@@ -147,7 +147,7 @@ def with_checkpoint_settings(arguments: list[str]) -> list[str]:
         PatchadError: if the checkpoint is missing or not readable.
     """
     path = option_value(arguments, "--ckpt_path")
-    if path is None or (arguments[0] == "fit" and path in LIGHTNINGS_CHECKPOINTS):
+    if path is None or (arguments[0] == "fit" and (path in LIGHTNINGS_WORDS or "://" in path)):
         return arguments
     settings = read_settings(Path(path))
     return arguments if arguments[0] == "fit" else [arguments[0], "--config", json.dumps(settings), *arguments[1:]]

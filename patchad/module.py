@@ -282,7 +282,8 @@ class PatchDetector(Configurable, LightningModule):
 
         Before that, calibration images are read: one that cannot be read ends a fit now, not when all is learned.
         """
-        for _ in self._batches(self._data.calibration_dataloader(), "Reading calibration images"):
+        self._remembered_at = None  # another fit of this model may take as many steps
+        for _ in track(self._data.calibration_dataloader(), "Reading calibration images", disable=not self._shows_bars):
             pass
         mean_image = self.encoder.mean_image
         if mean_image is not None and not mean_image.ready:
@@ -485,6 +486,10 @@ class PatchDetector(Configurable, LightningModule):
                     "every patch looks alike; lower the learning rate, or the weights of similarity and clustering"
                 )
 
+    def on_train_end(self) -> None:
+        """Remembers what no validation did, while the model is still on its device."""
+        self.remember_normals()
+
     # the memory of what is normal
 
     @torch.no_grad()
@@ -616,32 +621,42 @@ class PatchDetector(Configurable, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes the bank for the weights that are saved, however the fit ends, and marks the format."""
-        self.remember_normals()
+        try:
+            self.remember_normals()
+        except Exception as error:
+            if not self.trainer.interrupted:
+                raise
+            for side in self.encoder.sides:  # nothing that was learned is lost with an image
+                self.bank(side).clear()
+            rank_zero_warn(f"the checkpoint has no bank, for {error}; mend that and go on with fit --ckpt_path")
         checkpoint["state_dict"] = self.state_dict()
-        checkpoint["patchad_format"], checkpoint["patchad_threshold_of"] = CHECKPOINT_FORMAT, self._threshold_of
+        checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self._scored_by
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = without_weights(self.hparams)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another format; warns where its threshold is that of another score."""
+        """Refuses a checkpoint of another format or context; warns where its threshold is that of another score."""
         check_format(checkpoint)
-        fitted = checkpoint.get("patchad_threshold_of", self._threshold_of)
-        if fitted != self._threshold_of:
-            rank_zero_warn(
-                f"the threshold was set for {fitted}, not for {self._threshold_of}: AUROCs hold, verdicts do not; fit "
-                "with these settings for a threshold of its own"
-            )
+        now, fitted = self._scored_by, checkpoint.get("patchad_scored_by", {})
+        told = [f"{name} {value}, not {now[name]}" for name, value in fitted.items() if now[name] != value]
+        if not told or self._fitting:
+            return
+        if fitted["context"] != self.context:  # it is a part of each vector of the bank
+            raise PatchadError(f"the bank was filled with context {fitted['context']}, not {self.context}; fit again")
+        rank_zero_warn(f"the threshold was set with {'; '.join(told)}: verdicts do not hold; fit for one of its own")
 
     @property
-    def _threshold_of(self) -> str:
+    def _scored_by(self) -> dict[str, Any]:
         """What scores, and so the threshold, depend on, of all that may be given another value after a fit."""
-        baseline = self.bank(self.encoder.sides[0]).baseline
-        return f"{self.scorer}, context={self.context}, baseline={baseline}"
+        encoder, baseline = self.encoder, self.bank(self.encoder.sides[0]).baseline
+        read = {"mode": type(encoder).__name__, "taps": encoder.tap_names, "scoring_strides": encoder.strides}
+        return {"scorer": repr(self.scorer), "context": self.context, "baseline": baseline, **read}
 
     # what Lightning gives
 
     @property
     def _fitting(self) -> bool:
-        return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        trainer = self._trainer  # None where there is none
+        return trainer is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
     @property
     def _shows_bars(self) -> bool:

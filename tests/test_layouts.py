@@ -46,7 +46,7 @@ def test_a_folder_with_test_images_alone_is_tested_and_not_learned_from(layout, 
     data = PyramidDataModule(tmp_path)
     data.setup("test")
     assert len(data.test_set) == 2
-    with pytest.raises(PatchadError, match="has 0 training images"):
+    with pytest.raises(PatchadError, match="has no training images"):
         data.setup("fit")
 
 

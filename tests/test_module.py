@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from patchad import PatchadError, PatchDetector, PyramidDataModule
 from patchad.callbacks import Predictions, Report
 from patchad.callbacks.report import aurocs, report_page
+from patchad.data.synthetic import write_synthetic
 from patchad.models import VGG16, EfficientNetLite0, WindowEncoder
 from patchad.scoring import Scorer, gaussian
 
@@ -145,12 +146,39 @@ def test_the_bank_is_complete_however_a_fit_ends(how, fitted, product, tmp_path)
 
 @pytest.mark.parametrize("limit", [{"max_steps": 1}, {"max_time": {"seconds": 0}}, {"limit_val_batches": 0}])
 def test_the_bank_is_complete_under_every_limit(limit, fitted, product, tmp_path):
-    run = trainer(tmp_path, **limit)
-    run.fit(detector(), images(product))
+    run, model = trainer(tmp_path, **limit), detector()
+    run.fit(model, images(product))
+    assert "max_time" in limit or model.scorer.threshold.isfinite()  # before any checkpoint asks for it
     run.save_checkpoint(tmp_path / "end.ckpt")
     state = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
     expected = torch.load(fitted, weights_only=True)["state_dict"]
     assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_a_second_fit_remembers_its_own_images(fitted, product, tmp_path):
+    write_synthetic(tmp_path / "other", train=12, test_normal=1, test_defective=1, size=96, seed=1)
+    model = detector()
+    trainer(tmp_path / "first").fit(model, images(tmp_path / "other"))
+    trainer(tmp_path / "second").fit(model, images(product))
+    assert states_equal(fitted, tmp_path / "second" / "last.ckpt")
+
+
+class SpoilAnImage(Callback):
+    """An image of the bank can no longer be read when all is learned."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        trainer.datamodule.train_set.samples[0].path.write_bytes(b"no image")
+
+
+def test_what_was_learned_is_kept_where_the_bank_cannot_be_filled(product, tmp_path):
+    shutil.copytree(product, tmp_path / "product")
+    with pytest.warns(UserWarning, match="the checkpoint has no bank, for cannot read image"):
+        with pytest.raises(PatchadError, match="cannot read image"):
+            model = detector()
+            trainer(tmp_path, SpoilAnImage(), limit_train_batches=1).fit(model, images(tmp_path / "product"))
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert len(state["banks.16.vectors"]) == 0
+    assert all(torch.equal(state[name], value) for name, value in model.encoder.state_dict(prefix="encoder.").items())
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -234,12 +262,16 @@ def test_calibration_images_score_as_in_calibration(fitted, product, tmp_path):
         assert distances.sides[side].mean().item() == pytest.approx(model.scorer.scale[number].item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("changed", [{"context": 2.0}, {"baseline": 0.5}, {"scorer": Scorer(target_fpr=0.5)}])
+@pytest.mark.parametrize(
+    "changed", [{"scoring_strides": {16: 4}}, {"baseline": 0.5}, {"scorer": Scorer(target_fpr=0.5)}]
+)
 def test_other_settings_than_the_thresholds_are_told(changed, fitted):
     checkpoint = torch.load(fitted, weights_only=True)
     with pytest.warns(UserWarning, match="verdicts do not"):
         detector(**changed).on_load_checkpoint(checkpoint)
     detector(scorer=Scorer(smoothing=1.0)).on_load_checkpoint(checkpoint)  # any warning would be an error
+    with pytest.raises(PatchadError, match=r"filled with context 1\.0, not 2\.0"):
+        detector(context=2.0).on_load_checkpoint(checkpoint)
 
 
 class Learned(Callback):

@@ -13,7 +13,7 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
 from patchad.canvas import Size, content_size
 from patchad.data.images import (
@@ -279,7 +279,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         num_workers: processes that decode images.
         calibration_fraction: share of the training normals kept for calibration (at least one image).
         validate_on: `synthetic_defects` paints defects on 20 calibration normals; `test` watches the test images (for
-            watching only); `none` leaves validations out, and the pictures that they write.
+            watching only); `none` leaves validations out, and the pictures and checkpoints that come with them.
         seed: of the split, of shuffling and of painted defects.
 
     Raises:
@@ -330,8 +330,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
 
     def prepare_data(self) -> None:
         """Lets the layout write what it makes itself (once per machine); images to predict are the user's."""
-        predicting = self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
-        if self.layout is not None and not predicting:
+        if self.layout is not None and self._doing != TrainerFn.PREDICTING:
             self.layout.prepare(self.root)
 
     def setup(self, stage: str) -> None:
@@ -359,6 +358,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
         groups: dict[Any, list[Sample]] = {}
         for sample in normals:
             groups.setdefault(sample.thing, []).append(sample)
+        if not normals:
+            raise PatchadError(f"{self.root}, read as {type(self.layout).__name__}, has no training images")
         if len(groups) < 2:
             raise PatchadError(
                 f"{self.root} has {len(normals)} training images in {len(groups)} groups of the same thing; at least "
@@ -393,6 +394,15 @@ class PyramidDataModule(Configurable, LightningDataModule):
         return PyramidDataset(self.train_set, plan, self.pyramids_per_image, self.augmentations, self.seed)
 
     @property
+    def _doing(self) -> TrainerFn | None:
+        return self.trainer.state.fn if self.trainer else None
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """How many processes there are, and which one this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    @property
     def view_settings(self) -> str:
         """All that views depend on beside the image files; a cache of their features is kept under it."""
         return f"{self.image_size} {self.keep_aspect} {self.brightness} {self.seed} {self.augmentations} {FORMAT}"
@@ -402,7 +412,9 @@ class PyramidDataModule(Configurable, LightningDataModule):
         return {"image_size": list(self.image_size), "keep_aspect": self.keep_aspect, "brightness": self.brightness}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warns where options bring images to something else than a checkpoint's."""
+        """Warns where options bring images to something else than a checkpoint's; a fit fills a bank of its own."""
+        if self._doing == TrainerFn.FITTING:
+            return
         now = self.state_dict()
         told = [f"{name} {value}, not {now[name]}" for name, value in state_dict.items() if now[name] != value]
         if told:
@@ -421,7 +433,9 @@ class PyramidDataModule(Configurable, LightningDataModule):
 
     def views_dataloader(self, pairs: Sequence[tuple[int, int]]) -> DataLoader:
         """Views of the training normals, each once, by number and view."""
-        return self._each_once(ViewDataset(self.pyramids, pairs))
+        world, rank = self._place
+        mine = ViewDataset(self.pyramids, pairs[rank::world])  # where few are missing, none for some processes
+        return self._loader(mine, SequentialSampler(mine))
 
     def memory_dataloader(self) -> DataLoader:
         """Training normals, each once, as the memory bank reads them."""
@@ -455,7 +469,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         return self._each_once(self.predict_set)
 
     def _sampler(self, kind: type[DistributedSampler], dataset: Dataset, shuffle: bool) -> DistributedSampler:
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        world, rank = self._place
         count = len(dataset)  # type: ignore[arg-type]
         if 0 < count < world:
             raise PatchadError(f"{count} images cannot be shared by {world} processes; give --trainer.devices {count}")

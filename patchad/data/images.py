@@ -26,7 +26,7 @@ def read_image(path: Path) -> Float[Tensor, "3 height width"]:
     alpha is dropped.
 
     Raises:
-        PatchadError: if the file cannot be read, or a floating-point file leaves [0, 1].
+        PatchadError: if the file cannot be read, or its numbers leave [0, 1] or 16 bits.
     """
     values = torch.from_numpy(to_float(decode(path), path))
     return values.expand(3, -1, -1).contiguous() if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
@@ -81,7 +81,7 @@ def read_mask(path: Path, size: Size) -> Bool[Tensor, "height width"]:
         )
     found = values > 128 / 255
     if values.any() and not found.any():
-        raise PatchadError(f"mask {path} has pixels above 0, but none above 128 of 255; mark defects by 255")
+        raise PatchadError(f"mask {path} has pixels above 0, but none above half of white; mark defects white")
     return found
 
 

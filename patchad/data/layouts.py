@@ -67,8 +67,8 @@ def folder_images(root: Path, name: str) -> list[Path]:
 
 
 def images_if_any(root: Path, name: str) -> list[Path]:
-    """The images below a folder of the root; none where it has no such folder."""
-    return folder_images(root, name) if (root / name).is_dir() or not root.is_dir() else []
+    """The images below a folder of the root; none where there is no such folder."""
+    return images_below(root / name) if (root / name).is_dir() else []
 
 
 def find_mask(folder: Path, stem: str) -> Path | None:
@@ -93,8 +93,9 @@ class MVTecAD(Layout):
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images as the set's authors split them."""
-        train = normals(images_if_any(root, "train/good"), "train")
-        return train + [self._tested(root, path) for path in images_if_any(root, "test")]
+        tested = images_if_any(root, "test")
+        train = (images_if_any if tested else folder_images)(root, "train/good")
+        return normals(train, "train") + [self._tested(root, path) for path in tested]
 
     def _tested(self, root: Path, path: Path) -> Sample:
         inner = path.relative_to(root / "test")
@@ -110,10 +111,10 @@ class BTAD(Layout):
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images as the set's authors split them."""
-        train = normals(images_if_any(root, "train/ok"), "train")
-        tested = normals(images_if_any(root, "test/ok"), "test")
-        masks, faulty = root / "ground_truth" / "ko", images_if_any(root, "test/ko")
-        return train + tested + [Sample(path, "ko", find_mask(masks, path.stem), "test") for path in faulty]
+        good, faulty, masks = images_if_any(root, "test/ok"), images_if_any(root, "test/ko"), root / "ground_truth/ko"
+        train = (images_if_any if good or faulty else folder_images)(root, "train/ok")
+        defective = [Sample(path, "ko", find_mask(masks, path.stem), "test") for path in faulty]
+        return normals(train, "train") + normals(good, "test") + defective
 
 
 class MagneticTile(Layout):

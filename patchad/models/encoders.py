@@ -292,7 +292,7 @@ class PyramidEncoder(nn.Module, ABC):
         sides: sides in pixels.
         taps: tap for each side; by default the backbone's own.
         scoring_strides: distance between scored patches for each side in pixels, a multiple of the tap's stride; by
-            default 8, or half a side where that is less, or the tap's stride where that is more.
+            default the largest up to 8 and half a side that divides the side, or else the tap's stride.
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
         tile: a larger image (height or width in pixels) that is scored passes the backbone in tiles of that size; None
             never.

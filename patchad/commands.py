@@ -94,20 +94,24 @@ class DetectorTrainer(Trainer):
             batch_sizes: images per batch.
             repeats: timed runs.
         """
-        device = self.strategy.root_device
-        detector, rate = restored(model, datamodule, ckpt_path).to(device), best_rate(device)
-        print(f"best float32 rate measured: {rate / 1e9:.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads")
+        device, threads = self.strategy.root_device, torch.get_num_threads()
+        detector = restored(model, datamodule, ckpt_path).to(device)
         datamodule.setup("predict")
-        for size in batch_sizes:
-            decoding = alternate({"decode": lambda size=size: spread(datamodule.predict_set, size)}, repeats)["decode"]
-            batches = spread(datamodule.predict_set, size)
-            image = torch.cat([batch.image for batch in batches]).to(device)
-            content = torch.cat([batch.content for batch in batches]).to(device)
-            rows = measure_stages(detector, image, content, repeats, rate)
-            print(f"\nbatch {size}\n", HEADER, Row("decode (in the workers)", decoding).markdown(), sep="\n")
-            print(*(row.markdown() for row in rows), sep="\n")
-            images_per_second = 1e3 * size / np.median(rows[-1].times)
-            print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
+        with self.precision_plugin.forward_context():
+            rate = best_rate(device)
+            told = f"at precision {self.precision} on {device}, {threads} threads"
+            print(f"best rate measured: {rate / 1e9:.0f} GFLOP/s {told}")
+            for size in batch_sizes:
+                decoding = alternate({"decode": lambda size=size: spread(datamodule.predict_set, size)}, repeats)[
+                    "decode"
+                ]
+                batches = spread(datamodule.predict_set, size)
+                image, content = torch.cat([one.image for one in batches]), torch.cat([one.content for one in batches])
+                rows = measure_stages(detector, image, content, repeats, rate)
+                print(f"\nbatch {size}\n", HEADER, Row("decode (in the workers)", decoding).markdown(), sep="\n")
+                print(*(row.markdown() for row in rows), sep="\n")
+                images_per_second = 1e3 * size / np.median(rows[-1].times)
+                print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
 
 
 def restored(model: PatchDetector, datamodule: PyramidDataModule, ckpt_path: Path | None) -> PatchDetector:

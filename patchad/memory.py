@@ -4,6 +4,7 @@ import math
 from typing import Literal, get_args
 
 import faiss
+import faiss.contrib.torch_utils  # indices take tensors, those of a GPU without a way through the CPU
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -189,7 +190,7 @@ class MemoryBank(nn.Module):
         """
         if not len(self):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_compiling():
             nearest = nearest_by_product(queries, self.vectors, self._known, shared)
         else:
             nearest = self._search(queries)
@@ -209,8 +210,7 @@ class MemoryBank(nn.Module):
             lifted = torch.cat([self.vectors, (known.max() - known).sqrt()[:, None]], dim=1)
             self._index = search_index(lifted, self.exact_most)
         flat = F.pad(queries.float().flatten(0, -2), (0, 1))
-        _, nearest = self._index.search(np.ascontiguousarray(flat.cpu().numpy()), 1)
-        return torch.from_numpy(nearest[:, 0]).to(queries.device).reshape(queries.shape[:-1])
+        return search(self._index, flat, 1)[:, 0].reshape(queries.shape[:-1])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         for name in ("vectors", "keys", "levels"):  # a bank of another length is taken as it is, not refused
@@ -255,8 +255,7 @@ def local_levels(
         count.index_add_(0, nearest[known], torch.ones_like(distance[known], dtype=torch.float64))
     if not count.any():
         return torch.zeros(len(vectors), device=vectors.device)
-    index, asked = search_index(vectors, exact_most), np.ascontiguousarray(vectors.float().cpu().numpy())
-    around = torch.from_numpy(index.search(asked, min(AROUND, len(vectors)))[1]).to(vectors.device)
+    around = search(search_index(vectors, exact_most), vectors, min(AROUND, len(vectors)))
     mean = total.sum() / count.sum()
     return ((total[around].sum(1) + PRIOR * mean) / (count[around].sum(1) + PRIOR)).float()
 
@@ -267,17 +266,28 @@ def search_index(vectors: Float[Tensor, "vectors dim"], exact_most: int) -> fais
     Exact up to `exact_most` vectors. Above, vectors are stored at half precision in 4 sqrt(vectors) lists, of which a
     query looks into the `PROBES` nearest; a test holds that nearly all neighbours are found.
     """
-    values = np.ascontiguousarray(vectors.float().cpu().numpy())
-    count, dim = values.shape
+    count, dim = vectors.shape
     index = faiss.IndexFlatL2(dim)
     if count > exact_most:
         index = faiss.index_factory(dim, f"IVF{list_count(count)},SQfp16")
         lists = faiss.extract_index_ivf(index)
         lists.nprobe, lists.cp.max_points_per_centroid = PROBES, POINTS_PER_LIST
     index = on_device(index, vectors.device)
+    values = readable(vectors, index)
     index.train(values)
     index.add(values)
     return index
+
+
+def search(index: faiss.Index, queries: Float[Tensor, "queries dim"], count: int) -> Int[Tensor, "queries count"]:
+    """The numbers of the vectors nearest to each query, the nearest first, on the device of the queries."""
+    return index.search(readable(queries, index), count)[1].to(queries.device)
+
+
+def readable(values: Tensor, index: faiss.Index) -> Tensor:
+    """Values as an index takes them: contiguous float32, on its GPU or, where it has none, on the CPU."""
+    on_gpu = hasattr(index, "getDevice")
+    return (values if on_gpu else values.cpu()).float().contiguous()
 
 
 def list_count(vectors: int) -> int:
@@ -342,5 +352,4 @@ def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, progress: bool = 
 def kmeans_medoids(vectors: Float[Tensor, "vectors dim"], count: int, seed: int = 0) -> Int[Tensor, " chosen"]:
     """Numbers of the vectors nearest to the centroids of K-means; where two share one, there are fewer than `count`."""
     centroids = kmeans(vectors, count, iterations=REDUCING_ITERATIONS, seed=seed)
-    _, nearest = search_index(vectors, exact_most=len(vectors)).search(np.ascontiguousarray(centroids.cpu().numpy()), 1)
-    return torch.from_numpy(np.unique(nearest)).to(vectors.device)
+    return search(search_index(vectors, exact_most=len(vectors)), centroids, 1).unique()

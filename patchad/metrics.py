@@ -85,7 +85,7 @@ class PerRegionOverlap(Metric):
     def compute(self) -> Tensor:
         """PRO in [0, 1]; nan without a defect pixel or without a defect-free one."""
         scores, order = dim_zero_cat(self.scores).sort(descending=True)
-        weights = dim_zero_cat(self.weights)[order].double()
+        scores, weights = scores.cpu(), dim_zero_cat(self.weights)[order].cpu().double()  # GPUs sum in any order
         last_of_ties = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])
         overlap = weights.cumsum(0)[last_of_ties] / weights.sum()  # the weights sum to the number of components
         false_positives = (weights == 0).cumsum(0)[last_of_ties]

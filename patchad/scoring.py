@@ -130,16 +130,16 @@ def gaussian(
         tensor([0.0300, 0.1000, 0.1600, 0.1000, 0.0300])
     """
     on_content = content_mask(content, maps.shape[1], maps.shape[2])
-    rows, columns = (bell(length, deviation).to(maps.device) for length in maps.shape[1:])
+    rows, columns = (bell(length, deviation, maps.device) for length in maps.shape[1:])
     with torch.autocast(maps.device.type, enabled=False):  # reduced precision would round the map
         weighted = rows @ (maps.float() * on_content) @ columns
         weights = (on_content.any(2).float() @ rows)[:, :, None] * (on_content.any(1).float() @ columns)[:, None]
     return (weighted / weights).where(on_content, 0)
 
 
-def bell(length: int, deviation: float) -> Float[Tensor, "length length"]:
+def bell(length: int, deviation: float, device: torch.device) -> Float[Tensor, "length length"]:
     """exp(-d^2 / 2) of the distance d of each two places in a row, in deviations."""
-    place = torch.arange(length) / deviation
+    place = torch.arange(length, device=device) / deviation
     return (-(place[:, None] - place).square() / 2).exp()
 
 

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -128,7 +129,10 @@ def floating_point_operations(
 
 @torch.inference_mode()
 def best_rate(device: torch.device, repeats: int = 3) -> float:
-    """The best float32 rate that was measured, in operations per second: matrix products and one VGG convolution."""
+    """The best rate that was measured, in operations per second: matrix products and one VGG convolution.
+
+    It is that of the precision that is in force: float32 by default, another under `torch.autocast`.
+    """
     tasks, operations = {}, {}
     for size in (2048, 3072, 4096):
         left, right = (torch.randn(size, size, device=device) for _ in range(2))
@@ -171,8 +175,8 @@ class Row(NamedTuple):
     def markdown(self) -> str:
         """Stage, median, 95th percentile, floor, and the median over the floor."""
         median = float(np.median(self.times))
-        floor = f"{self.floor:.1f} | {median / self.floor:.2f}" if self.floor else "- | -"
-        return f"| {self.stage} | {median:.1f} | {np.percentile(self.times, 95):.1f} | {floor} |"
+        floor = f"{self.floor:.2f} | {median / self.floor:.2f}" if self.floor else "- | -"
+        return f"| {self.stage} | {median:.2f} | {np.percentile(self.times, 95):.2f} | {floor} |"
 
 
 HEADER = "| stage | median ms | 95th percentile ms | floor ms | times the floor |\n|---|---|---|---|---|"
@@ -201,14 +205,29 @@ def measure_stages(
     repeats: int,
     rate: float,
 ) -> list[Row]:
-    """The stage table of one batch: `repeats` runs after one that warms up.
+    """The stage table of one batch: the stages, their sum, and all of them in one go; one run of each warms up.
+
+    The stages begin on the detector's device, and each waits for the one before. In one go nothing waits; images come
+    from the machine's memory, and scores go back there.
 
     Args:
-        detector: fitted, in eval mode.
-        image: RGB in [0, 1], on the detector's device.
+        detector: fitted, in eval mode, on its device.
+        image: RGB in [0, 1], in the machine's memory.
         content: height x width of each image's content, top left, in pixels.
         repeats: timed runs.
         rate: what `best_rate` gave.
     """
-    runs = [time_stages(detector, image, content) for _ in range(repeats + 1)][1:]
-    return stage_rows(runs, floating_point_operations(detector, image, content), rate)
+    device = detector.device
+    moved = image.to(device), content.to(device)
+    runs = [time_stages(detector, *moved) for _ in range(repeats + 1)][1:]
+    rows = stage_rows(runs, floating_point_operations(detector, *moved), rate)
+    whole = alternate({"whole": partial(score_from_memory, detector, image, content)}, repeats, device)["whole"]
+    return [*rows, Row("from memory to score", whole, rows[-1].floor)]
+
+
+@torch.inference_mode()
+def score_from_memory(
+    detector: PatchDetector, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+) -> Float[Tensor, " batch"]:
+    """The scores, in the machine's memory as the images are."""
+    return detector(image.to(detector.device), content.to(detector.device)).score.cpu()

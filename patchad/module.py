@@ -252,7 +252,8 @@ class PatchDetector(Configurable, LightningModule):
             PatchadError: if the bank is empty, or a side does not fit the image.
         """
         if content is None:
-            content = torch.tensor(image.shape[2:], device=image.device).expand(len(image), 2)
+            lengths = (torch.full((len(image),), length, device=image.device) for length in image.shape[2:])
+            content = torch.stack(list(lengths), dim=1)
         return self.score(self.distances(image, content))
 
     # learning

@@ -162,7 +162,7 @@ def test_the_papers_encoders_end_at_one_cell_of_64_numbers():
 def test_the_shortcut_adds_the_training_free_embedding_to_what_is_learned():
     torch.manual_seed(0)
     encoder, features = LearnedEncoder(16, TAP), torch.randn(2, 6, 9, 8)
-    last = encoder.layers[-2]
+    last = encoder.layers[-1]
     with torch.no_grad():
         last.weight.zero_(), last.bias.zero_()
         found = encoder(features, 2)

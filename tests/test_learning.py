@@ -187,7 +187,7 @@ def test_what_separation_compares_are_the_embeddings_that_are_scored(mode, produ
 def test_collapse_is_said_in_words(product, tmp_path):
     model = detector(learning_rate=0.0, sides=(16,), encoder=partial(LearnedEncoder, shortcut=False))
     with torch.no_grad():
-        model.encoder.encoders["16"].layers[-2].weight.mul_(1e-3)  # every patch is embedded at nearly the same place
+        model.encoder.encoders["16"].layers[-1].weight.mul_(1e-3)  # every patch is embedded at nearly the same place
     with pytest.warns(UserWarning, match=r"embeddings of side 16 have collapsed: their deviation is \d"):
         trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, images(product))
 

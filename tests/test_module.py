@@ -304,10 +304,11 @@ def test_a_fit_at_reduced_precision_remembers_and_calibrates_at_the_precision_of
             assert found.max() < 0.02 * model.scorer.scale[number]
 
 
-def test_a_detector_compiles_as_one_graph_and_scores_alike(fitted, monkeypatch):
+@pytest.mark.parametrize("content", [None, torch.tensor([[96, 96], [80, 96]])])
+def test_a_detector_compiles_as_one_graph_and_scores_alike(content, fitted, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes cannot be compiled
     made = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval()
-    image, content = torch.rand(2, 3, 96, 96), torch.tensor([[96, 96], [80, 96]])
+    image = torch.rand(2, 3, 96, 96)
     with torch.inference_mode():
         expected = made(image, content)
         found = torch.compile(made, backend="aot_eager", fullgraph=True)(image, content)

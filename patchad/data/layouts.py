@@ -52,23 +52,25 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
-def folder_images(root: Path, name: str) -> list[Path]:
+def folder_images(root: Path, name: str, required: bool = True) -> list[Path]:
     """The images below a folder of the root.
 
+    Args:
+        root: of the data set.
+        name: of the folder, from the root.
+        required: whether the folder must be there; where it need not and is not, there are no images.
+
     Raises:
-        PatchadError: if the root or the folder is missing, or has none.
+        PatchadError: if the root is missing, or the folder where it is required.
     """
+    if not required and not (root / name).is_dir():
+        return []
     if not root.is_dir():
         raise PatchadError(f"data.root {root} does not exist or is no folder")
     if not (root / name).is_dir():
         found = sorted(path.name for path in root.iterdir() if path.is_dir())
         raise PatchadError(f"data.root {root} has no folder {name}; it has {', '.join(found) or 'no folder'}")
     return images_below(root / name)
-
-
-def images_if_any(root: Path, name: str) -> list[Path]:
-    """The images below a folder of the root; none where there is no such folder."""
-    return images_below(root / name) if (root / name).is_dir() else []
 
 
 def find_mask(folder: Path, stem: str) -> Path | None:
@@ -93,8 +95,8 @@ class MVTecAD(Layout):
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images as the set's authors split them."""
-        tested = images_if_any(root, "test")
-        train = (images_if_any if tested else folder_images)(root, "train/good")
+        tested = folder_images(root, "test", required=False)
+        train = folder_images(root, "train/good", required=not tested)
         return normals(train, "train") + [self._tested(root, path) for path in tested]
 
     def _tested(self, root: Path, path: Path) -> Sample:
@@ -111,8 +113,8 @@ class BTAD(Layout):
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images as the set's authors split them."""
-        good, faulty, masks = images_if_any(root, "test/ok"), images_if_any(root, "test/ko"), root / "ground_truth/ko"
-        train = (images_if_any if good or faulty else folder_images)(root, "train/ok")
+        good, faulty = (folder_images(root, name, required=False) for name in ("test/ok", "test/ko"))
+        train, masks = folder_images(root, "train/ok", required=not good and not faulty), root / "ground_truth/ko"
         defective = [Sample(path, "ko", find_mask(masks, path.stem), "test") for path in faulty]
         return normals(train, "train") + normals(good, "test") + defective
 
@@ -246,8 +248,7 @@ class Folder(Layout):
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images."""
-        expected = self.abnormal != ABNORMAL  # a name that the user gave
-        defective = (folder_images if expected else images_if_any)(root, self.abnormal)
+        defective = folder_images(root, self.abnormal, required=self.abnormal != ABNORMAL)  # if the user named it
         given = folder_images(root, self.normal_test) if self.normal_test else []
         others = [root / name for name in (self.abnormal, self.masks, self.normal_test) if name]
         inner = [folder for folder in others if (root / self.normal) in folder.parents]

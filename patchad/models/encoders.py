@@ -264,7 +264,7 @@ class LearnedEncoder(PatchEncoder):
         for width, kernel in convolutions(tap.channels, self.window, dim):
             layers += [nn.Conv2d(channels, width, kernel), nn.LeakyReLU(0.1)]
             channels = width
-        self.layers = nn.Sequential(*layers[:-1], nn.Tanh()).to(memory_format=torch.channels_last)
+        self.layers = nn.Sequential(*layers[:-1]).to(memory_format=torch.channels_last)
 
     def forward(
         self, features: Float[Tensor, "batch channels rows columns"], step: int
@@ -272,9 +272,9 @@ class LearnedEncoder(PatchEncoder):
         """What was learned, in (-1, 1), and the shortcut."""
         if self.standardize is not None:
             features = self.standardize(features)
-        last = self.layers[-2]
+        last = self.layers[-1]
         assert isinstance(last, nn.Conv2d)
-        hidden = self.layers[:-2](features.contiguous(memory_format=torch.channels_last))
+        hidden = self.layers[:-1](features.contiguous(memory_format=torch.channels_last))
         learned = F.conv2d(hidden, last.weight, last.bias, stride=step).tanh()  # only every step-th window
         return learned if self.shortcut is None else learned + self.shortcut_scale * self.shortcut(features, step)
 

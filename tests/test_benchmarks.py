@@ -58,7 +58,8 @@ def test_the_hash_of_a_configuration_is_that_of_the_method_and_not_of_the_place(
         return tables.digest(tables.without_place(yaml.safe_load(capsys.readouterr().out)))
 
     here = resolved("--data.root=a", "--seed_everything=0")
-    assert resolved("--data.root=b", "--config=data/magnetic_tile", "--data.seed=3", "--model.seed=3") == here
+    elsewhere = ["--data.root=b", "--data.num_workers=7", "--trainer.default_root_dir=b"]
+    assert resolved(*elsewhere, "--config=data/magnetic_tile", "--data.seed=3", "--model.seed=3") == here
     assert resolved("--data.root=a", "--model.clusters=51") != here
 
 

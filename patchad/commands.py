@@ -1,5 +1,6 @@
 """What Lightning's trainer has no verb for: `patchad export`, `patchad verify`, `patchad benchmark`."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,13 +100,11 @@ class DetectorTrainer(Trainer):
         datamodule.setup("predict")
         with self.precision_plugin.forward_context():
             rate = best_rate(device)
-            told = f"at precision {self.precision} on {device}, {threads} threads"
-            print(f"best rate measured: {rate / 1e9:.0f} GFLOP/s {told}")
+            where = f"at precision {self.precision} on {device}, {threads} threads"
+            print(f"best rate measured: {rate / 1e9:.0f} GFLOP/s {where}")
             for size in batch_sizes:
-                decoding = alternate({"decode": lambda size=size: spread(datamodule.predict_set, size)}, repeats)[
-                    "decode"
-                ]
-                batches = spread(datamodule.predict_set, size)
+                decode = partial(spread, datamodule.predict_set, size)
+                batches, decoding = decode(), alternate({"decode": decode}, repeats)["decode"]
                 image, content = torch.cat([one.image for one in batches]), torch.cat([one.content for one in batches])
                 rows = measure_stages(detector, image, content, repeats, rate)
                 print(f"\nbatch {size}\n", HEADER, Row("decode (in the workers)", decoding).markdown(), sep="\n")

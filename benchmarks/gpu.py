@@ -16,7 +16,16 @@ from torch import Tensor
 
 from benchmarks.speed import OURS, content, quiet, synthetic_images
 from patchad import PatchDetector
-from patchad.timing import HEADER, Row, alternate, best_rate, measure_stages, peak_memory, score_from_memory
+from patchad.timing import (
+    HEADER,
+    STAGES,
+    Row,
+    alternate,
+    best_rate,
+    measure_stages,
+    peak_memory,
+    score_from_memory,
+)
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 COMPILED: Mapping[str, Mapping[str, Any]] = {
@@ -60,7 +69,10 @@ def main(
                     if size == 1:
                         rows += compiled_rows(detector, images[:1], compiled, repeats)
                     print(f"\nbatch {size}\n", HEADER, *(row.markdown() for row in rows), sep="\n")
-                    rates = (f"{1e3 * size / np.median(row.times):.0f} images/s {row.stage}" for row in rows[6:])
+                    rates = (
+                        f"{1e3 * size / np.median(row.times):.0f} images/s {row.stage}"
+                        for row in rows[len(STAGES) + 1 :]
+                    )
                     print(f"\n{', '.join(rates)}, peak memory {peak_memory(place):.0f} MB", flush=True)
 
 

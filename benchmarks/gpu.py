@@ -17,7 +17,6 @@ from torch import Tensor
 from benchmarks.speed import OURS, content, quiet, synthetic_images
 from patchad import PatchDetector
 from patchad.timing import (
-    HEADER,
     STAGES,
     Row,
     alternate,
@@ -25,6 +24,7 @@ from patchad.timing import (
     measure_stages,
     peak_memory,
     score_from_memory,
+    stage_table,
 )
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -68,7 +68,7 @@ def main(
                     rows = measure_stages(detector, images[:size], content(images[:size]), repeats, rate)
                     if size == 1:
                         rows += compiled_rows(detector, images[:1], compiled, repeats)
-                    print(f"\nbatch {size}\n", HEADER, *(row.markdown() for row in rows), sep="\n")
+                    print(f"\nbatch {size}\n", stage_table(rows), sep="\n")
                     rates = (
                         f"{1e3 * size / np.median(row.times):.0f} images/s {row.stage}"
                         for row in rows[len(STAGES) + 1 :]

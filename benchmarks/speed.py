@@ -31,7 +31,7 @@ from patchad.data.synthetic import write_synthetic
 from patchad.export import export
 from patchad.models import VGG16, EfficientNetLite0
 from patchad.models.backbones import Backbone
-from patchad.timing import HEADER, alternate, best_rate, measure_stages, peak_memory
+from patchad.timing import alternate, best_rate, measure_stages, peak_memory, stage_table
 
 SIZE, BATCHES = 256, (1, 8)
 CORESET = int(0.1 * 209 * 32 * 32)
@@ -144,7 +144,7 @@ def content(images: Tensor) -> Tensor:
 def print_stages(name: str, detector: PatchDetector, images: Tensor, repeats: int, rate: float) -> None:
     """The stages of one detector, eager."""
     rows = measure_stages(detector, images, content(images), repeats, rate)
-    print(f"{name}, batch {len(images)}, eager\n", HEADER, *(row.markdown() for row in rows), "", sep="\n")
+    print(f"{name}, batch {len(images)}, eager\n", stage_table(rows), "", sep="\n")
 
 
 def ours(name: str, detector: PatchDetector, images: Tensor) -> Tasks:

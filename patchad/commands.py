@@ -12,7 +12,7 @@ from patchad.errors import PatchadError
 from patchad.export import MAP_TOLERANCE, TOLERANCE, compare, export
 from patchad.module import PatchDetector
 from patchad.runtime import load
-from patchad.timing import HEADER, Row, alternate, best_rate, measure_stages, peak_memory
+from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, stage_table
 from patchad.types import ImageBatch
 
 
@@ -107,8 +107,7 @@ class DetectorTrainer(Trainer):
                 batches, decoding = decode(), alternate({"decode": decode}, repeats)["decode"]
                 image, content = torch.cat([one.image for one in batches]), torch.cat([one.content for one in batches])
                 rows = measure_stages(detector, image, content, repeats, rate)
-                print(f"\nbatch {size}\n", HEADER, Row("decode (in the workers)", decoding).markdown(), sep="\n")
-                print(*(row.markdown() for row in rows), sep="\n")
+                print(f"\nbatch {size}\n", stage_table([Row("decode (in the workers)", decoding), *rows]), sep="\n")
                 images_per_second = 1e3 * size / np.median(rows[-1].times)
                 print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
 

@@ -179,7 +179,10 @@ class Row(NamedTuple):
         return f"| {self.stage} | {median:.2f} | {np.percentile(self.times, 95):.2f} | {floor} |"
 
 
-HEADER = "| stage | median ms | 95th percentile ms | floor ms | times the floor |\n|---|---|---|---|---|"
+def stage_table(rows: Iterable[Row]) -> str:
+    """Rows under their header, as Markdown."""
+    header = "| stage | median ms | 95th percentile ms | floor ms | times the floor |\n|---|---|---|---|---|"
+    return "\n".join([header, *(row.markdown() for row in rows)])
 
 
 def stage_rows(measured: Iterable[Mapping[str, float]], operations: Mapping[str, int], rate: float) -> list[Row]:

@@ -12,6 +12,7 @@ from patchad.models.encoders import (
     MeanImage,
     SlidingEncoder,
     Standardize,
+    TextureEncoder,
     WindowEncoder,
     convolutions,
 )
@@ -39,6 +40,34 @@ def test_windows_equal_a_loop_that_cuts_each_of_them(cells, step):
     )
 
 
+def slow_textures(features: torch.Tensor, encoder: TextureEncoder, step: int) -> torch.Tensor:
+    """Cuts each window out, takes mean and deviation of its cells in double precision, projects them."""
+    kernel, rows = encoder.window // encoder.cells, []
+    for top in range(0, features.shape[2] - encoder.window + 1, step):
+        for left in range(0, features.shape[3] - encoder.window + 1, step):
+            cut = features[:, :, top : top + encoder.window, left : left + encoder.window].double()
+            cells = cut.unfold(2, kernel, kernel).unfold(3, kernel, kernel)
+            deviation = (cells.var((4, 5), correction=0) + encoder.least_variance).sqrt()
+            kept = torch.cat([cells.mean((4, 5)), deviation], dim=1)
+            rows.append(kept.flatten(1) @ encoder.projection.flatten(1).T.double())
+    return torch.stack(rows, dim=2).float()
+
+
+@pytest.mark.parametrize("cells", [1, 2, 4])
+@pytest.mark.parametrize("step", [1, 2])
+def test_textures_equal_a_loop_that_cuts_each_window(cells, step):
+    encoder, features = TextureEncoder(side=16, tap=TAP, cells=cells, dim=5), 3 * torch.randn(2, 6, 11, 9)
+    found = encoder(features, step).flatten(2)
+    torch.testing.assert_close(found, slow_textures(features, encoder, step), rtol=1e-4, atol=1e-4)
+
+
+def test_the_texture_of_a_flat_patch_is_not_rounding():
+    encoder = TextureEncoder(side=16, tap=TAP)
+    flat = encoder(torch.full((1, 6, 4, 8), 5.3), 1)
+    expected = encoder.projection.flatten(1) @ torch.tensor([5.3] * 6 + [encoder.least_variance**0.5] * 6)
+    torch.testing.assert_close(flat, expected[None, :, None, None].expand_as(flat), rtol=1e-4, atol=1e-4)
+
+
 def test_the_projection_is_a_function_of_the_seed_and_keeps_distances_on_average():
     encoders = [WindowEncoder(side=16, tap=Tap(0, 4, 512), seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(encoders[0].projection, encoders[1].projection)
@@ -61,7 +90,7 @@ def test_standardized_features_have_mean_0_and_deviation_1_over_what_was_observe
     assert standardize(features * 1e6).abs().max() == 6
 
 
-@pytest.mark.parametrize("encoder", [partial(WindowEncoder, standardized=True), LearnedEncoder])
+@pytest.mark.parametrize("encoder", [partial(WindowEncoder, standardized=True), TextureEncoder, LearnedEncoder])
 def test_a_standardised_encoder_does_not_see_the_scale_of_its_channels(encoder):
     torch.manual_seed(0)
     features, scale = torch.randn(4, 6, 8, 8), torch.logspace(-2, 2, 6)[:, None, None]

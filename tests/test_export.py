@@ -26,6 +26,7 @@ from patchad.models import (
     MobileNetV2,
     ResNet18,
     ResNet50,
+    TextureEncoder,
     WindowEncoder,
 )
 from patchad.pyramid import crop_resize
@@ -90,6 +91,7 @@ def assert_equal(made: PatchDetector, file: ExportedDetector, array: np.ndarray,
         (EfficientNetLite0, {"context": 0.0}),
         (EfficientNetLite0, {"baseline": 0.5}),
         (VGG16, {"encoder": WindowEncoder}),
+        (EfficientNetLite0, {"encoder": TextureEncoder}),
         *((backbone, {}) for backbone in (VGG19, AlexNet, MobileNetV2, ResNet18, ResNet50)),
     ],
 )

@@ -11,7 +11,7 @@ from patchad.models.backbones import (
     ResNet50,
 )
 from patchad.models.cache import FeatureCache
-from patchad.models.encoders import LearnedEncoder, PatchEncoder, WindowEncoder
+from patchad.models.encoders import LearnedEncoder, PatchEncoder, TextureEncoder, WindowEncoder
 
 __all__ = [
     "VGG16",
@@ -25,5 +25,6 @@ __all__ = [
     "PatchEncoder",
     "ResNet18",
     "ResNet50",
+    "TextureEncoder",
     "WindowEncoder",
 ]

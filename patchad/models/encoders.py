@@ -173,6 +173,8 @@ class WindowEncoder(PatchEncoder):
         torch.Size([1, 64, 13, 13])
     """
 
+    numbers = 1
+    """What is kept of each channel of a window."""
     projection: Tensor
 
     def __init__(
@@ -184,19 +186,58 @@ class WindowEncoder(PatchEncoder):
         self.cells = cells
         self.standardize = Standardize(tap.channels) if standardized else None
         generator = torch.Generator().manual_seed(seed)
-        projection = torch.randn(dim, tap.channels, cells, cells, generator=generator) * dim**-0.5
+        projection = torch.randn(dim, self.numbers * tap.channels, cells, cells, generator=generator) * dim**-0.5
         self.register_buffer("projection", projection)
 
     def forward(
         self, features: Float[Tensor, "batch channels rows columns"], step: int
     ) -> Float[Tensor, "batch dim new_rows new_columns"]:
-        """Projected means of the windows."""
+        """What is kept of the windows, projected."""
         if self.standardize is not None:
             features = self.standardize(features)
         kernel = self.window // self.cells
-        means = F.avg_pool2d(features, kernel, stride=1 if self.cells > 1 else step)
+        kept = self.pool(features, kernel, 1 if self.cells > 1 else step)
         stride, dilation = (step, kernel) if self.cells > 1 else (1, 1)
-        return F.conv2d(means, self.projection, stride=stride, dilation=dilation)
+        return F.conv2d(kept, self.projection, stride=stride, dilation=dilation)
+
+    def pool(self, features: Float[Tensor, "batch channels rows columns"], kernel: int, step: int) -> Tensor:
+        """What is kept of each window of `kernel` x `kernel` cells, windows `step` cells apart: the means."""
+        return F.avg_pool2d(features, kernel, stride=step)
+
+
+class TextureEncoder(WindowEncoder):
+    """The training-free encoder for textures: mean and deviation of each channel of the tap's window, projected.
+
+    A mean forgets how much a channel varies within the patch, which is what tells textures apart. Mean and deviation of
+    filter responses are the texture features of Manjunath and Ma (Texture features for browsing and retrieval of image
+    data, PAMI 1996). Channels are standardised over the training set, so that all deviations count alike.
+
+    Args:
+        side: side of a patch in pixels.
+        tap: where the feature map comes from.
+        cells: the window is kept as `cells` x `cells` means and deviations; 1 takes it whole.
+        dim: numbers per embedding.
+        seed: of the projection.
+
+    Example:
+        >>> encoder = TextureEncoder(side=64, tap=Tap(layer=29, stride=16, channels=512))
+        >>> flat, stripes = torch.zeros(1, 512, 4, 4), torch.tensor([-1.0, 1.0]).repeat(1, 512, 4, 2)
+        >>> bool((encoder(flat, step=1) - encoder(stripes, step=1)).norm() > 10)  # though their means are the same
+        True
+    """
+
+    numbers = 2
+    least_variance = 0.01
+    """Added to each variance: the root would magnify the rounding of a patch where nothing varies."""
+
+    def __init__(self, side: int, tap: Tap, cells: int = 1, dim: int = 64, seed: int = 0) -> None:
+        super().__init__(side, tap, cells, True, dim, seed)
+
+    def pool(self, features: Float[Tensor, "batch channels rows columns"], kernel: int, step: int) -> Tensor:
+        """Means and deviations."""
+        features = features.float()  # at reduced precision, the difference of squares would lose its digits
+        mean, square = (F.avg_pool2d(one, kernel, stride=step) for one in (features, features.square()))
+        return torch.cat([mean, ((square - mean.square()).clamp(min=0) + self.least_variance).sqrt()], dim=1)
 
 
 Convolutions = tuple[tuple[int, int], ...]

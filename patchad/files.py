@@ -3,21 +3,25 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under a temporary name and renames it.
+    """Writes a file under a temporary name of its own, since another process may write the same, and renames it.
 
     Args:
         path: the file; its folder is made.
         write: writes to the path that it is given.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_array(path: Path, values: np.ndarray) -> None:

@@ -81,6 +81,27 @@ def test_folders_inside_the_normal_folder_keep_their_own_meaning(tmp_path):
     assert counts(samples) == expected
 
 
+def test_folders_inside_the_abnormal_folder_keep_their_own_meaning(tmp_path):
+    touch(tmp_path, "train/0.png", "train/1.png", "test/ok/0.png", "test/dent/0.png", "test/masks/dent/0.png")
+    samples = Folder(normal="train", abnormal="test", normal_test="test/ok", masks="test/masks").samples(tmp_path)
+    assert counts(samples) == {("train", "good", False): 2, ("test", "good", False): 1, ("test", "dent", True): 1}
+
+
+def test_linked_folders_are_entered_and_links_back_up_are_not(tmp_path):
+    touch(tmp_path, "elsewhere/0.png", "root/train/good/0.png", "root/test/good/0.png")
+    (tmp_path / "root/test/hole").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/test/again").symlink_to(tmp_path / "root")
+    samples = MVTecAD().samples(tmp_path / "root")
+    assert counts(samples) == {("train", "good", False): 1, ("test", "good", False): 1, ("test", "hole", False): 1}
+
+
+def test_masks_are_found_with_a_suffix_in_capitals(tmp_path):
+    touch(tmp_path, "normal/0.BMP", "normal/1.BMP", "abnormal/dent/a.BMP", "masks/dent/a_mask.PNG")
+    assert [one.mask for one in Folder().samples(tmp_path) if one.defect == "dent"] == [
+        tmp_path / "masks/dent/a_mask.PNG"
+    ]
+
+
 def test_a_missing_folder_lists_what_there_is(tmp_path):
     touch(tmp_path, "pictures/0.png")
     with pytest.raises(PatchadError, match="has no folder normal; it has pictures"):

@@ -115,11 +115,15 @@ def fit(
 def native_size(path: Path) -> Size:
     """Height x width of the upright image in a file, in pixels.
 
-    The header tells it; a PNG file is decoded, because its orientation may stand behind the pixels.
+    The header tells it; a PNG file is decoded, because its orientation may stand behind the pixels, and so is a TIFF
+    file, because versions of Pillow differ in whether its header's size is upright.
 
     Raises:
         PatchadError: if the file is missing or no image.
     """
+    if path.suffix.lower() in (".tif", ".tiff"):
+        width, height = decode(path).size
+        return height, width
     try:
         with Image.open(path) as image:
             width, height = image.size

@@ -1,8 +1,9 @@
 """A folder on disk -> samples. A new layout is one subclass of `Layout`, named by class_path."""
 
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -41,10 +42,19 @@ def images_below(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise PatchadError(f"data.root {root} does not exist or is no folder")
-    found = sorted(path for path in root.rglob("*") if is_image(path.relative_to(root)) and path.is_file())
+    found = sorted(path for path in files_below(root) if is_image(path.relative_to(root)))
     if not found:
         raise PatchadError(f"no images below {root} (looked for {', '.join(IMAGE_SUFFIXES)})")
     return found
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Every file below a folder; linked folders are entered, but not those that lead back up."""
+    for folder, inner, names in os.walk(root, followlinks=True):
+        if Path(folder).resolve() in (above.resolve() for above in Path(folder).absolute().parents):
+            inner.clear()
+            continue
+        yield from (path for path in (Path(folder) / name for name in names) if path.is_file())
 
 
 def is_image(path: Path) -> bool:
@@ -75,7 +85,8 @@ def folder_images(root: Path, name: str, required: bool = True) -> list[Path]:
 
 def find_mask(folder: Path, stem: str) -> Path | None:
     """The mask of that stem, with or without `_mask`, in a folder; None if there is none."""
-    names = (f"{stem}{ending}{suffix}" for ending in ("", "_mask") for suffix in IMAGE_SUFFIXES)
+    suffixes = (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
+    names = (f"{stem}{ending}{suffix}" for ending in ("", "_mask") for suffix in suffixes)
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -222,6 +233,8 @@ ABNORMAL = "abnormal"
 class Folder(Layout):
     """Any tree: normal images, abnormal ones, and optional masks; folders are relative to the root.
 
+    A folder that lies inside another keeps its own meaning.
+
     Args:
         normal: folder of normal images.
         abnormal: folder of defective images, whose first subfolder names the defect type; `abnormal` may be missing.
@@ -248,16 +261,20 @@ class Folder(Layout):
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images."""
-        defective = folder_images(root, self.abnormal, required=self.abnormal != ABNORMAL)  # if the user named it
-        given = folder_images(root, self.normal_test) if self.normal_test else []
-        others = [root / name for name in (self.abnormal, self.masks, self.normal_test) if name]
-        inner = [folder for folder in others if (root / self.normal) in folder.parents]
-        normal = [path for path in folder_images(root, self.normal) if not any(map(path.is_relative_to, inner))]
+        defective = self._own_images(root, self.abnormal, required=self.abnormal != ABNORMAL)  # if the user named it
+        given = self._own_images(root, self.normal_test) if self.normal_test else []
+        normal = self._own_images(root, self.normal)
         if defective and not given:
             given = seeded_choice(normal, self.test_fraction, self.seed)
         tested = set(given)
         train = [path for path in normal if path not in tested]
         return normals(train, "train") + normals(given, "test") + [self._defective(root, path) for path in defective]
+
+    def _own_images(self, root: Path, name: str, required: bool = True) -> list[Path]:
+        """The images below a folder, without those of other folders that lie inside it."""
+        others = [root / other for other in (self.normal, self.abnormal, self.masks, self.normal_test) if other]
+        inner = [folder for folder in others if (root / name) in folder.parents]
+        return [path for path in folder_images(root, name, required) if not any(map(path.is_relative_to, inner))]
 
     def _defective(self, root: Path, path: Path) -> Sample:
         inner = path.relative_to(root / self.abnormal)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from PIL import Image
 from pytorch_lightning import Trainer
 
 from benchmarks.repeated import Repeated
@@ -235,3 +236,12 @@ def test_a_list_that_holds_each_file_several_times_is_split_as_the_list_once(pro
         data.setup("fit")
         counts.append((len(data.train_set), len(data.calibration_set)))
     assert counts[1] == (4 * counts[0][0], 4 * counts[0][1])
+
+
+def test_images_too_narrow_for_the_defects_of_validation_are_refused_before_anything_is_learned(tmp_path):
+    for number in range(4):
+        Image.new("L", (200, 20)).save(tmp_path / f"{number}.png")
+    narrow = {"layout": Folder(normal=".")}
+    with pytest.raises(PatchadError, match=r"png is 10 x 96 pixels .* need 32: .* data\.validate_on none"):
+        images(tmp_path, **narrow)
+    assert len(images(tmp_path, validate_on="none", **narrow).train_set) == 3

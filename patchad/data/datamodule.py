@@ -28,7 +28,7 @@ from patchad.data.images import (
     resize_mask,
 )
 from patchad.data.layouts import Layout, detect_layout, images_below
-from patchad.data.synthetic import FORMAT, paint_defect, paint_defects
+from patchad.data.synthetic import FORMAT, SMALLEST, paint_defect, paint_defects
 from patchad.errors import PatchadError
 from patchad.pyramid import sample_pyramids
 from patchad.spec import Configurable, hyperparameters
@@ -349,6 +349,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
             return
         training, calibration = self._split([sample for sample in samples if sample.split == "train"])
         self.train_set, self.calibration_set = self._dataset(training), self._dataset(calibration)
+        if self.validate_on == "synthetic_defects":
+            self._check_room_for_defects()
         rank_zero_info(f"{len(training)} images to learn from, {len(calibration)} to calibrate on, {len(test)} to test")
 
     def _dataset(self, samples: Sequence[Sample]) -> ImageDataset:
@@ -374,6 +376,16 @@ class PyramidDataModule(Configurable, LightningDataModule):
                 calibration.update(sample.path for sample in candidates[number])
         training = [sample for sample in normals if sample.path not in calibration]
         return training, [sample for sample in normals if sample.path in calibration]
+
+    def _check_room_for_defects(self) -> None:
+        for sample in self.calibration_set.samples[: SyntheticDefects.most]:
+            height, width = content_size(native_size(sample.path), self.image_size, self.keep_aspect)
+            if min(height, width) < SMALLEST:
+                raise PatchadError(
+                    f"{sample.path} is {height} x {width} pixels (height x width) at image_size {self.image_size}; "
+                    f"defects, which validation paints, need {SMALLEST}: raise image_size, or give "
+                    "data.validate_on none or test"
+                )
 
     def note_missing_masks(self, test: Sequence[Sample]) -> None:
         """Says once that pixel metrics leave out defective images without a mask."""

@@ -68,7 +68,7 @@ def paint_defect(
     if min(image.shape[:2]) < SMALLEST:
         raise PatchadError(
             f"defects need images of {SMALLEST} pixels or more, not {image.shape[0]} x {image.shape[1]}; "
-            "raise image_size, or leave out what paints: data.validate_on none or test, and no loss Separation"
+            "raise image_size, or give data.validate_on none or test"
         )
     kind = str(rng.choice(list(DEFECTS))) if kind is None else kind
     if kind not in DEFECTS:
@@ -83,15 +83,12 @@ def paint_defects(
     """Paints defects of any kind, size and sharpness: each is painted on a coarser or finer image, and scaled back.
 
     Args:
-        image: RGB in [0, 1], float32, each side at least 32 pixels; left as it is.
+        image: RGB in [0, 1], float32; left as it is.
         rng: draws everything about the defects.
         count: how many.
 
     Returns:
         The painted image, float32, and the mask; every other pixel is untouched.
-
-    Raises:
-        PatchadError: if the image is too small.
     """
     mask = np.zeros(image.shape[:2], dtype=bool)
     for _ in range(count):

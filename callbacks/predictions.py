@@ -34,10 +34,13 @@ class Predictions(Callback):
     float32 `[height, width]`), both at the size of the image's file.
     """
 
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
     def on_predict_start(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Starts with no rows."""
         self.folder = run_folder(trainer) / "predictions"
-        self.rows: list[Row] = []
+        self.rows = []
 
     def on_predict_batch_end(
         self,
@@ -57,6 +60,12 @@ class Predictions(Callback):
             write_maps(self.folder / "maps" / Path(name).relative_to(root), values, limits)
             verdict = "anomalous" if outputs.anomalous[number] else "normal"
             self.rows.append(Row(name, float(outputs.score[number]), verdict))
+
+    def on_exception(self, trainer: Trainer, pl_module: PatchDetector, exception: BaseException) -> None:
+        """Writes what this process has found, where it is the only one: a file that cannot be read costs no other."""
+        if self.rows and trainer.world_size == 1:
+            write_scores(self.folder / "scores.csv", sorted(self.rows))
+            rank_zero_info(f"scores of the {len(self.rows)} images until then: {self.folder / 'scores.csv'}")
 
     def on_predict_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Writes scores.csv, the rows of all processes sorted by path."""

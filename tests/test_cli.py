@@ -108,6 +108,27 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
     assert highest.mean() == pytest.approx(scores["parts/same.png"], rel=1e-5)
 
 
+def test_an_image_that_cannot_be_read_costs_predict_no_other(run, here, product, capsys):
+    shutil.copytree(product / "test" / "good", here / "parts")
+    count = len(list((here / "parts").iterdir()))
+    (here / "parts" / "999.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "predict",
+                "--ckpt_path",
+                checkpoint(run),
+                "--data.root",
+                "parts",
+                "--data.batch_size=1",
+                "--data.num_workers=0",
+            ]
+        )
+    assert stop.value.code == 2 and "cannot read image parts/999.png" in capsys.readouterr().err
+    rows = list(csv.DictReader((here / "runs/version_0/predictions/scores.csv").read_text().splitlines()))
+    assert [Path(row["path"]).name for row in rows] == [f"{number:03}.png" for number in range(count)]
+
+
 def test_options_override_the_settings_of_the_checkpoint(run, here, product, capsys):
     shutil.copytree(product / "test", here / "other" / "test")
     main(["test", "--ckpt_path", checkpoint(run), "--data.root=other", "--trainer.enable_progress_bar=false"])

@@ -228,7 +228,9 @@ def print_times(times: Mapping[Form, list[float]]) -> None:
 
 
 def print_ratios(medians: Mapping[Form, float]) -> None:
-    """Our fastest way over that of the fastest peer, with and without reduced precision."""
+    """Our fastest way over that of the fastest peer, with and without reduced precision; nothing without a peer."""
+    if not any(form.method in PEERS for form in medians):
+        return
     print("\n| method, batch 1 | runs in | over the fastest peer, float32 | over the fastest peer |")
     print("|---|---|---|---|")
     peers = [form for form in medians if form.method in PEERS]

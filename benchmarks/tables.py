@@ -3,7 +3,8 @@
 python -m benchmarks.tables --table 3 --data "{transistor: mvtec_ad/transistor, magnetic_tile: magnetic_tile}"
 
 Rows stand in benchmarks/tables.yaml. Each is `patchad fit` and `patchad test`, run once and kept below `runs/tables`
-under the hash of its resolved configuration, so a table that was stopped goes on where it was.
+under the hash of its resolved configuration, so a table that was stopped goes on where it was. The hash does not know
+the code: after a change that fits or scores differently, give another `--folder`.
 """
 
 import csv

@@ -29,8 +29,12 @@ class Configurable:
     def __new__(cls: type[Kind], *args: Any, **kwargs: Any) -> Kind:
         """A bare object that knows its arguments."""
         self = object.__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
-        object.__setattr__(self, "init_args", dict(list(bound.arguments.items())[1:]))
+        signature = inspect.signature(cls.__init__)
+        given = dict(list(signature.bind_partial(self, *args, **kwargs).arguments.items())[1:])
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # what goes on to the base class has names, too
+                given |= given.pop(name, {})
+        object.__setattr__(self, "init_args", given)
         return self
 
 

@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ def test_an_object_is_named_by_its_class_path_and_the_arguments_that_were_given(
     value = spec(Outer(Inner(2, names=("a", "b")), folder=Path("here")))
     inner = {"class_path": f"{__name__}.Inner", "init_args": {"width": 2, "names": ["a", "b"]}}
     assert value == {"class_path": f"{__name__}.Outer", "init_args": {"inner": inner, "folder": "here"}}
+
+
+class Passing(Inner):
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(**options)
+
+
+def test_arguments_that_are_passed_on_to_the_base_class_keep_their_names():
+    assert spec(Passing(Path("here"), width=2))["init_args"] == {"folder": "here", "width": 2}
 
 
 def test_copies_and_pickles_keep_their_arguments():

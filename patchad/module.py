@@ -31,6 +31,8 @@ from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, Pyra
 
 CHECKPOINT_FORMAT = 6
 """Raised whenever checkpoints of an older patchad no longer load."""
+COMPARED = ("normal", "thing", "painted", "share")
+"""What a loss may need of patches with and without painted defects."""
 COLLAPSED = 0.01
 """Deviation of embeddings, whose numbers are of the order of 1, below which they tell no patch from another."""
 
@@ -153,6 +155,7 @@ class PatchDetector(Configurable, LightningModule):
                 positions(window_size(self._data.image_size, side, grid), side, grid)  # or an error that says so
         if stage == "fit" and self.learns:
             self._switch_off_what_does_not_fit()
+            self._warn_of_single_images()
         if stage != "predict":
             defects = self._data.defects if stage == "test" else []
             self.metrics = AnomalyMetrics(self.encoder.sides, stage == "test", defects, progress=self._shows_bars)
@@ -236,7 +239,7 @@ class PatchDetector(Configurable, LightningModule):
         combined = self.scorer.combine(maps)
         scores = self.scorer.score(combined, content)
         side_scores = {side: self.scorer.score(side_map, content) for side, side_map in maps.items()}
-        shown = self.scorer.smooth(combined, content)
+        shown = self.scorer.show(maps, combined, content)
         return Prediction(scores, scores > self.scorer.threshold, shown, side_scores, maps)
 
     def forward(
@@ -245,7 +248,8 @@ class PatchDetector(Configurable, LightningModule):
         """Scores images.
 
         Args:
-            image: RGB in [0, 1].
+            image: RGB in [0, 1], of the size and light that the datamodule gave those of the fit: what
+                `patchad.data.images.fit` makes of them with its `image_size`, `keep_aspect` and `brightness`.
             content: height x width of each image's content, top left, in pixels; by default the whole image.
 
         Raises:
@@ -271,7 +275,7 @@ class PatchDetector(Configurable, LightningModule):
     @property
     def _paints(self) -> bool:
         needed = {name for side in self.encoder.sides for loss in self._losses(side) for name in loss.needs}
-        return self.learns and "painted" in needed
+        return self.learns and not needed.isdisjoint(COMPARED)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over all that is trainable."""
@@ -283,7 +287,8 @@ class PatchDetector(Configurable, LightningModule):
 
         Before that, calibration images are read: one that cannot be read ends a fit now, not when all is learned.
         """
-        self._remembered_at = None  # another fit of this model may take as many steps
+        self._remembered_at = None  # another fit of this model may take as many steps, and has images of its own
+        self.probe_batches, self.probe_labels = [], {}
         for _ in track(self._data.calibration_dataloader(), "Reading calibration images", disable=not self._shows_bars):
             pass
         mean_image = self.encoder.mean_image
@@ -336,6 +341,14 @@ class PatchDetector(Configurable, LightningModule):
                     f"side {side}: neighbours and far patches do not fit images of {size[0]} x {size[1]} pixels "
                     f"(height x width), so losses that need them are off; they need image_size of at least {2 * side}"
                 )
+
+    def _warn_of_single_images(self) -> None:
+        comparing = {type(loss).__name__ for loss in self._losses(self.encoder.sides[0]) if "thing" in loss.needs}
+        if comparing and self._data.batch_size == 1:
+            rank_zero_warn(
+                f"data.batch_size 1 leaves {', '.join(sorted(comparing))} nothing to learn from: patches of different "
+                "images are compared; give 2 or more"
+            )
 
     def _has_neighbours(self, side: int) -> bool:
         return fits_pyramids(window_size(self._data.image_size, side, self.encoder.grids[side]), side)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -76,16 +76,37 @@ class Scorer(Configurable, nn.Module):
         return float(len(self.sides))
 
     def combine(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
-        """One map of the sides' maps, each over its scale."""
-        scaled = torch.stack([maps[side] / scale for side, scale in zip(self.sides, self.scale, strict=True)])
+        """One map of the sides' maps, each over its scale: scores come from it."""
+        return self.combine_sides(maps, self.sides)
+
+    def combine_sides(
+        self, maps: Mapping[int, Float[Tensor, "batch height width"]], sides: Sequence[int]
+    ) -> Float[Tensor, "batch height width"]:
+        """One map of some sides' maps, each over its scale."""
+        scaled = torch.stack([maps[side] / self.scale[self.sides.index(side)] for side in sides])
         if self.combination == "sum":
             return scaled.sum(0)
-        return self.normal_level * scaled.clamp(min=NOISE).prod(0).pow(1 / len(scaled))
+        return len(scaled) * scaled.clamp(min=NOISE).prod(0).pow(1 / len(scaled))
+
+    def show(
+        self,
+        maps: Mapping[int, Float[Tensor, "batch height width"]],
+        combined: Float[Tensor, "batch height width"],
+        content: Int[Tensor, "batch 2"],
+    ) -> Float[Tensor, "batch height width"]:
+        """The map that is shown, written and measured.
+
+        Args:
+            maps: of the sides.
+            combined: what `combine` made of them.
+            content: height x width of each map's content, top left, in pixels.
+        """
+        return self.smooth(combined, content)
 
     def smooth(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]
     ) -> Float[Tensor, "batch height width"]:
-        """Combined maps as they are shown, written and measured."""
+        """Maps after the Gaussian."""
         return gaussian(maps, content, self.smoothing) if self.smoothing else maps
 
     def score(
@@ -103,6 +124,65 @@ class Scorer(Configurable, nn.Module):
         threshold, rate = conformal_threshold(scores, self.target_fpr)
         self.threshold.fill_(threshold)
         return rate
+
+
+class SplitScorer(Scorer):
+    """Scores images by some sides and shows the map of others; not in the paper.
+
+    The size that detects a defect need not be the one that outlines it: small patches find hairlines and holes, which
+    broad ones average away, and broad patches tell a change of texture from its surroundings (docs/benchmarks.md).
+
+    Args:
+        score_sides: sides in pixels whose maps give the score.
+        map_sides: sides in pixels whose maps are shown, written and measured.
+        options: of `Scorer`.
+
+    Example:
+        >>> scorer = SplitScorer(score_sides=(32, 16), map_sides=(64,)).prepare((64, 32, 16))
+        >>> maps = {side: torch.full((1, 4, 4), float(side)) for side in (64, 32, 16)}
+        >>> combined = scorer.combine_sides(maps, [16])
+        >>> scorer.show(maps, combined, torch.tensor([[4, 4]])).unique()
+        tensor([128.])
+    """
+
+    def __init__(self, score_sides: tuple[int, ...], map_sides: tuple[int, ...], **options: Any) -> None:
+        super().__init__(**options)
+        self.score_sides, self.map_sides = score_sides, map_sides
+
+    def prepare(self, sides: Sequence[int]) -> "SplitScorer":
+        """Makes a scale for each side.
+
+        Raises:
+            PatchadError: if a side to be scored or shown is not among them, or none is.
+        """
+        super().prepare(sides)
+        for name, chosen in (("score_sides", self.score_sides), ("map_sides", self.map_sides)):
+            if not chosen or not set(chosen) <= set(sides):
+                raise PatchadError(f"{name} {list(chosen)} must name some of the model's sides {list(sides)}")
+        return self
+
+    def extra_repr(self) -> str:
+        """What scores and threshold depend on."""
+        return f"score_sides={self.score_sides}, {super().extra_repr()}"
+
+    @property
+    def normal_level(self) -> float:
+        """About the mean of the map that scores come from, on calibration normals."""
+        return float(len(self.score_sides))
+
+    def combine(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
+        """One map of the sides that are scored."""
+        return self.combine_sides(maps, self.score_sides)
+
+    def show(
+        self,
+        maps: Mapping[int, Float[Tensor, "batch height width"]],
+        combined: Float[Tensor, "batch height width"],
+        content: Int[Tensor, "batch 2"],
+    ) -> Float[Tensor, "batch height width"]:
+        """The map of the other sides, on the scale of the one that is scored, so that colours mean the same."""
+        shown = self.combine_sides(maps, self.map_sides) * (len(self.score_sides) / len(self.map_sides))
+        return self.smooth(shown, content)
 
 
 def content_mask(content: Int[Tensor, "batch 2"], height: int, width: int) -> Bool[Tensor, "batch height width"]:

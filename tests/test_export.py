@@ -32,7 +32,7 @@ from patchad.models import (
 from patchad.pyramid import crop_resize
 from patchad.runtime import ExportedDetector
 from patchad.runtime import fit as fit_array
-from patchad.scoring import Scorer
+from patchad.scoring import Scorer, SplitScorer
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,7 @@ def assert_equal(made: PatchDetector, file: ExportedDetector, array: np.ndarray,
         (EfficientNetLite0, {}),
         (EfficientNetLite0, {"encoder": WindowEncoder, "subtract_mean_image": False}),
         (EfficientNetLite0, {"scorer": Scorer(combination="sum", image_score="max")}),
+        (EfficientNetLite0, {"scorer": SplitScorer(score_sides=(16,), map_sides=(32, 16))}),
         (EfficientNetLite0, {"tile": 48}),
         (EfficientNetLite0, {"mode": "sliding"}),
         (VGG16, {}),

@@ -16,8 +16,10 @@ from pytorch_lightning.loggers import CSVLogger
 
 from patchad import PatchDetector, PyramidDataModule
 from patchad.callbacks import LastCheckpoint
-from patchad.losses import Clustering, Separation
+from patchad.data.synthetic import write_synthetic
+from patchad.losses import Clustering, PatchLoss, Separation
 from patchad.models import EfficientNetLite0, FeatureCache, LearnedEncoder, WindowEncoder
+from patchad.types import PatchViews
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -48,6 +50,35 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_second_fit_clusters_its_own_images(product, tmp_path):
+    write_synthetic(tmp_path / "other", train=6, test_normal=1, test_defective=1, size=96, seed=1)
+    model = detector(warmup=0.0, cache=FeatureCache(str(tmp_path / "features")))
+    trainer(tmp_path / "first", max_epochs=1).fit(model, images(product))
+    trainer(tmp_path / "second", max_epochs=1).fit(model, images(tmp_path / "other"))
+    assert sum(len(batch.number) for batch in model.probe_batches) == 5  # one of six calibrates
+    assert len(model.probe_labels[16]) == 5 * 32
+
+
+def test_a_loss_that_compares_images_says_that_one_in_a_batch_is_too_few(product, tmp_path):
+    model = detector(losses=[Separation()])
+    with pytest.warns(UserWarning, match=r"data\.batch_size 1 leaves Separation nothing to learn from"):
+        trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(model, images(product, batch_size=1))
+
+
+class Compactness(PatchLoss):
+    """Asks for normal patches and what they show, and for nothing painted."""
+
+    needs = ("normal", "thing")
+
+    def forward(self, views: PatchViews) -> torch.Tensor:
+        return views.normal.square().mean() + 0 * views.thing.sum()
+
+
+def test_a_loss_of_normal_patches_alone_is_computed(product, tmp_path):
+    trainer(tmp_path, max_epochs=1).fit(detector(losses=[Compactness()]), images(product))
+    assert "train/compactness_side_64" in (tmp_path / "log/metrics.csv").read_text()
 
 
 @pytest.fixture(scope="module")

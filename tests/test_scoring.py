@@ -4,7 +4,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from patchad.errors import PatchadError
-from patchad.scoring import Scorer, conformal_threshold
+from patchad.scoring import Scorer, SplitScorer, conformal_threshold
 
 FULL = torch.tensor([[8, 8], [8, 8]])
 
@@ -29,6 +29,33 @@ def test_rounding_of_distances_that_are_nearly_nothing_does_not_change_the_produ
     maps = [scorer.combine({64: ones * nearly_nothing, 16: ones}) for nearly_nothing in (0.0, 1e-6, 5e-3)]
     assert torch.equal(maps[0], maps[1])
     assert torch.equal(maps[0], maps[2])
+
+
+@pytest.mark.parametrize("combination", ["sum", "product"])
+def test_a_split_scorer_scores_as_one_of_some_sides_and_shows_the_map_of_one_of_others(combination):
+    maps = {side: torch.rand(2, 8, 8) + 0.02 for side in (64, 32, 16)}
+    split = SplitScorer(score_sides=(32, 16), map_sides=(64,), combination=combination, smoothing=1.0).prepare(
+        (64, 32, 16)
+    )
+    split.scale.copy_(torch.tensor([2.0, 3.0, 5.0]))
+    small, broad = (Scorer(combination, smoothing=1.0).prepare(sides) for sides in ((32, 16), (64,)))
+    small.scale.copy_(split.scale[1:])
+    broad.scale.copy_(split.scale[:1])
+    combined = split.combine(maps)
+    torch.testing.assert_close(combined, small.combine(maps))
+    expected = 2 * broad.smooth(broad.combine(maps), FULL)  # a pixel as normal as can be has 2 in both maps
+    torch.testing.assert_close(split.show(maps, combined, FULL), expected)
+
+
+def test_verdicts_depend_on_the_sides_that_score_and_not_on_those_that_are_shown():
+    one, other, third = (SplitScorer(*sides) for sides in (((64,), (16,)), ((64,), (64, 16)), ((16,), (16,))))
+    assert repr(one) == repr(other) != repr(third)
+
+
+@pytest.mark.parametrize(("name", "sides"), [("score_sides", {"score_sides": (8,)}), ("map_sides", {"map_sides": ()})])
+def test_sides_that_the_model_lacks_are_refused_in_the_callers_words(name, sides):
+    with pytest.raises(PatchadError, match=rf"{name} \[8?\] .* \[64, 16\]"):
+        SplitScorer(**{"score_sides": (64,), "map_sides": (16,), **sides}).prepare((64, 16))
 
 
 @pytest.mark.parametrize("combination", ["sum", "product"])

@@ -62,8 +62,8 @@ class Predictions(Callback):
             self.rows.append(Row(name, float(outputs.score[number]), verdict))
 
     def on_exception(self, trainer: Trainer, pl_module: PatchDetector, exception: BaseException) -> None:
-        """Writes what this process has found, where it is the only one: a file that cannot be read costs no other."""
-        if self.rows and trainer.world_size == 1:
+        """Writes the scores found until then, where there is one process: what cannot be read costs none of them."""
+        if self.rows and trainer.predicting and trainer.world_size == 1:
             write_scores(self.folder / "scores.csv", sorted(self.rows))
             rank_zero_info(f"scores of the {len(self.rows)} images until then: {self.folder / 'scores.csv'}")
 

@@ -108,7 +108,7 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
     assert highest.mean() == pytest.approx(scores["parts/same.png"], rel=1e-5)
 
 
-def test_an_image_that_cannot_be_read_costs_predict_no_other(run, here, product, capsys):
+def test_an_image_that_cannot_be_read_costs_predict_no_score_before_it(run, here, product, capsys):
     shutil.copytree(product / "test" / "good", here / "parts")
     count = len(list((here / "parts").iterdir()))
     (here / "parts" / "999.png").write_bytes(b"no image")

@@ -229,11 +229,11 @@ def print_times(times: Mapping[Form, list[float]]) -> None:
 
 def print_ratios(medians: Mapping[Form, float]) -> None:
     """Our fastest way over that of the fastest peer, with and without reduced precision; nothing without a peer."""
-    if not any(form.method in PEERS for form in medians):
+    peers = [form for form in medians if form.method in PEERS]
+    if not peers:
         return
     print("\n| method, batch 1 | runs in | over the fastest peer, float32 | over the fastest peer |")
     print("|---|---|---|---|")
-    peers = [form for form in medians if form.method in PEERS]
     exact = [form for form in peers if form.way != DEFAULT]
     for name in (name for name in OURS if any(form.method == name for form in medians)):
         own = min((form for form in medians if form.method == name), key=lambda form: medians[form])

@@ -59,7 +59,7 @@ class Scorer(Configurable, nn.Module):
 
     def prepare(self, sides: Sequence[int]) -> "Scorer":
         """Makes a scale for each side, 1 until calibrated; returns itself."""
-        self.sides = tuple(sides)
+        self.sides = self.score_sides = self.map_sides = tuple(sides)
         self.register_buffer("scale", torch.ones(len(self.sides)))
         return self
 
@@ -73,11 +73,11 @@ class Scorer(Configurable, nn.Module):
     @property
     def normal_level(self) -> float:
         """About the mean of the combined map on calibration normals: each side counts 1."""
-        return float(len(self.sides))
+        return float(len(self.score_sides))
 
     def combine(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
         """One map of the sides' maps, each over its scale: scores come from it."""
-        return self.combine_sides(maps, self.sides)
+        return self.combine_sides(maps, self.score_sides)
 
     def combine_sides(
         self, maps: Mapping[int, Float[Tensor, "batch height width"]], sides: Sequence[int]
@@ -94,13 +94,16 @@ class Scorer(Configurable, nn.Module):
         combined: Float[Tensor, "batch height width"],
         content: Int[Tensor, "batch 2"],
     ) -> Float[Tensor, "batch height width"]:
-        """The map that is shown, written and measured.
+        """The map that is shown, written and measured, on the scale of the one that scores come from.
 
         Args:
             maps: of the sides.
             combined: what `combine` made of them.
             content: height x width of each map's content, top left, in pixels.
         """
+        if self.map_sides != self.score_sides:
+            level = len(self.score_sides) / len(self.map_sides)
+            combined = level * self.combine_sides(maps, self.map_sides)
         return self.smooth(combined, content)
 
     def smooth(
@@ -147,7 +150,7 @@ class SplitScorer(Scorer):
 
     def __init__(self, score_sides: tuple[int, ...], map_sides: tuple[int, ...], **options: Any) -> None:
         super().__init__(**options)
-        self.score_sides, self.map_sides = score_sides, map_sides
+        self.chosen = {"score_sides": tuple(score_sides), "map_sides": tuple(map_sides)}
 
     def prepare(self, sides: Sequence[int]) -> "SplitScorer":
         """Makes a scale for each side.
@@ -156,33 +159,15 @@ class SplitScorer(Scorer):
             PatchadError: if a side to be scored or shown is not among them, or none is.
         """
         super().prepare(sides)
-        for name, chosen in (("score_sides", self.score_sides), ("map_sides", self.map_sides)):
+        for name, chosen in self.chosen.items():
             if not chosen or not set(chosen) <= set(sides):
                 raise PatchadError(f"{name} {list(chosen)} must name some of the model's sides {list(sides)}")
+        self.score_sides, self.map_sides = self.chosen["score_sides"], self.chosen["map_sides"]
         return self
 
     def extra_repr(self) -> str:
         """What scores and threshold depend on."""
-        return f"score_sides={self.score_sides}, {super().extra_repr()}"
-
-    @property
-    def normal_level(self) -> float:
-        """About the mean of the map that scores come from, on calibration normals."""
-        return float(len(self.score_sides))
-
-    def combine(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
-        """One map of the sides that are scored."""
-        return self.combine_sides(maps, self.score_sides)
-
-    def show(
-        self,
-        maps: Mapping[int, Float[Tensor, "batch height width"]],
-        combined: Float[Tensor, "batch height width"],
-        content: Int[Tensor, "batch 2"],
-    ) -> Float[Tensor, "batch height width"]:
-        """The map of the other sides, on the scale of the one that is scored, so that colours mean the same."""
-        shown = self.combine_sides(maps, self.map_sides) * (len(self.score_sides) / len(self.map_sides))
-        return self.smooth(shown, content)
+        return f"score_sides={self.chosen['score_sides']}, {super().extra_repr()}"
 
 
 def content_mask(content: Int[Tensor, "batch 2"], height: int, width: int) -> Bool[Tensor, "batch height width"]:

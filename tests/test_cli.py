@@ -112,18 +112,9 @@ def test_an_image_that_cannot_be_read_costs_predict_no_score_before_it(run, here
     shutil.copytree(product / "test" / "good", here / "parts")
     count = len(list((here / "parts").iterdir()))
     (here / "parts" / "999.png").write_bytes(b"no image")
+    options = ["--data.batch_size=1", "--data.num_workers=0"]
     with pytest.raises(SystemExit) as stop:
-        main(
-            [
-                "predict",
-                "--ckpt_path",
-                checkpoint(run),
-                "--data.root",
-                "parts",
-                "--data.batch_size=1",
-                "--data.num_workers=0",
-            ]
-        )
+        main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", *options])
     assert stop.value.code == 2 and "cannot read image parts/999.png" in capsys.readouterr().err
     rows = list(csv.DictReader((here / "runs/version_0/predictions/scores.csv").read_text().splitlines()))
     assert [Path(row["path"]).name for row in rows] == [f"{number:03}.png" for number in range(count)]

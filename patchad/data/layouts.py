@@ -42,19 +42,19 @@ def images_below(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise PatchadError(f"data.root {root} does not exist or is no folder")
-    found = sorted(path for path in files_below(root) if is_image(path.relative_to(root)))
+    found = sorted(path for path in files_below(root) if is_image(path.relative_to(root)) and path.is_file())
     if not found:
         raise PatchadError(f"no images below {root} (looked for {', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Every file below a folder; linked folders are entered, but not those that lead back up."""
+    """What lies below a folder and is none; linked folders are entered, but not those that lead back up."""
     for folder, inner, names in os.walk(root, followlinks=True):
         if Path(folder).resolve() in (above.resolve() for above in Path(folder).absolute().parents):
             inner.clear()
             continue
-        yield from (path for path in (Path(folder) / name for name in names) if path.is_file())
+        yield from (Path(folder) / name for name in names)
 
 
 def is_image(path: Path) -> bool:

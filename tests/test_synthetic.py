@@ -109,6 +109,17 @@ def test_defects_of_any_size_change_the_picture_on_their_mask_alone(canvas):
         assert np.abs(painted - image).max(-1)[mask].mean() > synthetic.FAINTEST / 2
 
 
+@pytest.mark.parametrize("kind", ["dent", "wear", "misplaced"])
+def test_what_is_painted_may_be_as_bright_as_an_image_above_1(kind):
+    image = 1 + 2 * CANVASES["photograph"]
+    for seed in range(12):
+        painted, mask = paint_defect(image, np.random.default_rng(seed), kind)
+        assert painted.max() <= image.max() and (painted[~mask] == image[~mask]).all()
+        assert painted[mask].mean() > 1.2 and painted[mask].std() > 0.05  # at most 1 it would be flat
+    several, mask = paint_defects(image, np.random.default_rng(0))
+    assert 1 < several[mask].max() <= image.max()
+
+
 def test_the_area_of_a_defect_goes_with_the_square_of_its_size():
     image, seeds = photograph(300, 300), range(20)
     areas = {

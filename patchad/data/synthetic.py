@@ -24,7 +24,7 @@ Picture: TypeAlias = Float[np.ndarray, "height width 3"]
 Plane: TypeAlias = Float[np.ndarray, "height width"]
 Region: TypeAlias = Bool[np.ndarray, "height width"]
 
-FORMAT = 1
+FORMAT = 2
 """Number of the recipe of defects and pictures; to be raised when the same seed gives others."""
 SMALLEST = 32
 """Shortest side of an image in pixels that a defect can be painted on."""
@@ -53,7 +53,8 @@ def paint_defect(
     """Paints one defect on an image of any content.
 
     Args:
-        image: RGB in [0, 1], float32, each side at least 32 pixels; left as it is.
+        image: RGB in [0, 1], float32, each side at least 32 pixels; left as it is. Where the light was evened out
+            some pixels may be above 1: what is painted may then be as bright.
         rng: draws everything about the defect.
         kind: one of `DEFECTS`; drawn as well when left out.
         size: of the defect, over its usual one.
@@ -74,7 +75,7 @@ def paint_defect(
     if kind not in DEFECTS:
         raise PatchadError(f"there is no defect {kind}; there are {', '.join(DEFECTS)}")
     painted, region = DEFECTS[kind](image, rng, size * min(image.shape[:2]))
-    return _make_visible(image, np.clip(painted, 0, 1), region), region
+    return _make_visible(image, _within_range(painted, image), region), region
 
 
 def paint_defects(
@@ -83,7 +84,7 @@ def paint_defects(
     """Paints defects of any kind, size and sharpness: each is painted on a coarser or finer image, and scaled back.
 
     Args:
-        image: RGB in [0, 1], float32; left as it is.
+        image: RGB as for `paint_defect`; left as it is.
         rng: draws everything about the defects.
         count: how many.
 
@@ -96,7 +97,7 @@ def paint_defects(
         canvas = _resize(image, tuple(max(SMALLEST, round(length / coarseness)) for length in mask.shape))
         painted, region = paint_defect(canvas, rng, size=size)
         region = _resize(region[..., None].astype(np.float32), mask.shape)[..., 0] > 0.5
-        changed = np.clip(image + _resize(painted - canvas, mask.shape), 0, 1)
+        changed = _within_range(image + _resize(painted - canvas, mask.shape), image)
         image, mask = np.where(region[..., None], changed, image).astype(np.float32), mask | region
     return image, mask
 
@@ -104,10 +105,15 @@ def paint_defects(
 def _make_visible(image: Picture, painted: Picture, region: Region) -> Picture:
     """The painted image inside the region, changed enough to see; the image itself outside."""
     if _change(image, painted)[region].mean() < FAINTEST:  # such as a blur of a flat area
-        painted = np.clip(image + (SHIFT if image[region].mean() < 0.5 else -SHIFT), 0, 1)
+        painted = _within_range(image + (SHIFT if image[region].mean() < 0.5 else -SHIFT), image)
     inward = image + np.where(image < 0.5, STEP, -STEP)
     painted = np.where(_change(image, painted)[..., None] < STEP, inward, painted)
     return np.where(region[..., None], painted, image).astype(np.float32)
+
+
+def _within_range(painted: Picture, image: Picture) -> Picture:
+    """What is painted, no darker than 0 and no brighter than 1, or than the image itself where that goes further."""
+    return np.clip(painted, min(0, image.min()), max(1, image.max()))
 
 
 def _change(image: Picture, painted: Picture) -> Plane:

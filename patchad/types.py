@@ -151,7 +151,7 @@ class PatchViews(NamedTuple):
         label: pseudo-label of each anchor, int64 `[patches]`; None until the warm-up ends.
         centroids: of the clusters, float32 `[clusters, dim]`; None until the warm-up ends.
         normal: embeddings of the scored patches of the first view, float32 `[normals, dim]`; this and what follows is
-            None where no loss needs `painted`.
+            None where no loss needs any of the four.
         thing: number of what each of these patches shows, int64 `[normals]`.
         painted: embeddings of the patches that touch a painted defect, float32 `[defects, dim]`.
         share: of each of these that the defect covers, float32 `[defects]`.

@@ -187,7 +187,12 @@ OWN = {
     "a loss appended": ["--model.losses+=mine.Spread", "--model.losses.weight=0.1"],
     "a loss that needs centroids": ["--model.losses+=mine.Compact"],
     "a detector of their own": ["--model=mine.SmallDetector"],
-    "a backbone and a layout": ["--model.backbone=mine.Shallow", "--data.layout=mine.Twice"],
+    "a backbone and a layout": [
+        "--model.backbone=mine.MobileNetV3",
+        "--model.backbone.weights=none",
+        "--data.layout=mine.Listed",
+        "--data.root=.",
+    ],
 }
 LOGGED = {
     "a loss appended": "train/spread_side_16",
@@ -200,6 +205,8 @@ LOGGED = {
 @pytest.mark.parametrize("own", OWN)
 def test_the_examples_of_docs_extend_run_and_their_checkpoints_reload(own, here, product, capsys):
     (here / "mine.py").write_text("\n\n".join(re.findall(r"```python\n(.*?)```", EXTEND.read_text(), re.DOTALL)))
+    lines = [f"{path},{path.parent.name},{path.parts[-3]}" for path in sorted(product.glob("t*/*/*.png"))]
+    (here / "images.csv").write_text("\n".join(["path,defect,split", *lines]))
     main(["fit", f"--data.root={product}", *LEARN, *FEW, *OWN[own]])
     assert LOGGED[own] in (here / "runs/version_0/metrics.csv").read_text()
     path = "runs/version_0/checkpoints/last.ckpt"

@@ -23,6 +23,7 @@ from patchad.timing import (
     best_rate,
     measure_stages,
     peak_memory,
+    reset_peak_memory,
     score_from_memory,
     stage_table,
 )
@@ -63,6 +64,7 @@ def main(
             dtype = PRECISIONS[precision]
             with torch.autocast(place.type, dtype, enabled=dtype is not None):
                 rate = best_rate(place)
+                reset_peak_memory(place)
                 print(f"\n{method}, {precision}, {name}, best rate measured {rate / 1e12:.1f} TFLOP/s")
                 for size in batch_sizes:
                     rows = measure_stages(detector, images[:size], content(images[:size]), repeats, rate)

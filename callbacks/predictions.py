@@ -82,7 +82,7 @@ def write_scores(path: Path, rows: list[Row]) -> None:
     """Writes rows as CSV."""
 
     def write(part: Path) -> None:
-        with part.open("w", newline="") as file:
+        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any name of a file
             writer = csv.writer(file)
             writer.writerow(Row._fields)
             writer.writerows((row.path, repr(row.score), row.verdict) for row in rows)

@@ -7,7 +7,7 @@ DARKEST = 1 / 255
 
 
 def content_size(native: Size, size: Size, keep_aspect: bool) -> Size:
-    """Height x width that an image takes up within `size`, in pixels.
+    """Height x width that an image takes up within `size`, in pixels; at least 2, since torch cannot shrink to 1.
 
     Example:
         >>> content_size((100, 200), (256, 256), keep_aspect=True)
@@ -16,7 +16,7 @@ def content_size(native: Size, size: Size, keep_aspect: bool) -> Size:
     if not keep_aspect:
         return size
     scale = min(size[0] / native[0], size[1] / native[1])
-    return max(1, round(native[0] * scale)), max(1, round(native[1] * scale))
+    return max(2, round(native[0] * scale)), max(2, round(native[1] * scale))
 
 
 def gain(mean: float, brightness: float | None) -> float:

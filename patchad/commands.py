@@ -12,7 +12,7 @@ from patchad.errors import PatchadError
 from patchad.export import MAP_TOLERANCE, TOLERANCE, compare, export
 from patchad.module import PatchDetector
 from patchad.runtime import load
-from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, stage_table
+from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, reset_peak_memory, stage_table
 from patchad.types import ImageBatch
 
 
@@ -100,6 +100,7 @@ class DetectorTrainer(Trainer):
         datamodule.setup("predict")
         with self.precision_plugin.forward_context():
             rate = best_rate(device)
+            reset_peak_memory(device)
             where = f"at precision {self.precision} on {device}, {threads} threads"
             print(f"best rate measured: {rate / 1e9:.0f} GFLOP/s {where}")
             for size in batch_sizes:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from patchad.data.images import read_image
+from patchad.errors import PatchadError
 from patchad.files import write_whole
 from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
@@ -58,8 +59,10 @@ def export(detector: PatchDetector, output: Path, data: Any, ckpt_path: Path | N
         ckpt_path: noted as provenance.
 
     Raises:
-        PatchadError: if the banks are empty.
+        PatchadError: if the banks are empty, or the output is a folder.
     """
+    if output.is_dir():
+        raise PatchadError(f"{output} is a folder; give a file, such as {output / 'model.patchad'}")
     graph = ScoringGraph(detector).eval()
     height, width = data.image_size
     image, content = torch.zeros(2, 3, height, width), torch.tensor([[height, width]] * 2)

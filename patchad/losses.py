@@ -183,7 +183,8 @@ class Separation(PatchLoss):
             return 0 * views.normal.mean()
         own = nearest_distance(normal, normal, thing[:, None] == thing)
         wrong = own[:, None] - nearest_distance(painted, normal)
-        return F.softplus(wrong / (0.5 * own.mean().detach())).mean()
+        unit = 0.5 * own.mean().detach().clamp(min=1e-6)  # 0 where all normal patches are the same
+        return F.softplus(wrong / unit).mean()
 
     def _thinned(self, values: Tensor) -> Tensor:
         return values[:: max(1, math.ceil(len(values) / self.most))]

@@ -35,6 +35,8 @@ COMPARED = ("normal", "thing", "painted", "share")
 """What a loss may need of patches with and without painted defects."""
 COLLAPSED = 0.01
 """Deviation of embeddings, whose numbers are of the order of 1, below which they tell no patch from another."""
+LEAST_SCALE = 1e-4
+"""Mean distance of calibration normals that a side has at least; below it is rounding, or nothing at all."""
 
 
 class Distances(NamedTuple):
@@ -156,6 +158,8 @@ class PatchDetector(Configurable, LightningModule):
         if stage == "fit" and self.learns:
             self._switch_off_what_does_not_fit()
             self._warn_of_single_images()
+        elif stage == "fit":
+            self.losses.requires_grad_(False)  # DistributedDataParallel waits for every parameter that is trainable
         if stage != "predict":
             defects = self._data.defects if stage == "test" else []
             self.metrics = AnomalyMetrics(self.encoder.sides, stage == "test", defects, progress=self._shows_bars)
@@ -494,7 +498,7 @@ class PatchDetector(Configurable, LightningModule):
         """Warns in words where embeddings have collapsed."""
         for side in self.encoder.sides:
             deviation = self.trainer.callback_metrics.get(f"train/deviation_side_{side}")
-            if deviation is not None and deviation < COLLAPSED:
+            if deviation is not None and not deviation >= COLLAPSED:  # nan is not, either
                 rank_zero_warn(
                     f"the embeddings of side {side} have collapsed: their deviation is {float(deviation):.2g}, so "
                     "every patch looks alike; lower the learning rate, or the weights of similarity and clustering"
@@ -574,9 +578,19 @@ class PatchDetector(Configurable, LightningModule):
         for number, side in enumerate(self.scorer.sides):
             found = normals.sides[side]
             values = found[self.counted(normals.content, found, side)].double()
-            self.scorer.scale[number] = values.mean().clamp(min=torch.finfo(torch.float32).tiny)
+            self.scorer.scale[number] = values.mean().clamp(min=LEAST_SCALE)
+        self._warn_of_sides_without_scale()
         maps = ((self.scorer.combine(self.side_maps(one)), one.content) for one in normals.each())
         return self.scorer.set_threshold(torch.cat([self.scorer.score(*one) for one in maps]))
+
+    def _warn_of_sides_without_scale(self) -> None:
+        scales = zip(self.scorer.sides, self.scorer.scale.tolist(), strict=True)
+        without = [str(side) for side, scale in scales if scale <= LEAST_SCALE]
+        if without:
+            rank_zero_warn(
+                f"sides {', '.join(without)} have no scale: calibration images are no farther from the bank than "
+                "training images; are some there twice? Otherwise give more of them, or a smaller model.baseline"
+            )
 
     def _calibration_distances(self) -> Distances:
         batches = self._batches(self._data.calibration_dataloader(), "Calibrating")
@@ -648,9 +662,12 @@ class PatchDetector(Configurable, LightningModule):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = without_weights(self.hparams)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another format or context; warns where its threshold is that of another score."""
+        """Refuses a checkpoint of another format, context or sides; warns where its threshold is another score's."""
         check_format(checkpoint)
-        now, fitted = self._scored_by, checkpoint.get("patchad_scored_by", {})
+        now, fitted = self._scored_by, checkpoint["patchad_scored_by"]
+        sides, ours = list(fitted["taps"]), list(now["taps"])
+        if sides != ours:  # banks and scales are theirs, in their order
+            raise PatchadError(f"the checkpoint has sides {sides}, not {ours}; fit again")
         told = [f"{name} {value}, not {now[name]}" for name, value in fitted.items() if now[name] != value]
         if not told or self._fitting:
             return

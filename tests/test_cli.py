@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from patchad import PatchDetector
+from patchad.callbacks.predictions import Row, write_scores
 from patchad.cli import main
 
 SMALL = [
@@ -216,6 +217,13 @@ def test_the_examples_of_docs_extend_run_and_their_checkpoints_reload(own, here,
     assert "mine." in str(settings) or own == "a detector of their own"
     loaded = PatchDetector.load_from_checkpoint(path, weights_only=True)
     assert 50 < len(loaded.banks["16"]) <= 100
+
+
+def test_scores_of_files_of_any_name_are_written(tmp_path):
+    """Such names come out of archives of other systems."""
+    name = os.fsdecode(b"caf\xe9.png")
+    write_scores(tmp_path / "scores.csv", [Row(name, 1.5, "normal")])
+    assert (tmp_path / "scores.csv").read_bytes() == b"path,score,verdict\r\ncaf\xe9.png,1.5,normal\r\n"
 
 
 def test_an_optimizer_on_the_command_line_is_the_one_that_is_used(here, product):

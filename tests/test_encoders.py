@@ -134,6 +134,14 @@ def test_one_backbone_pass_feeds_all_sides():
     assert len(passes) == 1
 
 
+def test_every_layer_that_is_trained_gets_a_gradient():
+    """DistributedDataParallel waits for each of them; layers behind the deepest tap are never run."""
+    encoder = DenseEncoder(EfficientNetLite0(weights="none", trainable="all"), LearnedEncoder, (64, 16))
+    sum(values.sum() for values in encoder(torch.rand(1, 3, 64, 64)).values()).backward()
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    assert len(trained) > 50 and all(parameter.grad is not None for parameter in trained)
+
+
 def test_a_finer_scoring_stride_contains_the_coarser_positions():
     image = torch.rand(1, 3, 96, 96)
     factory = partial(WindowEncoder, cells=2)

@@ -204,6 +204,11 @@ def test_an_empty_detector_is_not_exported_and_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_is_no_file_to_export_to(tmp_path):
+    with pytest.raises(PatchadError, match=r"is a folder; give a file, such as .*model\.patchad"):
+        export(detector(), tmp_path, None)
+
+
 def test_any_onnx_runtime_scores_the_file_without_patchad(file, tmp_path):
     made = detector()
     path = tmp_path / "model.patchad"

@@ -1,3 +1,6 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +31,38 @@ def test_16_bit_grey_keeps_its_depth(tmp_path, suffix):
     deep = (np.arange(48, dtype=np.uint16) * 1300).reshape(6, 8)
     Image.fromarray(deep).save(tmp_path / f"a.{suffix}")
     assert torch.equal(read_image(tmp_path / f"a.{suffix}"), expected(deep[:, :, None], 65535).expand(3, -1, -1))
+
+
+def png_of_16_bit_colours(pixels: np.ndarray) -> bytes:
+    """A file of `[height, width, 3]`, which Pillow cannot write."""
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    made = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    ]
+    return b"".join([b"\x89PNG\r\n\x1a\n", *made])
+
+
+def test_16_bit_colours_are_refused_since_half_of_them_would_be_lost(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_of_16_bit_colours(PIXELS.astype(np.uint16) * 16))
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (8, 6) and np.asarray(image).max() < 16  # what Pillow would leave of 12 bits
+    with pytest.raises(PatchadError, match=r"a\.png has colours of 16 bits"):
+        read_image(tmp_path / "a.png")
+
+
+def test_images_of_line_cameras_may_be_larger_than_pillow_likes(tmp_path):
+    Image.new("1", (15_000, 12_000)).save(tmp_path / "a.png")
+    assert native_size(tmp_path / "a.png") == (12_000, 15_000)
+
+
+def test_a_very_narrow_image_is_resized_as_its_transpose():
+    image = torch.rand(3, 2000, 10)
+    tall, content = fit(image, (96, 96))
+    wide, _ = fit(image.transpose(1, 2), (96, 96))
+    assert content == (96, 2) and tall[:, :, 0].std(1).min() > 0
+    torch.testing.assert_close(tall.transpose(1, 2), wide)
 
 
 def test_alpha_is_dropped(tmp_path):

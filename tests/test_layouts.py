@@ -95,6 +95,24 @@ def test_linked_folders_are_entered_and_links_back_up_are_not(tmp_path):
     assert counts(samples) == {("train", "good", False): 1, ("test", "good", False): 1, ("test", "hole", False): 1}
 
 
+def test_a_root_may_be_named_from_within(tmp_path, monkeypatch):
+    touch(tmp_path, "0.png", "inner/1.png")
+    monkeypatch.chdir(tmp_path / "inner")
+    assert [path.name for path in images_below(Path(".."))] == ["0.png", "1.png"]
+
+
+def test_pictures_in_run_folders_are_no_images_of_the_product(tmp_path):
+    touch(tmp_path, "0.png", "runs/version_0/clusters/1.png", "other/2.png")
+    (tmp_path / "runs/version_0/config.yaml").write_text("# pytorch_lightning==2.6.6\nseed_everything: 0\n")
+    (tmp_path / "other/config.yaml").write_text("camera: 3\n")
+    assert sorted(path.name for path in images_below(tmp_path)) == ["0.png", "2.png"]
+
+
+def test_masks_beside_images_are_refused():
+    with pytest.raises(PatchadError, match="cannot both lie in abnormal"):
+        Folder(masks="abnormal/")
+
+
 def test_masks_are_found_with_a_suffix_in_capitals(tmp_path):
     touch(tmp_path, "normal/0.BMP", "normal/1.BMP", "abnormal/dent/a.BMP", "masks/dent/a_mask.PNG")
     assert [one.mask for one in Folder().samples(tmp_path) if one.defect == "dent"] == [

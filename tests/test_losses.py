@@ -142,6 +142,13 @@ def test_separation_of_nothing_to_compare_is_zero_with_a_gradient(change):
     assert value == 0 and (views.normal.grad == 0).all()
 
 
+def test_separation_of_normal_patches_that_are_all_the_same_has_a_finite_gradient():
+    views = some_views()
+    normal = torch.ones_like(views.normal).requires_grad_()
+    Separation()(views._replace(normal=normal)).backward()
+    assert normal.grad.isfinite().all()
+
+
 def test_separation_thins_out_evenly_to_the_most_that_it_compares():
     views = some_views()._replace(thing=torch.arange(60))
     third, half = slice(None, None, 3), slice(None, None, 2)

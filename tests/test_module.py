@@ -275,6 +275,33 @@ def test_other_settings_than_the_thresholds_are_told(changed, fitted):
         detector(context=2.0).on_load_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("sides", [(64, 32), (16, 32, 64)])
+def test_other_sides_than_the_banks_are_refused(sides, fitted):
+    with pytest.raises(PatchadError, match=r"sides \[64, 32, 16\], not"):
+        detector(sides=sides).on_load_checkpoint(torch.load(fitted, weights_only=True))
+
+
+def test_images_that_are_all_the_same_give_finite_scores_and_a_warning(tmp_path):
+    write_synthetic(tmp_path / "product", train=4, test_normal=1, test_defective=1, size=96)
+    first, *others = sorted((tmp_path / "product/train/good").iterdir())
+    for other in others:
+        shutil.copy(first, other)
+    model, data = detector(), images(tmp_path / "product")
+    with pytest.warns(UserWarning, match="sides 64, 32, 16 have no scale"):
+        trainer(tmp_path).fit(model, data)
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    with torch.inference_mode():
+        prediction = model.eval()(batch.image, batch.content)
+    assert prediction.score.isfinite().all() and prediction.map.isfinite().all() and prediction.anomalous.all()
+
+
+def test_losses_of_an_encoder_that_does_not_learn_are_not_trained(product, tmp_path):
+    model = detector(losses=None)
+    trainer(tmp_path).fit(model, images(product))
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["placeholder"]
+
+
 class Learned(Callback):
     """Notes whether training began."""
 

@@ -12,6 +12,7 @@ from patchad.timing import (
     best_rate,
     floating_point_operations,
     peak_memory,
+    reset_peak_memory,
     stage_rows,
     time_stages,
 )
@@ -71,3 +72,11 @@ def test_rate_and_memory_are_of_this_machine():
     held = torch.ones(40_000_000)
     assert before < peak_memory(torch.device("cpu")) + 1
     assert peak_memory(torch.device("cpu")) > held.numel() * 4 / 1e6
+
+
+def test_memory_held_before_a_reset_is_forgotten():
+    held = torch.ones(60_000_000)
+    before = peak_memory(torch.device("cpu"))
+    del held
+    reset_peak_memory(torch.device("cpu"))
+    assert peak_memory(torch.device("cpu")) < before - 200

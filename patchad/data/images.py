@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +15,7 @@ from patchad.errors import PatchadError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """Lower case; files are matched in any case."""
+Image.MAX_IMAGE_PIXELS = None  # files are the user's own; a line camera's may have more than Pillow's 179 million
 ORIENTATION = 0x0112
 """The EXIF tag."""
 
@@ -26,7 +27,7 @@ def read_image(path: Path) -> Float[Tensor, "3 height width"]:
     alpha is dropped.
 
     Raises:
-        PatchadError: if the file cannot be read, or its numbers leave [0, 1] or 16 bits.
+        PatchadError: if the file cannot be read, its numbers leave [0, 1] or 16 bits, or its colours have 16 bits.
     """
     values = torch.from_numpy(to_float(decode(path), path))
     return values.expand(3, -1, -1).contiguous() if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
@@ -36,14 +37,23 @@ def decode(path: Path) -> Image.Image:
     """The decoded file, upright.
 
     Raises:
-        PatchadError: if it is missing, truncated or no image.
+        PatchadError: if it is missing, truncated or no image, or has colours of 16 bits.
     """
     try:
         with Image.open(path) as image:
+            refuse_deep_colour(image, path)
             image.load()
             return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
         raise PatchadError(f"cannot read image {path}: {error}") from error
+
+
+def refuse_deep_colour(image: ImageFile.ImageFile, path: Path) -> None:
+    """Raises PatchadError for colours of 16 bits, of which Pillow would keep 8: of a camera's 12 bits, 4 are left."""
+    if image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile):  # such as "RGB;16B"
+        raise PatchadError(
+            f"{path} has colours of 16 bits, which cannot be read; save it with 8 bits, or as 16-bit grey"
+        )
 
 
 def to_float(image: Image.Image, path: Path) -> np.ndarray:
@@ -128,7 +138,7 @@ def native_size(path: Path) -> Size:
         with Image.open(path) as image:
             width, height = image.size
             turned = image.getexif().get(ORIENTATION, 1) >= 5  # a quarter turn, mirrored or not
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
         raise PatchadError(f"cannot read image {path}: {error}") from error
     return (width, height) if turned else (height, width)
 

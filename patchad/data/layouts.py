@@ -49,12 +49,23 @@ def images_below(root: Path) -> list[Path]:
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """What lies below a folder and is none; linked folders are entered, but not those that lead back up."""
+    """What lies below a folder and is none.
+
+    Linked folders are entered, but not those that lead back up, and neither are run folders of patchad: their pictures
+    are no images of the product.
+    """
     for folder, inner, names in os.walk(root, followlinks=True):
-        if Path(folder).resolve() in (above.resolve() for above in Path(folder).absolute().parents):
+        above = Path(os.path.abspath(folder)).parents
+        if Path(folder).resolve() in (one.resolve() for one in above) or is_run(Path(folder)):
             inner.clear()
             continue
         yield from (Path(folder) / name for name in names)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a command of patchad wrote its config and pictures there."""
+    config = folder / "config.yaml"
+    return config.is_file() and config.read_bytes().startswith(b"# pytorch_lightning==")
 
 
 def is_image(path: Path) -> bool:
@@ -243,6 +254,9 @@ class Folder(Layout):
         test_fraction: that share.
         seed: of the choice.
 
+    Raises:
+        PatchadError: if masks lie in the same folder as images.
+
     Example:
         >>> layout = Folder(normal="ok", abnormal="scrap")
     """
@@ -256,6 +270,8 @@ class Folder(Layout):
         test_fraction: float = 0.2,
         seed: int = 0,
     ) -> None:
+        if Path(masks) in (Path(normal), Path(abnormal)):
+            raise PatchadError(f"masks and images cannot both lie in {masks}; put the masks into a folder of their own")
         self.normal, self.abnormal, self.masks, self.normal_test = normal, abnormal, masks, normal_test
         self.test_fraction, self.seed = test_fraction, seed
 

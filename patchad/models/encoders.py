@@ -360,6 +360,7 @@ class PyramidEncoder(nn.Module, ABC):
         self.sides = tuple(sides)
         self.tap_names = {side: tap_name(backbone, side, taps or {}) for side in self.sides}
         self.taps = {side: backbone.tap(name) for side, name in self.tap_names.items()}
+        backbone.layers[1 + max(tap.layer for tap in self.taps.values()) :].requires_grad_(False)  # are never run
         chosen = scoring_strides or {}
         self.strides = {side: chosen.get(side, default_stride(side, self.taps[side])) for side in self.sides}
         for side in self.sides:

@@ -36,7 +36,7 @@ COMPARED = ("normal", "thing", "painted", "share")
 COLLAPSED = 0.01
 """Deviation of embeddings, whose numbers are of the order of 1, below which they tell no patch from another."""
 LEAST_SCALE = 1e-4
-"""Mean distance of calibration normals that a side has at least; below it is rounding, or nothing at all."""
+"""Mean distance of calibration normals over the spread of the bank's vectors, below which it is rounding or nothing."""
 
 
 class Distances(NamedTuple):
@@ -578,19 +578,20 @@ class PatchDetector(Configurable, LightningModule):
         for number, side in enumerate(self.scorer.sides):
             found = normals.sides[side]
             values = found[self.counted(normals.content, found, side)].double()
-            self.scorer.scale[number] = values.mean().clamp(min=LEAST_SCALE)
-        self._warn_of_sides_without_scale()
+            self.scorer.scale[number] = self._at_least(values.mean(), side)
         maps = ((self.scorer.combine(self.side_maps(one)), one.content) for one in normals.each())
         return self.scorer.set_threshold(torch.cat([self.scorer.score(*one) for one in maps]))
 
-    def _warn_of_sides_without_scale(self) -> None:
-        scales = zip(self.scorer.sides, self.scorer.scale.tolist(), strict=True)
-        without = [str(side) for side, scale in scales if scale <= LEAST_SCALE]
-        if without:
+    def _at_least(self, scale: Tensor, side: int) -> Tensor:
+        """The scale, or what keeps distances over it finite, with a warning."""
+        spread = self.bank(side).vectors.std(dim=0, correction=0).norm()  # about how far normal patches differ
+        least = (LEAST_SCALE * spread).clamp(min=1e-12)
+        if scale < least:
             rank_zero_warn(
-                f"sides {', '.join(without)} have no scale: calibration images are no farther from the bank than "
-                "training images; are some there twice? Otherwise give more of them, or a smaller model.baseline"
+                f"side {side} has no scale: calibration images are no farther from the bank than training images; are "
+                "some there twice? Otherwise give more of them, or a smaller model.baseline"
             )
+        return scale.maximum(least)
 
     def _calibration_distances(self) -> Distances:
         batches = self._batches(self._data.calibration_dataloader(), "Calibrating")

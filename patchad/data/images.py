@@ -41,19 +41,21 @@ def decode(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            refuse_deep_colour(image, path)
+            deep = has_deep_colour(image)
             image.load()
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
         raise PatchadError(f"cannot read image {path}: {error}") from error
-
-
-def refuse_deep_colour(image: ImageFile.ImageFile, path: Path) -> None:
-    """Raises PatchadError for colours of 16 bits, of which Pillow would keep 8: of a camera's 12 bits, 4 are left."""
-    if image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile):  # such as "RGB;16B"
+    if deep:
         raise PatchadError(
             f"{path} has colours of 16 bits, which cannot be read; save it with 8 bits, or as 16-bit grey"
         )
+    return upright
+
+
+def has_deep_colour(image: ImageFile.ImageFile) -> bool:
+    """Whether an opened file has colours of 16 bits, of which Pillow keeps 8: of a camera's 12 bits, 4 are left."""
+    return image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile)  # such as "RGB;16B"
 
 
 def to_float(image: Image.Image, path: Path) -> np.ndarray:

@@ -54,12 +54,12 @@ def files_below(root: Path) -> Iterator[Path]:
     Linked folders are entered, but not those that lead back up, and neither are run folders of patchad: their pictures
     are no images of the product.
     """
-    for folder, inner, names in os.walk(root, followlinks=True):
-        above = Path(os.path.abspath(folder)).parents
-        if Path(folder).resolve() in (one.resolve() for one in above) or is_run(Path(folder)):
+    for place, inner, names in os.walk(root, followlinks=True):
+        folder, above = Path(place), Path(os.path.abspath(place)).parents
+        if folder.resolve() in (one.resolve() for one in above) or is_run(folder):
             inner.clear()
             continue
-        yield from (Path(folder) / name for name in names)
+        yield from (folder / name for name in names)
 
 
 def is_run(folder: Path) -> bool:

@@ -81,6 +81,23 @@ def test_a_loss_of_normal_patches_alone_is_computed(product, tmp_path):
     assert "train/compactness_side_64" in (tmp_path / "log/metrics.csv").read_text()
 
 
+class Steps(PatchLoss):
+    """How often it was asked."""
+
+    asked = -1
+
+    def forward(self, views: PatchViews) -> torch.Tensor:
+        self.asked += 1
+        return 0 * views.anchor.mean() + self.asked
+
+
+def test_what_is_logged_is_the_mean_over_the_steps_of_its_epoch(product, tmp_path):
+    trainer(tmp_path).fit(detector(losses=[Steps()]), images(product, batch_size=1))
+    steps = len(list(product.glob("train/good/*"))) - 1  # one image calibrates
+    expected = [steps * epoch + (steps - 1) / 2 for epoch in range(3)]
+    assert logged(tmp_path)["train/steps_side_16"] == logged(tmp_path)["train/steps_side_32"] == expected
+
+
 @pytest.fixture(scope="module")
 def fitted(product, tmp_path_factory) -> Path:
     """A fit of three epochs, features cached."""

@@ -9,6 +9,7 @@ from patchad.pyramid import (
     crop_resize,
     cut,
     cut_grid,
+    cut_patches,
     fits_pyramids,
     fold,
     inside,
@@ -196,6 +197,16 @@ def test_cut_takes_the_window_of_each_map():
     maps = torch.arange(2 * 5 * 6.0).reshape(2, 1, 5, 6)
     windows = cut(maps, torch.tensor([[0, 1], [3, 2]]), (2, 3))
     assert torch.equal(windows[0], maps[0, :, 0:2, 1:4]) and torch.equal(windows[1], maps[1, :, 3:5, 2:5])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 5), (10, 12)])
+def test_cut_patches_equals_a_loop_over_images_and_corners(size):
+    image = torch.rand(2, 3, 10, 12)
+    rows, columns = (torch.randint(0, most - one + 1, (2, 5)) for most, one in zip((10, 12), size, strict=True))
+    patches = cut_patches(image, torch.stack([rows, columns], dim=2), size)
+    for number, patch in np.ndindex(2, 5):
+        top, left = rows[number, patch], columns[number, patch]
+        assert torch.equal(patches[number, patch], image[number, :, top : top + size[0], left : left + size[1]])
 
 
 def test_cut_grid_takes_every_patch_in_reading_order():

@@ -22,6 +22,7 @@ from patchad.models.backbones import Backbone, Tap, receptive_radius
 from patchad.pyramid import (
     cut,
     cut_grid,
+    cut_patches,
     pad_to_multiple,
     positions,
     round_up,
@@ -550,13 +551,15 @@ class SlidingEncoder(PyramidEncoder):
     ) -> dict[int, Tensor]:
         """The windows of the image, `[batch, 3, height, width]`."""
         prepared, size = self.prepare(image), (image.shape[2], image.shape[3])
-        return {side: cut(prepared, corners[side], window_size(size, side, 1)) for side in self.sides}
+        return {
+            side: cut_patches(prepared, corners[side][:, None], window_size(size, side, 1))[:, 0] for side in self.sides
+        }
 
     def embed(
         self, side: int, window: Tensor, positions: Int[Tensor, "batch patches 2"]
     ) -> Float[Tensor, "batch patches dim"]:
         """The asked patches are cut out and embedded."""
-        patches = torch.stack([cut(window, corners, (side, side)) for corners in positions.unbind(1)], dim=1)
+        patches = cut_patches(window, positions, (side, side))
         return self._encode(side, patches.flatten(0, 1)).unflatten(0, positions.shape[:2])
 
     def _features(self, side: int, patches: Float[Tensor, "patches 3 side side"]) -> Tensor:

@@ -152,8 +152,12 @@ class PatchDetector(Configurable, LightningModule):
 
     def setup(self, stage: str) -> None:
         """Makes the metrics, which know the defect types of the test set, and switches off losses that do not fit."""
+        precision = str(self.trainer.precision)
         if self.trainer.strategy.root_device.type == "mps":
             raise PatchadError("float64, which figures need, is not there on mps; give --trainer.accelerator cpu")
+        if precision in ("16-true", "bf16-true"):
+            mixed = precision.replace("true", "mixed")
+            raise PatchadError(f"--trainer.precision {precision} would round distances, too; give {mixed}")
         if stage == "fit":
             for side, grid in self.encoder.grids.items():
                 positions(window_size(self._data.image_size, side, grid), side, grid)  # or an error that says so

@@ -142,6 +142,12 @@ def test_every_layer_that_is_trained_gets_a_gradient():
     assert len(trained) > 50 and all(parameter.grad is not None for parameter in trained)
 
 
+def test_layers_to_train_that_no_side_reads_are_refused():
+    backbone = EfficientNetLite0(weights="none", trainable="stage3")
+    with pytest.raises(PatchadError, match=r"nothing to train: no side reads a layer behind stage3; name an earlier"):
+        DenseEncoder(backbone, LearnedEncoder, (16,), taps={16: "stage3"})
+
+
 def test_a_finer_scoring_stride_contains_the_coarser_positions():
     image = torch.rand(1, 3, 96, 96)
     factory = partial(WindowEncoder, cells=2)

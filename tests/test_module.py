@@ -334,6 +334,12 @@ def test_a_fit_at_reduced_precision_remembers_and_calibrates_at_the_precision_of
             assert found.max() < 0.02 * model.scorer.scale[number]
 
 
+@pytest.mark.parametrize("half", ["bf16", "16"])
+def test_a_precision_that_would_round_distances_is_refused(half, fitted, product, tmp_path):
+    with pytest.raises(PatchadError, match=f"{half}-true would round distances, too; give {half}-mixed"):
+        trainer(tmp_path, precision=f"{half}-true").test(detector(), images(product), ckpt_path=fitted)
+
+
 @pytest.mark.parametrize("content", [None, torch.tensor([[96, 96], [80, 96]])])
 def test_a_detector_compiles_as_one_graph_and_scores_alike(content, fitted, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes cannot be compiled

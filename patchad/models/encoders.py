@@ -340,7 +340,7 @@ class PyramidEncoder(nn.Module, ABC):
             never.
 
     Raises:
-        PatchadError: if a tap is unknown or a stride does not fit.
+        PatchadError: if a tap is unknown, a stride does not fit, or no layer that is to be trained is read.
     """
 
     def __init__(
@@ -361,13 +361,23 @@ class PyramidEncoder(nn.Module, ABC):
         self.sides = tuple(sides)
         self.tap_names = {side: tap_name(backbone, side, taps or {}) for side in self.sides}
         self.taps = {side: backbone.tap(name) for side, name in self.tap_names.items()}
-        backbone.layers[1 + max(tap.layer for tap in self.taps.values()) :].requires_grad_(False)  # are never run
+        self._freeze_what_is_never_run()
         chosen = scoring_strides or {}
         self.strides = {side: chosen.get(side, default_stride(side, self.taps[side])) for side in self.sides}
         for side in self.sides:
             check_stride(side, self.strides[side], self.taps[side].stride)
         self.encoders = nn.ModuleDict({str(side): encoder(side, self.taps[side]) for side in self.sides})
         self.multiple = math.lcm(*self.strides.values(), *(tap.stride for tap in self.taps.values()))
+
+    def _freeze_what_is_never_run(self) -> None:
+        deepest = max(self.tap_names.values(), key=lambda name: self.backbone.tap(name).layer)
+        frozen = self.backbone.frozen
+        self.backbone.layers[1 + self.backbone.tap(deepest).layer :].requires_grad_(False)
+        if self.backbone.frozen and not frozen:
+            raise PatchadError(
+                f"backbone.trainable leaves nothing to train: no side reads a layer behind {deepest}; name an earlier "
+                "one, or give none"
+            )
 
     @property
     @abstractmethod

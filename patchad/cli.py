@@ -76,8 +76,8 @@ class PatchadCLI(LightningCLI):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; what the user can mend ends as one line and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # `deterministic` would fill all that torch allocates with nan; we read only what was written
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # else `deterministic` fills all that torch allocates with nan; we read only what was written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", expected)
     sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder

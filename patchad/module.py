@@ -151,7 +151,11 @@ class PatchDetector(Configurable, LightningModule):
         self._remembered_at: int | None = None  # the step whose embeddings the bank holds
 
     def setup(self, stage: str) -> None:
-        """Makes the metrics, which know the defect types of the test set, and switches off losses that do not fit."""
+        """Makes the metrics, which know the defect types of the test set, and switches off losses that do not fit.
+
+        Raises:
+            PatchadError: if device or precision cannot hold the figures, or a side does not fit the images.
+        """
         precision = str(self.trainer.precision)
         if self.trainer.strategy.root_device.type == "mps":
             raise PatchadError("float64, which figures need, is not there on mps; give --trainer.accelerator cpu")
@@ -298,7 +302,7 @@ class PatchDetector(Configurable, LightningModule):
         Before that, calibration images are read: one that cannot be read ends a fit now, not when all is learned.
         """
         self._remembered_at = None  # another fit of this model may take as many steps, and has images of its own
-        self.probe_batches, self.probe_labels = [], {}
+        self.probe_batches, self.probe_labels, self._watched = [], {}, {}
         for _ in track(self._data.calibration_dataloader(), "Reading calibration images", disable=not self._shows_bars):
             pass
         mean_image = self.encoder.mean_image
@@ -406,7 +410,7 @@ class PatchDetector(Configurable, LightningModule):
             # an encoder whose terms are all off takes part, too: DistributedDataParallel waits for its gradient
             loss = loss + 0 * views.anchor.mean() + sum(terms.values())
             self._watch(views, terms)
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
+        self._add_to_means({"train/loss": loss.detach()})
         return loss
 
     def patch_views(self, batch: PyramidBatch) -> Iterable[PatchViews]:
@@ -494,21 +498,23 @@ class PatchDetector(Configurable, LightningModule):
         return [loss for loss in self._losses(views.side) if there.issuperset(loss.needs)]
 
     def _watch(self, views: PatchViews, terms: Mapping[str, Tensor]) -> None:
-        """Takes part in the means of the epoch; Lightning's `log` would take ten times as long, in each step."""
         found = {name: term.detach() for name, term in terms.items()}
         found["deviation"] = views.anchor.detach().std(dim=0).mean()
         for loss in self._losses_on(views):
             found |= loss.watched(views)
-        for name, value in found.items():
-            key = f"train/{name}_side_{views.side}"
-            if key not in self._watched:
-                self._watched[key] = MeanMetric(nan_strategy="disable").to(self.device)
-            self._watched[key].update(value)
+        self._add_to_means({f"train/{name}_side_{views.side}": value for name, value in found.items()})
+
+    def _add_to_means(self, values: Mapping[str, Tensor]) -> None:
+        """Adds a step to the means of the epoch; Lightning's `log` would take ten times as long."""
+        for name, value in values.items():
+            if name not in self._watched:
+                self._watched[name] = MeanMetric(nan_strategy="disable").to(self.device)  # else it waits for the GPU
+            self._watched[name].update(value)
 
     def on_train_epoch_end(self) -> None:
         """Logs the means of what was watched; warns in words where embeddings have collapsed."""
         means = {name: metric.compute() for name, metric in self._watched.items()}
-        self.log_dict(means)
+        self.log_dict(means, sync_dist=True)
         for side in self.encoder.sides:
             deviation = means.get(f"train/deviation_side_{side}")
             if deviation is not None and not deviation >= COLLAPSED:  # nan is not, either

@@ -76,7 +76,7 @@ def cut(
 def cut_patches(
     image: Float[Tensor, "batch channels height width"], corners: Int[Tensor, "batch patches 2"], size: Size
 ) -> Float[Tensor, "batch patches channels rows columns"]:
-    """Any number of patches of each image, by one gather, which a GPU need not wait for.
+    """Any number of patches of each image, by one gather, without waiting for a GPU.
 
     Args:
         image: without a gradient, which would be slow here; `cut` has one.

@@ -2,12 +2,19 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from patchad.data.synthetic import write_synthetic
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 4.49 renamed
 
 CHECKOUT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def memory_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line keeps torch from filling what it allocates; the tests after it shall see what was not written."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
 
 
 @pytest.fixture(scope="session")

@@ -340,7 +340,7 @@ class PyramidEncoder(nn.Module, ABC):
             never.
 
     Raises:
-        PatchadError: if a tap is unknown, a stride does not fit, or no layer that is to be trained is read.
+        PatchadError: if a tap is unknown, a stride does not fit, or no side reads a layer that is to be trained.
     """
 
     def __init__(
@@ -371,13 +371,14 @@ class PyramidEncoder(nn.Module, ABC):
 
     def _freeze_what_is_never_run(self) -> None:
         deepest = max(self.tap_names.values(), key=lambda name: self.backbone.tap(name).layer)
-        frozen = self.backbone.frozen
-        self.backbone.layers[1 + self.backbone.tap(deepest).layer :].requires_grad_(False)
-        if self.backbone.frozen and not frozen:
+        behind = 1 + self.backbone.tap(deepest).layer
+        read = self.backbone.layers[:behind].parameters()
+        if not self.backbone.frozen and not any(parameter.requires_grad for parameter in read):
             raise PatchadError(
-                f"backbone.trainable leaves nothing to train: no side reads a layer behind {deepest}; name an earlier "
-                "one, or give none"
+                f"backbone.trainable trains nothing of the backbone: no side reads a layer behind {deepest}; name an "
+                "earlier one, or give none"
             )
+        self.backbone.layers[behind:].requires_grad_(False)
 
     @property
     @abstractmethod

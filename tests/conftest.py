@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def memory_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line keeps torch from filling what it allocates; the tests after it shall see what was not written."""
+    """The command line keeps torch from filling what it allocates; later tests shall notice what was not written."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
 
 

@@ -370,13 +370,13 @@ class PyramidEncoder(nn.Module, ABC):
         self.multiple = math.lcm(*self.strides.values(), *(tap.stride for tap in self.taps.values()))
 
     def _freeze_what_is_never_run(self) -> None:
-        deepest = max(self.tap_names.values(), key=lambda name: self.backbone.tap(name).layer)
-        behind = 1 + self.backbone.tap(deepest).layer
+        deepest = max(self.sides, key=lambda side: self.taps[side].layer)
+        behind = 1 + self.taps[deepest].layer
         read = self.backbone.layers[:behind].parameters()
         if not self.backbone.frozen and not any(parameter.requires_grad for parameter in read):
             raise PatchadError(
-                f"backbone.trainable trains nothing of the backbone: no side reads a layer behind {deepest}; name an "
-                "earlier one, or give none"
+                "backbone.trainable trains nothing of the backbone: no side reads a layer behind "
+                f"{self.tap_names[deepest]}; name an earlier one, or give none"
             )
         self.backbone.layers[behind:].requires_grad_(False)
 

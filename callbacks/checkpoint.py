@@ -12,7 +12,7 @@ class LastCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint after each validation; it also saves the end of a fit that no validation followed.
 
     So the last epoch is saved where `max_epochs` is no multiple of `check_val_every_n_epoch`, and an untrained detector
-    with `max_epochs: 0`. Nothing is chosen by a metric. Ctrl-C and errors leave a checkpoint, too.
+    with `max_epochs: 0`. Nothing is chosen by a metric. Ctrl-C and errors leave a checkpoint, too, but not one of nan.
     """
 
     def __init__(self) -> None:
@@ -22,6 +22,11 @@ class LastCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: PatchDetector, checkpoint: dict[str, Any]) -> None:
         """Notes the step."""
         self.saved_at = trainer.global_step
+
+    def on_exception(self, trainer: Trainer, pl_module: PatchDetector, exception: BaseException) -> None:
+        """Saves what was learned, unless it is nan: the checkpoint before is worth more then."""
+        if all(parameter.isfinite().all() for parameter in pl_module.parameters()):
+            super().on_exception(trainer, pl_module, exception)
 
     def on_fit_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
         """Saves what no validation saved."""

@@ -302,7 +302,7 @@ class PatchDetector(Configurable, LightningModule):
         Before that, calibration images are read: one that cannot be read ends a fit now, not when all is learned.
         """
         self._remembered_at = None  # another fit of this model may take as many steps, and has images of its own
-        self.probe_batches, self.probe_labels, self._watched = [], {}, {}
+        self.probe_batches, self.probe_labels = [], {}
         for _ in track(self._data.calibration_dataloader(), "Reading calibration images", disable=not self._shows_bars):
             pass
         mean_image = self.encoder.mean_image
@@ -400,7 +400,9 @@ class PatchDetector(Configurable, LightningModule):
             for side, pyramid in batch.sides.items():
                 found[side].append(self.encoder.embed(side, windows[side], pyramid.anchor).flatten(0, 1))
         self.encoder.train(training)
-        return {side: torch.cat(parts) for side, parts in found.items()}
+        embeddings = {side: torch.cat(parts) for side, parts in found.items()}
+        check_finite(embeddings)
+        return embeddings
 
     def training_step(self, batch: PyramidBatch, batch_idx: int) -> Tensor:
         """Pyramids -> embeddings -> views -> loss terms -> their sum."""
@@ -549,6 +551,7 @@ class PatchDetector(Configurable, LightningModule):
     def _embedded_normals(self) -> Iterable[tuple[ImageBatch, dict[int, Tensor]]]:
         for number, batch in enumerate(self._batches(self._data.memory_dataloader(), "Filling the memory bank")):
             embeddings = self.embed(batch.image, batch.content)
+            check_finite(embeddings)
             if number == 0:
                 self._announce(embeddings, len(self._data.train_set))
             yield batch, embeddings
@@ -737,6 +740,16 @@ def check_losses(losses: Sequence[PatchLoss]) -> None:
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise PatchadError(f"losses holds {', '.join(sorted(repeated))} more than once; subclass it to tell them apart")
+
+
+def check_finite(embeddings: Mapping[int, Tensor]) -> None:
+    """Raises PatchadError if embeddings of a side are nan or infinite, before K-means and the bank get them."""
+    for side, values in embeddings.items():
+        if not values.isfinite().all():
+            raise PatchadError(
+                f"embeddings of side {side} are nan or infinite: training has diverged, or began with such weights; "
+                f"lower model.learning_rate, or mend the loss whose train/..._side_{side} is nan"
+            )
 
 
 def check_format(checkpoint: Mapping[str, Any], path: str | Path = "") -> None:

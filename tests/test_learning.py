@@ -1,6 +1,7 @@
 """What happens in `fit` with losses: pyramids, pseudo-labels, what is logged, resuming."""
 
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,8 @@ from pytorch_lightning.loggers import CSVLogger
 from patchad import PatchDetector, PyramidDataModule
 from patchad.callbacks import LastCheckpoint
 from patchad.data.synthetic import write_synthetic
-from patchad.losses import Clustering, PatchLoss, Separation
+from patchad.errors import PatchadError
+from patchad.losses import Clustering, PatchLoss, RelativeSimilarity, Separation
 from patchad.models import EfficientNetLite0, FeatureCache, LearnedEncoder, WindowEncoder
 from patchad.types import PatchViews
 
@@ -239,6 +241,27 @@ def test_collapse_is_said_in_words(product, tmp_path):
         model.encoder.encoders["16"].layers[-1].weight.mul_(1e-3)  # every patch is embedded at nearly the same place
     with pytest.warns(UserWarning, match=r"embeddings of side 16 have collapsed: their deviation is \d"):
         trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, images(product))
+
+
+class Diverges(RelativeSimilarity):
+    """Is nan from the second epoch on."""
+
+    steps = 0
+
+    def forward(self, views: PatchViews) -> torch.Tensor:
+        self.steps += 1
+        return super().forward(views) * (1.0 if self.steps <= 3 else math.nan)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.0])
+def test_training_that_diverges_ends_in_words_and_leaves_the_checkpoint_before(warmup, product, tmp_path):
+    """Found by K-means, or without pseudo-labels by the bank."""
+    run = trainer(tmp_path, max_epochs=3, check_val_every_n_epoch=1)
+    with pytest.raises(PatchadError, match=r"embeddings of side 16 are nan .* train/\.\.\._side_16 is nan"):
+        run.fit(detector(losses=[Diverges()], sides=(16,), warmup=warmup), images(product))
+    checkpoint = torch.load(tmp_path / "log/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3 < run.global_step
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 
 def test_zero_epochs_leave_a_checkpoint_with_a_bank(product, tmp_path):

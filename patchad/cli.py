@@ -1,5 +1,6 @@
 """The command line: `patchad fit | validate | test | predict | export | verify | benchmark`."""
 
+import io
 import json
 import os
 import sys
@@ -37,6 +38,13 @@ EXPECTED_WARNINGS = (
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved config into the run folder, and hands it to the loggers."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves out the checkpoint that a fit goes on with: who fits by the file begins anew."""
+        if stage == "fit":
+            self.config = self.config.clone()
+            self.config.ckpt_path = None
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hands it over; the file is Lightning's."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
@@ -58,9 +66,10 @@ class PatchadCLI(LightningCLI):
         return {**LightningCLI.subcommands(), **further}
 
     def _parse_ckpt_path(self) -> None:
-        """Only `fit` leaves it to Lightning, which would put the checkpoint's settings above the caller's options."""
-        if self.config.get("subcommand") == "fit":
-            super()._parse_ckpt_path()
+        """Checks one that a config names; Lightning would put the checkpoint's settings above the caller's options."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and not is_lightnings(str(path)):
+            check_exists(Path(path))
 
     def predict(self, **settings: Any) -> None:
         """Lightning's, which would keep every map in memory; the `Predictions` callback has written them."""
@@ -80,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", expected)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # a file may have a name that the terminal cannot show
     sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder
     try:
         sys.argv[1:] = with_checkpoint_settings(
@@ -98,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # else its threads may abort the process at its exit
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         mendable = find_mendable(error)
         if mendable is None:
             raise
@@ -149,10 +161,21 @@ def with_checkpoint_settings(arguments: list[str]) -> list[str]:
         PatchadError: if the checkpoint is missing or not readable.
     """
     path = option_value(arguments, "--ckpt_path")
-    if path is None or (arguments[0] == "fit" and (path in LIGHTNINGS_WORDS or "://" in path)):
+    if path is None or (arguments[0] == "fit" and is_lightnings(path)):
         return arguments
-    settings = read_settings(Path(path))
-    return arguments if arguments[0] == "fit" else [arguments[0], "--config", json.dumps(settings), *arguments[1:]]
+    settings = read_settings(Path(path), with_weights=arguments[0] == "fit")  # further fits may begin anew by them
+    return [arguments[0], "--config", json.dumps(settings), *arguments[1:]]
+
+
+def is_lightnings(path: str) -> bool:
+    """Whether only Lightning knows where that checkpoint is."""
+    return path in LIGHTNINGS_WORDS or "://" in path
+
+
+def check_exists(path: Path) -> None:
+    """Raises PatchadError unless there is a checkpoint."""
+    if not path.is_file():
+        raise PatchadError(f"--ckpt_path {path} does not exist; patchad fit prints the path of its checkpoint")
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:
@@ -165,14 +188,17 @@ def option_value(arguments: Sequence[str], option: str) -> str | None:
     return None
 
 
-def read_settings(path: Path) -> dict[str, dict]:
+def read_settings(path: Path, with_weights: bool = False) -> dict[str, dict]:
     """class_path and init_args of the detector and of the datamodule of a checkpoint.
+
+    Args:
+        path: of the checkpoint.
+        with_weights: whether the backbone gets those that it began with, too, before it gets the checkpoint's.
 
     Raises:
         PatchadError: if the checkpoint is missing, not readable, or of another format.
     """
-    if not path.is_file():
-        raise PatchadError(f"--ckpt_path {path} does not exist; patchad fit prints the path of its checkpoint")
+    check_exists(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -184,6 +210,8 @@ def read_settings(path: Path) -> dict[str, dict]:
         "data": PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY,
     }
     found = {name: dict(checkpoint.get(key, {})) for name, key in keys.items()}
+    if with_weights and "patchad_backbone" in checkpoint:
+        found["model"]["backbone"] = checkpoint["patchad_backbone"]
     return {name: class_and_arguments(settings) for name, settings in found.items() if "_class_path" in settings}
 
 
@@ -193,11 +221,12 @@ def class_and_arguments(settings: dict) -> dict:
     return {"class_path": settings["_class_path"], "init_args": arguments}
 
 
-def find_mendable(error: BaseException | None) -> PatchadError | None:
-    """The error itself, or the one that it came from (jsonargparse wraps what a constructor raises)."""
-    while error is not None and not isinstance(error, PatchadError):
-        error = error.__cause__ or error.__context__
-    return error
+def find_mendable(error: Exception) -> PatchadError | OSError | None:
+    """The PatchadError that it is or came from (jsonargparse wraps those of constructors), or what the system said."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, PatchadError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or (error if isinstance(error, OSError) else None)
 
 
 def one_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from patchad.data.images import read_image
 from patchad.errors import PatchadError
-from patchad.files import write_whole
+from patchad.files import check_writable, write_whole
 from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
 from patchad.runtime import EXPORT_FORMAT, ExportedDetector
@@ -60,9 +60,11 @@ def export(detector: PatchDetector, output: Path, data: Any, ckpt_path: Path | N
 
     Raises:
         PatchadError: if the banks are empty, or the output is a folder.
+        OSError: if the output cannot be written.
     """
     if output.is_dir():
         raise PatchadError(f"{output} is a folder; give a file, such as {output / 'model.patchad'}")
+    check_writable(output)
     graph = ScoringGraph(detector).eval()
     height, width = data.image_size
     image, content = torch.zeros(2, 3, height, width), torch.tensor([[height, width]] * 2)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -683,10 +684,13 @@ class PatchDetector(Configurable, LightningModule):
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self._scored_by
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = without_weights(self.hparams)
+        checkpoint["patchad_backbone"] = self.hparams["backbone"]  # with the weights that it began with
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format, context or sides; warns where its threshold is another score's."""
         check_format(checkpoint)
+        if self._fitting:
+            self._keep_learning_rate(checkpoint)
         now, fitted = self._scored_by, checkpoint["patchad_scored_by"]
         sides, ours = list(fitted["taps"]), list(now["taps"])
         if sides != ours:  # banks and scales are theirs, in their order
@@ -697,6 +701,24 @@ class PatchDetector(Configurable, LightningModule):
         if fitted["context"] != self.context:  # it is a part of each vector of the bank
             raise PatchadError(f"the bank was filled with context {fitted['context']}, not {self.context}; fit again")
         rank_zero_warn(f"the threshold was set with {'; '.join(told)}: verdicts do not hold; fit for one of its own")
+
+    def _keep_learning_rate(self, checkpoint: dict[str, Any]) -> None:
+        """A fit that goes on takes the rate that it is given now, not that of the optimizer's state."""
+        if checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("learning_rate") != self.learning_rate:
+            for state in checkpoint["optimizer_states"]:
+                for group in state["param_groups"]:
+                    group["lr"] = self.learning_rate
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Torch's, with PatchadError where the state is another model's: settings differ from those of the fit."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            told = textwrap.shorten(str(error).partition("\n")[2], 150, placeholder=" ...")
+            raise PatchadError(
+                f"the checkpoint does not fit this detector: {told}; leave out model options that the fit did "
+                "not have, or fit again"
+            ) from error
 
     @property
     def _scored_by(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""An exported file -> scores of images in memory. Neither torch nor Lightning is imported here.
+"""An exported file -> scores of images, from files or memory. Neither torch nor Lightning is imported here.
 
 ONNX Runtime runs the graph; see docs/benchmarks.md for why.
 """
@@ -13,6 +13,7 @@ import onnxruntime
 from PIL import Image
 
 from patchad.canvas import Size, content_size, gain
+from patchad.decoding import read_pixels
 from patchad.errors import PatchadError
 
 AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
@@ -67,28 +68,30 @@ class ExportedDetector:
         self.keep_aspect = bool(self.metadata["keep_aspect"])
         self.brightness: float | None = self.metadata["brightness"]
 
-    def __call__(self, image: np.ndarray) -> Scored:
+    def __call__(self, image: np.ndarray | str | Path) -> Scored:
         """Scores one image.
 
         Args:
-            image: `[height, width]` or `[height, width, 1]` (grey), `[height, width, 3]` (RGB) or `[height, width, 4]`
-                (alpha is dropped), of any size; uint8, uint16, or floating point in [0, 1].
+            image: the path of a file, read as `patchad predict` reads it; or an array `[height, width]` or `[height,
+                width, 1]` (grey), `[height, width, 3]` (RGB) or `[height, width, 4]` (alpha is dropped), of any size;
+                uint8, uint16, or floating point in [0, 1].
 
         Raises:
-            PatchadError: if it is anything else.
+            PatchadError: if it is anything else, or the file cannot be read.
         """
         return self.score([image])[0]
 
-    def score(self, images: Sequence[np.ndarray]) -> list[Scored]:
+    def score(self, images: Sequence[np.ndarray | str | Path]) -> list[Scored]:
         """Scores several images, which may differ in size, in one pass."""
         if not len(images):
             return []
-        fitted = [fit(to_rgb(image), self.image_size, self.keep_aspect, self.brightness) for image in images]
+        arrays = [read_pixels(Path(image)) if isinstance(image, (str, Path)) else image for image in images]
+        fitted = [fit(to_rgb(image), self.image_size, self.keep_aspect, self.brightness) for image in arrays]
         inputs = {"image": np.stack([one for one, _ in fitted]), "content": np.array([size for _, size in fitted])}
         scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
         return [
             Scored(float(score), bool(score > self.threshold), unfit(one, content, image.shape[:2]))
-            for score, one, (_, content), image in zip(scores, maps, fitted, images, strict=True)
+            for score, one, (_, content), image in zip(scores, maps, fitted, arrays, strict=True)
         ]
 
 
@@ -138,6 +141,8 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
     Raises:
         PatchadError: if the array is no image.
     """
+    if not isinstance(image, np.ndarray):
+        raise PatchadError(f"a {type(image).__name__} is no image; give the path of a file, or an array")
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)) or 0 in image.shape:
         raise PatchadError(
             f"an array of shape {image.shape} is no image; give [height, width], or [height, width, 1, 3 or 4]"

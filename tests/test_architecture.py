@@ -7,6 +7,7 @@ CHECKOUT = Path(__file__).parent.parent
 ORDER = [
     "errors",
     "canvas",
+    "decoding",
     "files",
     "runtime",
     "types",

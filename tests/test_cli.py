@@ -233,6 +233,39 @@ def test_an_optimizer_on_the_command_line_is_the_one_that_is_used(here, product)
     assert state["param_groups"][0]["lr"] == 0.125
 
 
+def test_a_fit_that_goes_on_takes_options_and_leaves_a_config_to_begin_anew_by(here, product):
+    main(["fit", f"--data.root={product}", *LEARN, *FEW])
+    first = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
+    path = "runs/version_0/checkpoints/last.ckpt"
+    options = ["--trainer.max_epochs=3", "--model.learning_rate=0.125", "--model.max_vectors=77"]
+    main(["fit", f"--ckpt_path={path}", *FEW, *options])
+    again = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert again["epoch"] == 3 and len(again["state_dict"]["banks.16.vectors"]) == 77
+    assert again["optimizer_states"][0]["param_groups"][0]["lr"] == 0.125
+    second = yaml.safe_load(Path("runs/version_1/config.yaml").read_text())
+    assert second["ckpt_path"] is None
+    weights = [one["model"]["init_args"]["backbone"]["init_args"]["weights"] for one in (first, second)]
+    assert weights == ["imagenet", "imagenet"]
+    assert second["data"]["init_args"]["root"] == first["data"]["init_args"]["root"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(run, here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["test", "--ckpt_path", checkpoint(run), "--model.encoder=TextureEncoder"])
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert re.search(r"does not fit this detector: Missing key.* \.\.\.; leave out model options", told)
+
+
+def test_defects_of_any_name_are_tested(run, product, here):
+    """Such names come out of archives of other systems."""
+    for kind, name in {"good": "good", "hole": os.fsdecode(b"Kratzer \xfc")}.items():
+        shutil.copytree(product / "test" / kind, here / "latin/test" / name)
+    main(["test", "--ckpt_path", checkpoint(run), "--data.root=latin", "--trainer.enable_progress_bar=false"])
+    assert r"detection_auroc_defect_Kratzer \udcfc" in next(Path("runs").rglob("metrics.csv")).read_text()
+    assert "Kratzer" in next(Path("runs").rglob("report.html")).read_text()
+
+
 def broken_image(here: Path, product: Path) -> list[str]:
     shutil.copytree(product, here / "broken")
     (here / "broken/train/good/003.png").write_bytes(b"no image")
@@ -268,6 +301,22 @@ def no_checkpoint(here: Path, product: Path) -> list[str]:
     return ["test", "--ckpt_path=other.ckpt"]
 
 
+def missing_in_config(here: Path, product: Path) -> list[str]:
+    (here / "gone.yaml").write_text("ckpt_path: gone.ckpt")
+    return ["fit", "--config=gone.yaml", f"--data.root={product}", *LITE, *SMALL]
+
+
+def runs_among_images(here: Path, product: Path) -> list[str]:
+    shutil.copytree(product / "train/good", here / "parts/normal")
+    (here / "parts/config.yaml").write_text("# pytorch_lightning==2.6.6\n")
+    return ["fit", "--data.root=parts", "--data.layout=Folder", "--data.layout.normal=.", *LITE, *SMALL]
+
+
+def unwritable(here: Path, product: Path) -> list[str]:
+    (here / "file").write_text("x")
+    return ["fit", f"--data.root={product}", "--trainer.logger.save_dir=file/runs", *LITE, *SMALL]
+
+
 MISTAKES = {
     "a broken image": (broken_image, r"cannot read image broken/train/good/003\.png"),
     "a mask of another size": (wrong_mask, r"has 96 x 90 pixels \(height x width\), its image has 96 x 96"),
@@ -281,6 +330,9 @@ MISTAKES = {
         lambda _, product: ["fit", f"--data.root={product}", "--ckpt_path=no.ckpt", *LITE, *SMALL],
         r"--ckpt_path no\.ckpt does not exist",
     ),
+    "a missing checkpoint in a config": (missing_in_config, r"--ckpt_path gone\.ckpt does not exist"),
+    "runs among images": (runs_among_images, r"parts has the config\.yaml of a run of patchad"),
+    "a run folder that cannot be": (unwritable, r"Not a directory: .*file/runs"),
     "what is no checkpoint": (no_checkpoint, r"--ckpt_path other\.ckpt is not a checkpoint of patchad's: "),
     "an unknown config": (lambda *_: ["fit", "--config", "fast"], r"--config fast is neither a file nor one of"),
     "a side too large": (

@@ -1,4 +1,5 @@
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -310,11 +311,35 @@ def test_predict_and_the_file_agree(fitted, product, here):  # noqa: F811
     rows = [line.split(",") for line in (predictions / "scores.csv").read_text().splitlines()[1:]]
     assert len(rows) == 11
     for path, score, verdict in rows:
-        found = file(np.asarray(Image.open(path)))
+        found = file(path)
         assert found.score == pytest.approx(float(score), rel=TOLERANCE)
         assert ("anomalous" if found.anomalous else "normal") == verdict
         written = np.load(predictions / "maps" / f"{Path(path).relative_to(product / 'test')}.npy")
         np.testing.assert_allclose(found.map, written, atol=TOLERANCE * written.max())
+
+
+def test_a_file_is_scored_as_predict_reads_it(fitted, product, tmp_path):
+    """As pixels in an array it may be numbers of a palette, other colours than RGB, or lie on its side."""
+    detector, image = patchad.load(fitted / "model.patchad"), Image.open(sorted(product.glob("test/*/*.png"))[0])
+    upright = detector(np.asarray(image.convert("RGB"))).score
+    image.convert("RGB").quantize(256).save(tmp_path / "palette.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.tif")
+    turned, orientation = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    orientation[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=orientation)
+    found = detector.score([str(tmp_path / "palette.png"), tmp_path / "cmyk.tif", tmp_path / "turned.png"])
+    read = [read_image(tmp_path / name) for name in ("palette.png", "cmyk.tif", "turned.png")]
+    assert [one.score for one in found] == [detector(one.permute(1, 2, 0).numpy()).score for one in read]
+    assert found[1].score == pytest.approx(upright, rel=0.05)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(fitted, here, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("it was worked for nothing"))
+    (here / "file").write_text("x")
+    with pytest.raises(SystemExit) as stop:
+        main(["export", f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--output=file/model.patchad"])
+    assert stop.value.code == 2
+    assert re.search(r"patchad: error: .*'file", capsys.readouterr().err)
 
 
 def test_export_asks_for_a_checkpoint(product, here, capsys):  # noqa: F811

@@ -19,6 +19,12 @@ def test_two_writers_of_one_file_leave_one_whole(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    path = tmp_path / ("a" * 251 + ".npy")
+    write_array(path, np.arange(3))
+    assert np.load(path).tolist() == [0, 1, 2]
+
+
 def test_what_fails_leaves_the_former_file(tmp_path):
     write_array(tmp_path / "a.npy", np.arange(3))
 

@@ -27,7 +27,7 @@ from patchad.data.images import (
     read_mask,
     resize_mask,
 )
-from patchad.data.layouts import Layout, detect_layout, images_below
+from patchad.data.layouts import Layout, detect_layout, images_below, printable
 from patchad.data.synthetic import FORMAT, SMALLEST, paint_defect, paint_defects
 from patchad.errors import PatchadError
 from patchad.pyramid import sample_pyramids
@@ -341,7 +341,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         if self.layout is None:
             self.layout = detect_layout(self.root)
             rank_zero_info(f"{self.root} is read as {type(self.layout).__name__}")
-        samples = self.layout.samples(self.root)
+        samples = [printable(sample) for sample in self.layout.samples(self.root)]
         test = [sample for sample in samples if sample.split == "test"]
         self.test_set = self._dataset(test)
         self.note_missing_masks(test)

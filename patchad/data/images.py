@@ -1,4 +1,4 @@
-"""Files -> tensors: decoding, size, light, padding."""
+"""Files -> tensors: size, light, padding, augmentation."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,73 +6,28 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 from patchad.canvas import Size, content_size, gain
+from patchad.decoding import decode, read_pixels
 from patchad.errors import PatchadError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """Lower case; files are matched in any case."""
-Image.MAX_IMAGE_PIXELS = None  # files are the user's own; a line camera's may have more than Pillow's 179 million
 ORIENTATION = 0x0112
 """The EXIF tag."""
 
 
 def read_image(path: Path) -> Float[Tensor, "3 height width"]:
-    """RGB in [0, 1] of an image file, turned as its EXIF orientation says.
-
-    Grey images get three equal channels, 16-bit grey is divided by 65535, floating-point files are taken as they are,
-    alpha is dropped.
+    """RGB in [0, 1] of an image file, as `read_pixels` reads it; grey images get three equal channels.
 
     Raises:
         PatchadError: if the file cannot be read, its numbers leave [0, 1] or 16 bits, or its colours have 16 bits.
     """
-    values = torch.from_numpy(to_float(decode(path), path))
+    values = torch.from_numpy(read_pixels(path))
     return values.expand(3, -1, -1).contiguous() if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
-
-
-def decode(path: Path) -> Image.Image:
-    """The decoded file, upright.
-
-    Raises:
-        PatchadError: if it is missing, truncated or no image, or has colours of 16 bits.
-    """
-    try:
-        with Image.open(path) as image:
-            deep = has_deep_colour(image)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise PatchadError(f"cannot read image {path}: {error}") from error
-    if deep:
-        raise PatchadError(
-            f"{path} has colours of 16 bits, which cannot be read; save it with 8 bits, or as 16-bit grey"
-        )
-    return upright
-
-
-def has_deep_colour(image: ImageFile.ImageFile) -> bool:
-    """Whether an opened file has colours of 16 bits, of which Pillow keeps 8: of a camera's 12 bits, 4 are left."""
-    return image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile)  # such as "RGB;16B"
-
-
-def to_float(image: Image.Image, path: Path) -> np.ndarray:
-    """Float32 in [0, 1]: `[height, width]` of grey images, `[height, width, 3]` of all others.
-
-    Raises:
-        PatchadError: if a floating-point image leaves [0, 1], or one of whole numbers 16 bits.
-    """
-    if image.mode.startswith(("I", "F")):
-        values, most = np.asarray(image), 1 if image.mode == "F" else 65535  # 16-bit grey: I;16, I;16B or, widened, I
-        if not (values.min() >= 0 and values.max() <= most):
-            raise PatchadError(
-                f"{path} holds values from {values.min():g} to {values.max():g}; scale them to [0, {most}]"
-            )
-        return values.astype(np.float32) / np.float32(most)
-    grey = image.mode in ("1", "L")
-    return np.asarray(image.convert("L" if grey else "RGB"), dtype=np.float32) / 255
 
 
 def read_mask(path: Path, size: Size) -> Bool[Tensor, "height width"]:

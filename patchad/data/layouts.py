@@ -38,10 +38,15 @@ def images_below(root: Path) -> list[Path]:
     """Every image file below a folder, sorted; hidden files and folders are skipped.
 
     Raises:
-        PatchadError: if the folder is missing or has none.
+        PatchadError: if the folder is missing, has none, or is one that patchad writes to.
     """
     if not root.is_dir():
         raise PatchadError(f"data.root {root} does not exist or is no folder")
+    if is_run(root):
+        raise PatchadError(
+            f"{root} has the config.yaml of a run of patchad, whose pictures are no images of the product; keep images "
+            "and runs apart"
+        )
     found = sorted(path for path in files_below(root) if is_image(path.relative_to(root)) and path.is_file())
     if not found:
         raise PatchadError(f"no images below {root} (looked for {', '.join(IMAGE_SUFFIXES)})")
@@ -110,6 +115,11 @@ def seeded_choice(items: Sequence[Item], fraction: float, seed: int) -> list[Ite
 def normals(paths: Iterable[Path], split: Literal["train", "test"]) -> list[Sample]:
     """Samples of images without a defect."""
     return [Sample(path, NORMAL, None, split) for path in paths]
+
+
+def printable(sample: Sample) -> Sample:
+    """The sample with a defect type that figures, pages and pictures can name, whatever its folder is called."""
+    return sample._replace(defect=sample.defect.encode("utf-8", "backslashreplace").decode())
 
 
 class MVTecAD(Layout):

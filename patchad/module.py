@@ -685,6 +685,7 @@ class PatchDetector(Configurable, LightningModule):
         checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self._scored_by
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = without_weights(self.hparams)
         checkpoint["patchad_backbone"] = self.hparams["backbone"]  # with the weights that it began with
+        checkpoint["patchad_learning_rate"] = self.learning_rate  # hyperparameters hold what was given, no defaults
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format, context or sides; warns where its threshold is another score's."""
@@ -704,7 +705,7 @@ class PatchDetector(Configurable, LightningModule):
 
     def _keep_learning_rate(self, checkpoint: dict[str, Any]) -> None:
         """A fit that goes on takes the rate that it is given now, not that of the optimizer's state."""
-        if checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("learning_rate") != self.learning_rate:
+        if checkpoint.get("patchad_learning_rate", self.learning_rate) != self.learning_rate:
             for state in checkpoint["optimizer_states"]:
                 for group in state["param_groups"]:
                     group["lr"] = self.learning_rate

@@ -337,6 +337,23 @@ def test_a_run_that_was_killed_in_mid_epoch_resumes_and_ends_with_the_tensors_of
     assert same(state(tmp_path / "whole"), state(tmp_path / "killed"))
 
 
+class Descent(PatchDetector):
+    """Gives its optimizer a rate of its own."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.125)
+
+
+@pytest.mark.parametrize("given, rates", [({}, (3e-4, 0.125)), ({"learning_rate": 0.25}, (0.25, 0.25))])
+def test_a_fit_that_goes_on_keeps_the_optimizers_rate_unless_another_is_given(given, rates, product, tmp_path):
+    for kind, rate in zip((PatchDetector, Descent), rates, strict=True):
+        path, settings = tmp_path / kind.__name__, {"max_vectors": 100, "losses": [RelativeSimilarity()]}
+        trainer(path, max_epochs=1).fit(kind(EfficientNetLite0(), **settings), images(product))
+        goes_on, last = trainer(path / "again", max_epochs=2), path / "log/checkpoints/last.ckpt"
+        goes_on.fit(kind(EfficientNetLite0(), **settings, **given), images(product), ckpt_path=last, weights_only=True)
+        assert goes_on.optimizers[0].param_groups[0]["lr"] == rate
+
+
 def test_a_training_free_encoder_learns_nothing_and_reads_no_pyramids(product, tmp_path):
     model = PatchDetector(EfficientNetLite0(), WindowEncoder, [], max_vectors=100)
     assert not model.learns

@@ -357,6 +357,15 @@ def test_what_the_user_can_mend_ends_as_one_line_and_code_2(mistake, here, produ
     assert re.search(message, lines[0])
 
 
+@pytest.mark.parametrize("verb", ["fit", "predict"])
+def test_a_folder_without_images_makes_no_run_folder(verb, run, here):
+    (here / "empty").mkdir()
+    options = [*LITE, *SMALL] if verb == "fit" else [f"--ckpt_path={checkpoint(run)}"]
+    with pytest.raises(SystemExit):
+        main([verb, "--data.root=empty", *options])
+    assert not (here / "runs").exists()
+
+
 def test_a_bug_keeps_its_traceback(here, product):
     body = [
         "from patchad.data import Layout",

@@ -329,19 +329,17 @@ class PyramidDataModule(Configurable, LightningDataModule):
         self.save_hyperparameters(hyperparameters(self), logger=False)  # the whole config is logged; both have a seed
 
     def prepare_data(self) -> None:
-        """Lets the layout write what it makes itself (once per machine); images to predict are the user's."""
+        """Lets the layout write what it makes itself, once per machine; a folder that does not fit makes no run."""
         if self.layout is not None and self._doing != TrainerFn.PREDICTING:
             self.layout.prepare(self.root)
+        self._samples(predicting=self._doing == TrainerFn.PREDICTING)
 
     def setup(self, stage: str) -> None:
         """Lists the files: for `predict` every image below the root, else what the layout says, for `test` to test."""
+        samples = self._samples(predicting=stage == "predict")
         if stage == "predict":
-            self.predict_set = self._dataset([Sample(path, UNKNOWN, None, "test") for path in images_below(self.root)])
+            self.predict_set = self._dataset(samples)
             return
-        if self.layout is None:
-            self.layout = detect_layout(self.root)
-            rank_zero_info(f"{self.root} is read as {type(self.layout).__name__}")
-        samples = [printable(sample) for sample in self.layout.samples(self.root)]
         test = [sample for sample in samples if sample.split == "test"]
         self.test_set = self._dataset(test)
         self.note_missing_masks(test)
@@ -352,6 +350,15 @@ class PyramidDataModule(Configurable, LightningDataModule):
         if self.validate_on == "synthetic_defects":
             self._check_room_for_defects()
         rank_zero_info(f"{len(training)} images to learn from, {len(calibration)} to calibrate on, {len(test)} to test")
+
+    def _samples(self, predicting: bool) -> list[Sample]:
+        """All of them; images to predict are the user's and need no layout."""
+        if predicting:
+            return [Sample(path, UNKNOWN, None, "test") for path in images_below(self.root)]
+        if self.layout is None:
+            self.layout = detect_layout(self.root)
+            rank_zero_info(f"{self.root} is read as {type(self.layout).__name__}")
+        return [printable(sample) for sample in self.layout.samples(self.root)]
 
     def _dataset(self, samples: Sequence[Sample]) -> ImageDataset:
         return ImageDataset(samples, self.image_size, self.keep_aspect, self.metric_size, self.brightness)

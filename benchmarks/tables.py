@@ -24,9 +24,10 @@ import yaml
 from jsonargparse import auto_cli
 from torch import nn
 
+import patchad.ensemble  # so that checkpoints of ensembles load
 import patchad.models
 from benchmarks.speed import filled
-from patchad import PatchDetector
+from patchad.detector import Detector
 from patchad.timing import alternate
 
 TABLES: dict[str, list[dict[str, Any]]] = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text())
@@ -56,6 +57,25 @@ class Images(NamedTuple):
 
     name: str
     options: list[str]
+
+
+class Fitted(NamedTuple):
+    """What one fit left.
+
+    Attributes:
+        home: its run folder.
+        config: resolved.
+        seconds: that it took, with its members' where it is an ensemble.
+    """
+
+    home: Path
+    config: dict[str, Any]
+    seconds: float
+
+    @property
+    def checkpoint(self) -> Path:
+        """That of the last epoch."""
+        return self.home / "checkpoints" / "last.ckpt"
 
 
 class Found(NamedTuple):
@@ -149,6 +169,38 @@ def splits(name: str, root: Path) -> Iterator[Images]:
         yield Images(f"{name}, {split}", [*layout, "--data.root", str(root)])
 
 
+def fit(
+    row: dict[str, Any],
+    images: Images,
+    seed: int,
+    weights: Path,
+    folder: Path,
+    validations: int,
+    options: Sequence[str],
+) -> Fitted:
+    """Fits, unless that was done before; first the members of an ensemble.
+
+    Raises:
+        NoWeightsError: if the weights are absent.
+    """
+    given = [*row.get("options", []), *options]
+    if "weights" in row and (weights / row["weights"]).is_file():
+        given += ["--model.backbone.weights", str(weights / row["weights"])]
+    members = [fit(one, images, seed, weights, folder, validations, options) for one in row.get("members", [])]
+    if members:
+        given += ["--model.members", json.dumps([str(one.checkpoint) for one in members])]
+    seeded = ["--seed_everything", str(seed), "--data.seed", str(seed)]
+    seeded += [] if members else ["--model.seed", str(seed)]
+    resolved = yaml.safe_load(run_patchad("fit", *given, *images.options, "--print_config"))
+    key = f"{digest(without_place(resolved))}-{digest([images.options, validations])}-{seed}"
+    epochs = resolved["trainer"]["max_epochs"]
+    watched = ["--data.validate_on", "test" if validations > 1 else "none"]
+    watched += ["--trainer.check_val_every_n_epoch", str(max(1, epochs // validations))]
+    place = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.version", key]
+    seconds = once(folder / key / "fit.json", lambda: timed("fit", *given, *images.options, *seeded, *watched, *place))
+    return Fitted(folder / key, resolved, seconds + sum(one.seconds for one in members))
+
+
 def run(
     row: dict[str, Any],
     images: Images,
@@ -163,28 +215,19 @@ def run(
     Raises:
         NoWeightsError: if the weights are absent.
     """
-    given = [*row.get("options", []), *options]
-    if "weights" in row and (weights / row["weights"]).is_file():
-        given += ["--model.backbone.weights", str(weights / row["weights"])]
-    seeded = ["--seed_everything", str(seed), "--data.seed", str(seed), "--model.seed", str(seed)]
-    resolved = yaml.safe_load(run_patchad("fit", *given, *images.options, "--print_config"))
-    key = f"{digest(without_place(resolved))}-{digest([images.options, validations])}-{seed}"
-    epochs = resolved["trainer"]["max_epochs"]
-    watched = ["--data.validate_on", "test" if validations > 1 else "none"]
-    watched += ["--trainer.check_val_every_n_epoch", str(max(1, epochs // validations))]
-    place = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.version"]
-    home, checkpoint = folder / key, folder / key / "checkpoints" / "last.ckpt"
-    fitted = once(home / "fit.json", lambda: timed("fit", *given, *images.options, *seeded, *watched, *place, key))
-    tested = f"{key}-test-{digest(row.get('test', []))}"
-    test = ["--ckpt_path", str(checkpoint), *row.get("test", []), *place, tested]
+    fitted = fit(row, images, seed, weights, folder, validations, options)
+    home, checkpoint, resolved = fitted.home, fitted.checkpoint, fitted.config
+    tested = f"{home.name}-test-{digest(row.get('test', []))}"
+    place = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.version", tested]
+    test = ["--ckpt_path", str(checkpoint), *row.get("test", []), *place]
     seconds = once(folder / tested / "test.json", lambda: timed("test", *test))
     return Found(
         metrics=measured(folder / tested / "metrics.csv", "test/")[-1],
         best=best_epoch(home / "metrics.csv"),
         milliseconds=once(home / "milliseconds.json", lambda: milliseconds(checkpoint, resolved)),
         configuration=digest(without_place(resolved)),
-        budget=budget(checkpoint, epochs, resolved),
-        seconds=(fitted, seconds),
+        budget=budget(checkpoint, resolved),
+        seconds=(fitted.seconds, seconds),
     )
 
 
@@ -229,9 +272,13 @@ def without_place(config: dict[str, Any]) -> dict[str, Any]:
     for name in ("logger", "check_val_every_n_epoch"):
         config["trainer"].pop(name, None)
     config["trainer"]["default_root_dir"] = None  # not left out: it was null when the hashes in docs were printed
-    config["model"]["init_args"].pop("seed", None)
-    backbone = config["model"]["init_args"]["backbone"]["init_args"]
-    backbone["weights"] = "none" if backbone["weights"] == "none" else "imagenet"
+    model = config["model"]["init_args"]
+    model.pop("seed", None)
+    if "members" in model:  # each by the hash of its own configuration, with which its folder's name begins
+        model["members"] = [Path(one).parent.parent.name[:8] for one in model["members"]]
+    else:
+        backbone = model["backbone"]["init_args"]
+        backbone["weights"] = "none" if backbone["weights"] == "none" else "imagenet"
     return config
 
 
@@ -241,7 +288,9 @@ def digest(value: Any) -> str:
 
 
 def measured(path: Path, prefix: str) -> list[dict[str, float]]:
-    """The rows of a metrics file that have figures below a prefix, in %."""
+    """The rows of a metrics file that have figures below a prefix, in %; none where nothing was logged."""
+    if not path.is_file():
+        return []
     with path.open(newline="") as file:
         rows = [
             {name.removeprefix(prefix): 100 * float(value) for name, value in row.items() if value and prefix in name}
@@ -258,16 +307,16 @@ def best_epoch(path: Path) -> dict[str, float] | None:
 @torch.inference_mode()
 def milliseconds(checkpoint: Path, config: dict[str, Any]) -> float:
     """Median time per image of the fitted detector, eager, batch 1."""
-    detector = PatchDetector.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    detector = Detector.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     image = torch.rand(1, 3, *config["data"]["init_args"]["image_size"])
     return statistics.median(alternate({"detector": lambda: detector(image)}, repeats=5)["detector"])
 
 
-def budget(checkpoint: Path, epochs: int, config: dict[str, Any]) -> str:
+def budget(checkpoint: Path, config: dict[str, Any]) -> str:
     """Epochs, steps, and whether features were cached."""
     steps = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
-    cached = "cached" if config["model"]["init_args"]["cache"] else "not cached"
-    return f"{epochs} epochs, {steps} steps, {cached}"
+    cached = "cached" if config["model"]["init_args"].get("cache") else "not cached"
+    return f"{config['trainer']['max_epochs']} epochs, {steps} steps, {cached}"
 
 
 def markdown(row: dict[str, Any], images: Images, found: Sequence[Found]) -> str:

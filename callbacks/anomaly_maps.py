@@ -4,7 +4,7 @@ from pytorch_lightning import Callback, Trainer
 
 from patchad.callbacks.pictures import Shown, sheet, show
 from patchad.callbacks.publish import publish_picture, run_folder
-from patchad.module import PatchDetector
+from patchad.detector import Detector
 from patchad.types import ImageBatch, Prediction
 
 
@@ -18,14 +18,14 @@ class AnomalyMaps(Callback):
     def __init__(self, images: int = 8) -> None:
         self.images = images
 
-    def on_validation_start(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Detector) -> None:
         """Starts with nothing to show."""
         self.shown: list[Shown] = []
 
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: PatchDetector,
+        pl_module: Detector,
         outputs: Prediction | None,
         batch: ImageBatch,
         batch_idx: int,
@@ -36,7 +36,7 @@ class AnomalyMaps(Callback):
             missing = self.images - len(self.shown)
             self.shown += [show(outputs, batch, number) for number in range(min(missing, len(batch.path)))]
 
-    def on_validation_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes the picture."""
         folder, scorer = run_folder(trainer), pl_module.scorer
         if trainer.is_global_zero and self.shown:

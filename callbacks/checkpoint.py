@@ -5,7 +5,7 @@ from typing import Any
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from patchad.module import PatchDetector
+from patchad.detector import Detector
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -19,16 +19,16 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(filename="last", enable_version_counter=False, save_on_exception=True)
         self.saved_at: int | None = None
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: PatchDetector, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Detector, checkpoint: dict[str, Any]) -> None:
         """Notes the step."""
         self.saved_at = trainer.global_step
 
-    def on_exception(self, trainer: Trainer, pl_module: PatchDetector, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Detector, exception: BaseException) -> None:
         """Saves what was learned, unless it is nan: the checkpoint before is worth more then."""
         if all(parameter.isfinite().all() for parameter in pl_module.parameters()):
             super().on_exception(trainer, pl_module, exception)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Saves what no validation saved."""
         if self.saved_at != trainer.global_step and not getattr(trainer, "fast_dev_run", False):
             self.best_model_path = self.format_checkpoint_name({})

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from patchad.callbacks.pictures import montage, to_rgb
 from patchad.callbacks.publish import publish_picture, run_folder
+from patchad.detector import Detector
 from patchad.module import PatchDetector
 from patchad.pyramid import cut
 
@@ -24,10 +25,10 @@ class Clusters(Callback):
         self.clusters, self.patches = clusters, patches
         self.views: dict[tuple[int, int], Tensor] = {}
 
-    def on_validation_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes the montages, once there are pseudo-labels."""
         folder = run_folder(trainer)
-        if not trainer.is_global_zero or trainer.sanity_checking:
+        if not trainer.is_global_zero or trainer.sanity_checking or not isinstance(pl_module, PatchDetector):
             return
         self.views.clear()
         for side, labels in pl_module.probe_labels.items():

@@ -12,8 +12,8 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from patchad.callbacks.pictures import colour
 from patchad.callbacks.publish import run_folder
+from patchad.detector import Detector
 from patchad.files import write_array, write_whole
-from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
 from patchad.types import ImageBatch, Prediction
 
@@ -37,7 +37,7 @@ class Predictions(Callback):
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def on_predict_start(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: Detector) -> None:
         """Starts with no rows."""
         self.folder = run_folder(trainer) / "predictions"
         self.rows = []
@@ -45,7 +45,7 @@ class Predictions(Callback):
     def on_predict_batch_end(
         self,
         trainer: Trainer,
-        pl_module: PatchDetector,
+        pl_module: Detector,
         outputs: Prediction,
         batch: ImageBatch,
         batch_idx: int,
@@ -61,13 +61,13 @@ class Predictions(Callback):
             verdict = "anomalous" if outputs.anomalous[number] else "normal"
             self.rows.append(Row(name, float(outputs.score[number]), verdict))
 
-    def on_exception(self, trainer: Trainer, pl_module: PatchDetector, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Detector, exception: BaseException) -> None:
         """Writes the scores found until then, where there is one process: what cannot be read costs none of them."""
         if self.rows and trainer.predicting and trainer.world_size == 1:
             write_scores(self.folder / "scores.csv", sorted(self.rows))
             rank_zero_info(f"scores of the {len(self.rows)} images until then: {self.folder / 'scores.csv'}")
 
-    def on_predict_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes scores.csv, the rows of all processes sorted by path."""
         gathered: list[Any] = [self.rows]
         if trainer.world_size > 1:

@@ -10,8 +10,8 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from patchad.callbacks.pictures import Shown, sheet, show
 from patchad.callbacks.publish import publish_picture, publish_table, run_folder
+from patchad.detector import Detector
 from patchad.files import write_whole
-from patchad.module import PatchDetector
 from patchad.types import NORMAL, ImageBatch, Prediction
 
 
@@ -28,14 +28,14 @@ class Report(Callback):
     def __init__(self, images_per_defect: int = 2) -> None:
         self.images_per_defect = images_per_defect
 
-    def on_test_start(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Detector) -> None:
         """Starts with nothing to show."""
         self.shown: dict[str, list[Shown]] = {}
 
     def on_test_batch_end(
         self,
         trainer: Trainer,
-        pl_module: PatchDetector,
+        pl_module: Detector,
         outputs: Prediction,
         batch: ImageBatch,
         batch_idx: int,
@@ -49,7 +49,7 @@ class Report(Callback):
             if len(kept) > self.images_per_defect:
                 del kept[self.images_per_defect // 2]
 
-    def on_test_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes the page, from the images of the first process."""
         folder, scorer = run_folder(trainer), pl_module.scorer
         if not trainer.is_global_zero:

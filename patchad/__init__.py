@@ -12,12 +12,14 @@ from patchad.runtime import load
 
 if TYPE_CHECKING:
     from patchad.data import PyramidDataModule
+    from patchad.ensemble import Ensemble
     from patchad.module import PatchDetector
     from patchad.types import ImageBatch, Prediction
 
-__all__ = ["ImageBatch", "PatchDetector", "PatchadError", "Prediction", "PyramidDataModule", "load"]
+__all__ = ["Ensemble", "ImageBatch", "PatchDetector", "PatchadError", "Prediction", "PyramidDataModule", "load"]
 
 HOMES = {
+    "Ensemble": "patchad.ensemble",
     "ImageBatch": "patchad.types",
     "PatchDetector": "patchad.module",
     "Prediction": "patchad.types",

@@ -17,8 +17,8 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from patchad.commands import DetectorTrainer
 from patchad.data.datamodule import PyramidDataModule
+from patchad.detector import Detector, check_format
 from patchad.errors import PatchadError
-from patchad.module import PatchDetector, check_format
 
 CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
@@ -27,6 +27,7 @@ LIGHTNINGS_WORDS = ("best", "last", "hpc", "null")
 
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen backbones are meant to be
+    r"`LightningModule.configure_optimizers` returned `None`",  # of an ensemble, which learns nothing
     r"The dirpath has changed",  # a test has a run folder of its own
     r".*configure_optimizers` will be overridden",  # by --optimizer, as the user asked
     r"Total length of `list` across ranks is zero",  # data.validate_on none, as the user asked
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             resolve_configs(name_exported(given))
         )  # Lightning starts further processes from these
         PatchadCLI(
-            PatchDetector,
+            Detector,
             PyramidDataModule,
             trainer_class=DetectorTrainer,
             subclass_mode_model=True,
@@ -206,7 +207,7 @@ def read_settings(path: Path, with_weights: bool = False) -> dict[str, dict]:
         raise PatchadError(f"--ckpt_path {path} is not a checkpoint of patchad's: {told}") from error
     check_format(checkpoint, path)
     keys = {
-        "model": PatchDetector.CHECKPOINT_HYPER_PARAMS_KEY,
+        "model": Detector.CHECKPOINT_HYPER_PARAMS_KEY,
         "data": PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY,
     }
     found = {name: dict(checkpoint.get(key, {})) for name, key in keys.items()}

@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning import Trainer
 
 from patchad.data.datamodule import ImageDataset, PyramidDataModule
+from patchad.detector import Detector
 from patchad.errors import PatchadError
 from patchad.export import MAP_TOLERANCE, TOLERANCE, compare, export
 from patchad.module import PatchDetector
@@ -21,7 +22,7 @@ class DetectorTrainer(Trainer):
 
     def export(
         self,
-        model: PatchDetector,
+        model: Detector,
         datamodule: PyramidDataModule,
         ckpt_path: Path | None = None,
         output: Path = Path("model.patchad"),
@@ -40,7 +41,7 @@ class DetectorTrainer(Trainer):
 
     def verify(
         self,
-        model: PatchDetector,
+        model: Detector,
         datamodule: PyramidDataModule,
         exported: Path,
         ckpt_path: Path | None = None,
@@ -61,8 +62,8 @@ class DetectorTrainer(Trainer):
         if images < 1:
             raise PatchadError(f"--images {images} shows nothing; give at least 1")
         detector, runtime = restored(model, datamodule, ckpt_path), load(exported)
-        for side in detector.encoder.sides:  # the file compares with every vector, however many there are
-            detector.bank(side).exact_most = len(detector.bank(side))
+        for bank in detector.memory_banks.values():  # the file compares with every vector, however many there are
+            bank.exact_most = len(bank)
         datamodule.setup("predict")
         batches = spread(datamodule.predict_set, images)
         print("| image | score | map | verdict |\n|---|---|---|---|")
@@ -80,7 +81,7 @@ class DetectorTrainer(Trainer):
 
     def benchmark(
         self,
-        model: PatchDetector,
+        model: Detector,
         datamodule: PyramidDataModule,
         ckpt_path: Path | None = None,
         batch_sizes: tuple[int, ...] = (1, 8),
@@ -97,6 +98,10 @@ class DetectorTrainer(Trainer):
         """
         device, threads = self.strategy.root_device, torch.get_num_threads()
         detector = restored(model, datamodule, ckpt_path).to(device)
+        if not isinstance(detector, PatchDetector):
+            raise PatchadError(
+                f"benchmark times the stages of one detector; {ckpt_path} is of several: give a member's"
+            )
         datamodule.setup("predict")
         with self.precision_plugin.forward_context():
             rate = best_rate(device)
@@ -113,7 +118,7 @@ class DetectorTrainer(Trainer):
                 print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
 
 
-def restored(model: PatchDetector, datamodule: PyramidDataModule, ckpt_path: Path | None) -> PatchDetector:
+def restored(model: Detector, datamodule: PyramidDataModule, ckpt_path: Path | None) -> Detector:
     """The detector with the checkpoint's weights, in eval mode; warns where options differ from what was fitted.
 
     Raises:

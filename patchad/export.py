@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from patchad.data.images import read_image
+from patchad.detector import Detector
 from patchad.errors import PatchadError
 from patchad.files import check_writable, write_whole
-from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
 from patchad.runtime import EXPORT_FORMAT, ExportedDetector
 from patchad.types import ImageBatch
@@ -37,7 +37,7 @@ class ScoringGraph(nn.Module):
         detector: a fitted detector.
     """
 
-    def __init__(self, detector: PatchDetector) -> None:
+    def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.detector = detector
 
@@ -49,7 +49,7 @@ class ScoringGraph(nn.Module):
         return prediction.score, prediction.map
 
 
-def export(detector: PatchDetector, output: Path, data: Any, ckpt_path: Path | None = None) -> None:
+def export(detector: Detector, output: Path, data: Any, ckpt_path: Path | None = None) -> None:
     """Writes a fitted detector as one ONNX file: normalisation, backbone, encoders, banks, fold and score.
 
     Args:
@@ -87,7 +87,7 @@ def export(detector: PatchDetector, output: Path, data: Any, ckpt_path: Path | N
     write_whole(output, lambda part: onnx.save_model(model, part))
 
 
-def metadata(detector: PatchDetector, data: Any, ckpt_path: Path | None) -> dict[str, Any]:
+def metadata(detector: Detector, data: Any, ckpt_path: Path | None) -> dict[str, Any]:
     """What the file says of itself."""
     checkpoint = {"name": ckpt_path.name, "sha256": digest(ckpt_path)} if ckpt_path else None
     return {
@@ -101,7 +101,7 @@ def metadata(detector: PatchDetector, data: Any, ckpt_path: Path | None) -> dict
         "brightness": data.brightness,
         "threshold": float(detector.scorer.threshold),
         "normal_level": detector.scorer.normal_level,
-        "vectors": {side: len(detector.bank(side)) for side in detector.encoder.sides},
+        "vectors": {name: len(bank) for name, bank in detector.memory_banks.items()},
     }
 
 
@@ -128,7 +128,7 @@ class Difference(NamedTuple):
 
 
 @torch.inference_mode()
-def compare(detector: PatchDetector, exported: ExportedDetector, batch: ImageBatch) -> Difference:
+def compare(detector: Detector, exported: ExportedDetector, batch: ImageBatch) -> Difference:
     """Scores an image file by both, as `patchad predict` and `patchad.load` do.
 
     Args:

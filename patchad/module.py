@@ -2,37 +2,30 @@
 
 import copy
 import math
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pytorch_lightning import LightningDataModule, LightningModule
-from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from patchad.canvas import Size
 from patchad.clustering import PseudoLabels, churn
+from patchad.detector import Detector
 from patchad.errors import PatchadError
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
 from patchad.memory import MemoryBank, Reduction
-from patchad.metrics import AnomalyMetrics
 from patchad.models.backbones import Backbone
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, LearnedEncoder
-from patchad.pyramid import covered, crop_resize, fits_pyramids, fold, inside, positions, window_size
+from patchad.pyramid import covered, fits_pyramids, fold, inside, positions, window_size
 from patchad.scoring import Scorer
-from patchad.spec import Configurable, hyperparameters
+from patchad.spec import hyperparameters
 from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan, painted_view
 
-CHECKPOINT_FORMAT = 6
-"""Raised whenever checkpoints of an older patchad no longer load."""
 COMPARED = ("normal", "thing", "painted", "share")
 """What a loss may need of patches with and without painted defects."""
 COLLAPSED = 0.01
@@ -56,7 +49,7 @@ class Distances(NamedTuple):
             yield self._replace(sides=sides, content=self.content[number, None])
 
 
-class PatchDetector(Configurable, LightningModule):
+class PatchDetector(Detector):
     """Learns to embed patches of three sides, remembers the normal ones, and scores images by the distance to them.
 
     In `fit`, encoders are trained on pyramids of patches, with pseudo-labels that K-means reassigns each epoch. Before
@@ -142,27 +135,21 @@ class PatchDetector(Configurable, LightningModule):
         dims = {side: self.encoder.patch_encoder(side).dim for side in sides}
         self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dims[side], seed) for side in sides})
         self.banks = nn.ModuleDict({str(side): MemoryBank(side, max_vectors, reduce, seed, baseline) for side in sides})
-        self.scorer = (scorer or Scorer()).prepare(sides)
+        self.scorer, self.measured_sides = (scorer or Scorer()).prepare(sides), self.encoder.sides
         self.warmup, self.learning_rate, self.cache = warmup, learning_rate, cache
         # The loss starts from it, so that there is one where every term is off or nothing is to be learned.
         self.placeholder = nn.Parameter(torch.zeros(()))
         self.probe_batches: list[PyramidBatch] = []  # the patches that clusters are fitted on, and their labels
         self.probe_labels: dict[int, Tensor] = {}
         self._watched: dict[str, MeanMetric] = {}  # means over an epoch, by the name that they are logged under
-        self._remembered_at: int | None = None  # the step whose embeddings the bank holds
 
     def setup(self, stage: str) -> None:
-        """Makes the metrics, which know the defect types of the test set, and switches off losses that do not fit.
+        """Also switches off losses that do not fit the images.
 
         Raises:
             PatchadError: if device or precision cannot hold the figures, or a side does not fit the images.
         """
-        precision = str(self.trainer.precision)
-        if self.trainer.strategy.root_device.type == "mps":
-            raise PatchadError("float64, which figures need, is not there on mps; give --trainer.accelerator cpu")
-        if precision in ("16-true", "bf16-true"):
-            mixed = precision.replace("true", "mixed")
-            raise PatchadError(f"--trainer.precision {precision} would round distances, too; give {mixed}")
+        super().setup(stage)
         if stage == "fit":
             for side, grid in self.encoder.grids.items():
                 positions(window_size(self._data.image_size, side, grid), side, grid)  # or an error that says so
@@ -171,9 +158,6 @@ class PatchDetector(Configurable, LightningModule):
             self._warn_of_single_images()
         elif stage == "fit":
             self.losses.requires_grad_(False)  # DistributedDataParallel waits for every parameter that is trainable
-        if stage != "predict":
-            defects = self._data.defects if stage == "test" else []
-            self.metrics = AnomalyMetrics(self.encoder.sides, stage == "test", defects, progress=self._shows_bars)
 
     # from images to predictions
 
@@ -257,22 +241,8 @@ class PatchDetector(Configurable, LightningModule):
         shown = self.scorer.show(maps, combined, content)
         return Prediction(scores, scores > self.scorer.threshold, shown, side_scores, maps)
 
-    def forward(
-        self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"] | None = None
-    ) -> Prediction:
-        """Scores images.
-
-        Args:
-            image: RGB in [0, 1], of the size and light that the datamodule gave those of the fit: what
-                `patchad.data.images.fit` makes of them with its `image_size`, `keep_aspect` and `brightness`.
-            content: height x width of each image's content, top left, in pixels; by default the whole image.
-
-        Raises:
-            PatchadError: if the bank is empty, or a side does not fit the image.
-        """
-        if content is None:
-            lengths = (torch.full((len(image),), length, device=image.device) for length in image.shape[2:])
-            content = torch.stack(list(lengths), dim=1)
+    def detect(self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]) -> Prediction:
+        """Maps, scores and verdicts of images."""
         return self.score(self.distances(image, content))
 
     # learning
@@ -302,7 +272,7 @@ class PatchDetector(Configurable, LightningModule):
 
         Before that, calibration images are read: one that cannot be read ends a fit now, not when all is learned.
         """
-        self._remembered_at = None  # another fit of this model may take as many steps, and has images of its own
+        super().on_fit_start()
         self.probe_batches, self.probe_labels = [], {}
         for _ in track(self._data.calibration_dataloader(), "Reading calibration images", disable=not self._shows_bars):
             pass
@@ -532,18 +502,10 @@ class PatchDetector(Configurable, LightningModule):
 
     # the memory of what is normal
 
-    @torch.no_grad()
-    def remember_normals(self) -> None:
-        """Fills the bank and calibrates, in `fit`, unless both were done with the embeddings as they are now."""
-        if not self._fitting or self._remembered_at == self.global_step:
-            return
-        training = self.training
-        self.eval()
-        with self.trainer.precision_plugin.forward_context():  # the precision of validate, test and predict
-            self.fill_banks()
-            self.calibrate()
-        self.train(training)
-        self._remembered_at = self.global_step  # only now: a fit that ends in between starts over
+    def know_normals(self) -> None:
+        """Fills the bank and calibrates."""
+        self.fill_banks()
+        self.calibrate()
 
     def fill_banks(self) -> None:
         """Fills the bank of each side with the patches of the training normals, and prints its size first."""
@@ -591,10 +553,7 @@ class PatchDetector(Configurable, LightningModule):
         """Sets the scale of each side and the threshold from the calibration normals."""
         normals = self._calibration_distances()
         rate = self.calibrate_on(normals)
-        rank_zero_info(
-            f"threshold {float(self.scorer.threshold):.4g} from {len(normals.content)} calibration images: "
-            f"false-positive rate promised at most {rate:.3g}, asked for {self.scorer.target_fpr:.3g}"
-        )
+        self._announce_threshold(len(normals.content), rate)
 
     def calibrate_on(self, normals: Distances) -> float:
         """Sets scales and threshold from the distances of normal images; returns the false-positive rate promised."""
@@ -623,52 +582,6 @@ class PatchDetector(Configurable, LightningModule):
         sides = {side: self._everywhere(numbers, [one.sides[side] for one in found]) for side in self.encoder.sides}
         return found[0]._replace(sides=sides, content=self._everywhere(numbers, [one.content for one in found]))
 
-    def _everywhere(self, numbers: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """One row for each calibration image, whichever process saw it."""
-        seen = torch.cat(list(parts))
-        rows = seen.new_zeros(len(self._data.calibration_set), *seen.shape[1:])
-        rows[numbers] = seen
-        return torch.as_tensor(self.trainer.strategy.reduce(rows, reduce_op="sum"))
-
-    # validate, test, predict
-
-    def on_validation_start(self) -> None:
-        """Before labelled images are scored, what is normal must be known."""
-        self.remember_normals()
-
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> Prediction | None:
-        """Measures labelled images, but for those of a sanity check: there is no bank yet."""
-        return None if self.trainer.sanity_checking else self._measure(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the AUROCs."""
-        self._log("val")
-
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> Prediction:
-        """Measures labelled images."""
-        return self._measure(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs every metric."""
-        self._log("test")
-
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Prediction:
-        """Scores images."""
-        return self(batch.image, batch.content)
-
-    def _measure(self, batch: ImageBatch) -> Prediction:
-        prediction = self(batch.image, batch.content)
-        size = (batch.mask.shape[1], batch.mask.shape[2])
-        maps = {"combined": prediction.map, **prediction.side_maps}
-        resized = {name: crop_resize(one, batch.content, size) for name, one in maps.items()}
-        self.metrics.update(prediction, batch, resized)
-        return prediction
-
-    def _log(self, stage: str) -> None:
-        values = self.metrics.compute() if self.metrics.update_called else {}
-        self.metrics.reset()
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()}, sync_dist=True)
-
     # checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -680,28 +593,26 @@ class PatchDetector(Configurable, LightningModule):
                 raise
             for side in self.encoder.sides:  # nothing that was learned is lost with an image
                 self.bank(side).clear()
+            self._known_at = self.global_step  # as far as it can be
             rank_zero_warn(f"the checkpoint has no bank, for {error}; mend that and go on with fit --ckpt_path")
-        checkpoint["state_dict"] = self.state_dict()
-        checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self._scored_by
+        super().on_save_checkpoint(checkpoint)
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = without_weights(self.hparams)
         checkpoint["patchad_backbone"] = self.hparams["backbone"]  # with the weights that it began with
         checkpoint["patchad_learning_rate"] = self.learning_rate  # hyperparameters hold what was given, no defaults
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format, context or sides; warns where its threshold is another score's."""
-        check_format(checkpoint)
+        super().on_load_checkpoint(checkpoint)
         if self._fitting:
             self._keep_learning_rate(checkpoint)
-        now, fitted = self._scored_by, checkpoint["patchad_scored_by"]
-        sides, ours = list(fitted["taps"]), list(now["taps"])
+
+    def check_fitted(self, fitted: dict[str, Any]) -> None:
+        """Refuses what was fitted with another context or other sides."""
+        sides, ours = list(fitted["taps"]), list(self.scored_by["taps"])
         if sides != ours:  # banks and scales are theirs, in their order
             raise PatchadError(f"the checkpoint has sides {sides}, not {ours}; fit again")
-        told = [f"{name} {value}, not {now[name]}" for name, value in fitted.items() if now[name] != value]
-        if not told or self._fitting:
-            return
-        if fitted["context"] != self.context:  # it is a part of each vector of the bank
+        if fitted["context"] != self.context and not self._fitting:  # it is a part of each vector of the bank
             raise PatchadError(f"the bank was filled with context {fitted['context']}, not {self.context}; fit again")
-        rank_zero_warn(f"the threshold was set with {'; '.join(told)}: verdicts do not hold; fit for one of its own")
 
     def _keep_learning_rate(self, checkpoint: dict[str, Any]) -> None:
         """A fit that goes on takes the rate that it is given now, not that of the optimizer's state."""
@@ -710,45 +621,12 @@ class PatchDetector(Configurable, LightningModule):
                 for group in state["param_groups"]:
                     group["lr"] = self.learning_rate
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Torch's, with PatchadError where the state is another model's: settings differ from those of the fit."""
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError as error:
-            told = textwrap.shorten(str(error).partition("\n")[2], 150, placeholder=" ...")
-            raise PatchadError(
-                f"the checkpoint does not fit this detector: {told}; leave out model options that the fit did "
-                "not have, or fit again"
-            ) from error
-
     @property
-    def _scored_by(self) -> dict[str, Any]:
+    def scored_by(self) -> dict[str, Any]:
         """What scores, and so the threshold, depend on, of all that may be given another value after a fit."""
         encoder, baseline = self.encoder, self.bank(self.encoder.sides[0]).baseline
         read = {"mode": type(encoder).__name__, "taps": encoder.tap_names, "scoring_strides": encoder.strides}
-        return {"scorer": repr(self.scorer), "context": self.context, "baseline": baseline, **read}
-
-    # what Lightning gives
-
-    @property
-    def _fitting(self) -> bool:
-        trainer = self._trainer  # None where there is none
-        return trainer is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-
-    @property
-    def _shows_bars(self) -> bool:
-        return self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
-
-    @property
-    def _data(self) -> Any:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, LightningDataModule):
-            raise PatchadError("PatchDetector needs a PyramidDataModule: call trainer.fit(model, datamodule=...)")
-        return datamodule
-
-    def _batches(self, loader: DataLoader, title: str) -> Iterable[Any]:
-        for batch in track(loader, title, disable=not self._shows_bars, transient=True):
-            yield self.trainer.strategy.batch_to_device(batch, self.device)
+        return {**super().scored_by, "context": self.context, "baseline": baseline, **read}
 
 
 def check_losses(losses: Sequence[PatchLoss]) -> None:
@@ -773,17 +651,6 @@ def check_finite(embeddings: Mapping[int, Tensor]) -> None:
                 f"embeddings of side {side} are nan or infinite: training has diverged, or began with such weights; "
                 f"lower model.learning_rate, or mend the loss whose train/..._side_{side} is nan"
             )
-
-
-def check_format(checkpoint: Mapping[str, Any], path: str | Path = "") -> None:
-    """Raises PatchadError unless this patchad can load the checkpoint."""
-    found = checkpoint.get("patchad_format")
-    if found != CHECKPOINT_FORMAT:
-        told = "is not one of patchad's" if found is None else f"has format {found}"
-        raise PatchadError(
-            f"checkpoint {path} {told}; this patchad reads format {CHECKPOINT_FORMAT}: fit again, or install the "
-            "patchad that wrote it"
-        )
 
 
 def without_weights(hparams: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,10 +101,11 @@ class Scorer(Configurable, nn.Module):
             combined: what `combine` made of them.
             content: height x width of each map's content, top left, in pixels.
         """
-        if self.map_sides != self.score_sides:
-            level = len(self.score_sides) / len(self.map_sides)
-            combined = level * self.combine_sides(maps, self.map_sides)
-        return self.smooth(combined, content)
+        return self.smooth(combined if self.map_sides == self.score_sides else self.outline(maps), content)
+
+    def outline(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
+        """The map that is shown, before it is smoothed, of the maps of the sides."""
+        return len(self.score_sides) / len(self.map_sides) * self.combine_sides(maps, self.map_sides)
 
     def smooth(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]

@@ -40,12 +40,13 @@ def test_chunks_are_the_same_each_time(number):
 @pytest.mark.parametrize("table", tables.TABLES)
 def test_every_row_of_the_tables_is_a_command_that_patchad_understands(table, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["patchad"])
-    for row in tables.TABLES[table]:
+    rows = [one for row in tables.TABLES[table] for one in (*row.get("members", []), row)]
+    for row in rows:
         for verb in ("options", "test"):
             off = ["--model.backbone.weights=none"] if row.get("weights") else []
             with pytest.raises(SystemExit) as stop:
                 main(["fit", *row.get(verb, []), *off, "--data.root=nowhere", "--print_config"])
-            assert stop.value.code == 0, row["name"]
+            assert stop.value.code == 0, row
     assert "class_path" in capsys.readouterr().out
 
 
@@ -65,9 +66,11 @@ def test_the_hash_of_a_configuration_is_that_of_the_method_and_not_of_the_place(
 
 def test_a_row_is_run_once_and_its_weights_may_be_absent(product, tmp_path, monkeypatch, capsys):
     small = ["--config=training_free", "--data.image_size=[64,64]", "--data.metric_size=[64,64]"]
-    small += ["--data.num_workers=0", "--model.max_vectors=50"]
+    small += ["--data.num_workers=0"]
     absent = ["--model.backbone=patchad.models.VGG16", "--model.backbone.weights=imagenet"]
-    rows = [{"name": "small", "options": small}, {"name": "absent", "options": [*small, *absent]}]
+    few, fewer = ({"options": [*small, f"--model.max_vectors={count}"]} for count in (50, 40))
+    both = {"name": "both", "options": ["--config=ensemble", *small[1:4]], "members": [few, fewer]}
+    rows = [{"name": "small", **few}, both, {"name": "absent", "options": [*few["options"], *absent]}]
     monkeypatch.setitem(tables.TABLES, "tried", rows)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a port on which nothing answers
@@ -75,9 +78,10 @@ def test_a_row_is_run_once_and_its_weights_may_be_absent(product, tmp_path, monk
     tables.main(**arguments)
     first = capsys.readouterr().out
     assert re.search(r"\| small \| product \| \d+\.\d / \d+\.\d \| - \|", first)
+    assert re.search(r"\| both \| product \| \d+\.\d / \d+\.\d \| - \|.*\| 0 epochs, 0 steps, not cached \|", first)
     assert "| absent | product | not run: no weights |" in first
     monkeypatch.setattr(tables, "timed", None)
-    monkeypatch.setitem(tables.TABLES, "tried", rows[:1])
+    monkeypatch.setitem(tables.TABLES, "tried", rows[:2])
     tables.main(**arguments)
     assert capsys.readouterr().out == first[: first.index("| absent")]
 

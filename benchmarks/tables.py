@@ -126,7 +126,8 @@ def main(
         for images in (images for name, root in (data or {}).items() for images in splits(name, root)):
             chosen = seeds if row.get("seeds") == "all" else seeds[:1]
             try:
-                found = [run(row, images, seed, weights, folder, validations, options) for seed in chosen]
+                fits = (fit(row, images, seed, weights, folder, validations, options) for seed in chosen)
+                found = [tested(row, fitted) for fitted in fits]
                 print(markdown(row, images, found), flush=True)
             except NoWeightsError:
                 print(
@@ -201,28 +202,15 @@ def fit(
     return Fitted(folder / key, resolved, seconds + sum(one.seconds for one in members))
 
 
-def run(
-    row: dict[str, Any],
-    images: Images,
-    seed: int,
-    weights: Path,
-    folder: Path,
-    validations: int,
-    options: Sequence[str],
-) -> Found:
-    """Fits and tests, unless that was done before.
-
-    Raises:
-        NoWeightsError: if the weights are absent.
-    """
-    fitted = fit(row, images, seed, weights, folder, validations, options)
+def tested(row: dict[str, Any], fitted: Fitted) -> Found:
+    """Tests what was fitted, unless that was done before."""
     home, checkpoint, resolved = fitted.home, fitted.checkpoint, fitted.config
-    tested = f"{home.name}-test-{digest(row.get('test', []))}"
-    place = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.version", tested]
+    version = f"{home.name}-test-{digest(row.get('test', []))}"
+    place = ["--trainer.logger.save_dir", str(home.parent), "--trainer.logger.version", version]
     test = ["--ckpt_path", str(checkpoint), *row.get("test", []), *place]
-    seconds = once(folder / tested / "test.json", lambda: timed("test", *test))
+    seconds = once(home.with_name(version) / "test.json", lambda: timed("test", *test))
     return Found(
-        metrics=measured(folder / tested / "metrics.csv", "test/")[-1],
+        metrics=measured(home.with_name(version) / "metrics.csv", "test/")[-1],
         best=best_epoch(home / "metrics.csv"),
         milliseconds=once(home / "milliseconds.json", lambda: milliseconds(checkpoint, resolved)),
         configuration=digest(without_place(resolved)),

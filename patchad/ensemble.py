@@ -125,8 +125,9 @@ def made(kind: type[Made], hparams: Mapping[str, Any]) -> Made:
 
 def check_same_data(path: str, theirs: PyramidDataModule, ours: PyramidDataModule) -> None:
     """Raises PatchadError unless a member was fitted on the same images, split and fitted to the size in one way."""
-    told = data_settings(theirs), data_settings(ours)
-    for name, their, our in ((name, *(settings[name] for settings in told)) for name in told[0]):
+    our_settings = data_settings(ours)
+    for name, their in data_settings(theirs).items():
+        our = our_settings[name]
         if their != our:
             raise PatchadError(
                 f"member {path} was fitted with data.{name} {their}, not {our}: it sees other images, or knows those "

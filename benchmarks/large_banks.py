@@ -9,11 +9,10 @@ learned embeddings. Shards share trained lists and codes, so that each may be fi
 import time
 from collections.abc import Iterator
 
-import faiss
 import numpy as np
 from jsonargparse import auto_cli
 
-from patchad.memory import POINTS_PER_LIST, PROBES, list_count
+from patchad.nearest import POINTS_PER_LIST, PROBES, faiss, list_count
 
 DIM, RANK, CHUNK = 64, 8, 250_000
 SAMPLE = 500_000

@@ -1,28 +1,12 @@
 """Embeddings -> pseudo-labels, by faiss's K-means."""
 
-import functools
-
-import faiss
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from patchad.errors import PatchadError
-
-
-def on_device(index: faiss.Index, device: torch.device) -> faiss.Index:
-    """The index where the tensors are that it is for: on their GPU, if faiss was built for GPUs, or on the CPU."""
-    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
-        return index
-    number = device.index or 0
-    return faiss.index_cpu_to_gpu(gpu_resources(number), number, index)
-
-
-@functools.cache
-def gpu_resources(number: int) -> "faiss.StandardGpuResources":
-    """The working memory of a GPU, up to 1.5 GB, shared by all of its indices."""
-    return faiss.StandardGpuResources()
+from patchad.nearest import faiss, on_device
 
 
 def kmeans(

@@ -3,8 +3,6 @@
 import math
 from typing import Literal, get_args
 
-import faiss
-import faiss.contrib.torch_utils  # indices take tensors, those of a GPU without a way through the CPU
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,12 +10,9 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchad.clustering import kmeans, on_device
+from patchad.clustering import kmeans
 from patchad.errors import PatchadError
-
-# Faiss 1.15 compares the patches of a single image with the bank one by one, not by a product of matrices, which takes
-# 2.4 times as long on few cores (docs/benchmarks.md). 0 asks for the product always, as before from 20 queries on.
-faiss.cvar.distance_compute_blas_threshold = 0
+from patchad.nearest import faiss, nearest_by_product, search, search_index
 
 Reduction = Literal["random", "kcenter", "kmeans"]
 
@@ -32,10 +27,6 @@ AROUND, PRIOR = 10, 5
 """Vectors around one whose distances count for its level, and distances of the mean size that are added to them."""
 TABLE = 40_000_000
 """Distances that are held at once when levels are measured."""
-BLOCK = 1000
-"""Vectors that the search of exported files looks at together."""
-PROBES, POINTS_PER_LIST = 32, 64
-"""In banks too large to search whole: lists that a query looks into, and vectors that a list's centre is trained on."""
 
 
 class MemoryBank(nn.Module):
@@ -258,67 +249,6 @@ def local_levels(
     around = search(search_index(vectors, exact_most), vectors, min(AROUND, len(vectors)))
     mean = total.sum() / count.sum()
     return ((total[around].sum(1) + PRIOR * mean) / (count[around].sum(1) + PRIOR)).float()
-
-
-def search_index(vectors: Float[Tensor, "vectors dim"], exact_most: int) -> faiss.Index:
-    """A faiss index of the vectors, on their GPU where they are on one.
-
-    Exact up to `exact_most` vectors. Above, vectors are stored at half precision in 4 sqrt(vectors) lists, of which a
-    query looks into the `PROBES` nearest; a test holds that nearly all neighbours are found.
-    """
-    count, dim = vectors.shape
-    index = faiss.IndexFlatL2(dim)
-    if count > exact_most:
-        index = faiss.index_factory(dim, f"IVF{list_count(count)},SQfp16")
-        lists = faiss.extract_index_ivf(index)
-        lists.nprobe, lists.cp.max_points_per_centroid = PROBES, POINTS_PER_LIST
-    index = on_device(index, vectors.device)
-    values = readable(vectors, index)
-    index.train(values)
-    index.add(values)
-    return index
-
-
-def search(index: faiss.Index, queries: Float[Tensor, "queries dim"], count: int) -> Int[Tensor, "queries count"]:
-    """The numbers of the vectors nearest to each query, the nearest first, on the device of the queries."""
-    return index.search(readable(queries, index), count)[1].to(queries.device)
-
-
-def readable(values: Tensor, index: faiss.Index) -> Tensor:
-    """Values as an index takes them: contiguous float32, on its GPU or, where it has none, on the CPU."""
-    on_gpu = hasattr(index, "getDevice")
-    return (values if on_gpu else values.cpu()).float().contiguous()
-
-
-def list_count(vectors: int) -> int:
-    """Into how many lists an index of that many vectors is divided: 4 sqrt(vectors)."""
-    return 4 * round(vectors**0.5)
-
-
-def nearest_by_product(
-    queries: Float[Tensor, "images patches dim"],
-    vectors: Float[Tensor, "vectors dim"],
-    known: Float[Tensor, " vectors"],
-    shared: int = 0,
-) -> Int[Tensor, "images patches"]:
-    """The number of the vector nearest to each query, by matrix products: the search that exported files run.
-
-    Squared distances less what is `known` of each vector, but for the query's own square, are one product: the
-    vector's square rides along as one more number, and so does what the `shared` last numbers of an image's queries
-    add, the same for all of them. Both sides are centred first: distances stay, and less is lost where squares of
-    nearly equal numbers are subtracted. The bank is taken in blocks, so that the table of all queries and vectors is
-    never held whole.
-    """
-    centre, own = vectors.mean(0), queries.shape[2] - shared
-    queries, vectors = queries - centre, vectors - centre
-    queries, common = F.pad(queries[..., :own], (0, 1), value=1.0), queries[:, 0, own:]
-    nearest = []
-    for part, less in zip(vectors.split(BLOCK), known.split(BLOCK), strict=True):
-        offset = part.square().sum(1) - less - common @ (2 * part[:, own:].T)
-        weights = (-2 * part[:, :own].T).expand(offset.shape[0], -1, -1)
-        nearest.append((queries @ torch.cat([weights, offset[:, None]], dim=1)).min(2))
-    best = torch.stack([one.values for one in nearest]).argmin(0)
-    return torch.stack([one.indices for one in nearest]).gather(0, best[None])[0] + BLOCK * best
 
 
 def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, progress: bool = False) -> Int[Tensor, " count"]:

@@ -14,6 +14,9 @@ from patchad.spec import Configurable
 NOISE = 0.01
 """Share of its mean on calibration normals below which a map counts as that: what is left there is rounding, which a
 root would magnify."""
+FAR = 10.0
+"""Deviations from which on a Gaussian falls no further: what lies there adds nothing to a float32, and CPUs may take
+ten times as long for products of smaller numbers."""
 
 
 class Scorer(Configurable, nn.Module):
@@ -204,9 +207,9 @@ def gaussian(
 
 
 def bell(length: int, deviation: float, device: torch.device) -> Float[Tensor, "length length"]:
-    """exp(-d^2 / 2) of the distance d of each two places in a row, in deviations."""
+    """exp(-d^2 / 2) of the distance d of each two places in a row, in deviations, up to `FAR`."""
     place = torch.arange(length, device=device) / deviation
-    return (-(place[:, None] - place).square() / 2).exp()
+    return (-(place[:, None] - place).square().clamp(max=FAR**2) / 2).exp()
 
 
 def top_mean(

@@ -16,6 +16,7 @@ ORDER = [
     "data",
     "models",
     "losses",
+    "nearest",
     "clustering",
     "memory",
     "scoring",

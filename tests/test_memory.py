@@ -1,12 +1,12 @@
 import io
 import itertools
 
-import faiss
 import pytest
 import torch
 
 from patchad.errors import PatchadError
-from patchad.memory import MemoryBank, kcenter, kmeans_medoids, nearest_by_product
+from patchad.memory import MemoryBank, kcenter, kmeans_medoids
+from patchad.nearest import faiss, nearest_by_product
 
 IMAGES, DIM, ROWS, COLUMNS = 6, 8, 5, 4
 
@@ -139,7 +139,7 @@ def test_a_large_bank_is_searched_in_lists_and_finds_nearly_all(monkeypatch):
 @pytest.mark.parametrize("shared", [0, 3])
 @pytest.mark.parametrize("block", [7, 120, 1000])
 def test_the_exported_search_finds_what_faiss_finds(block, shared, monkeypatch):
-    monkeypatch.setattr("patchad.memory.BLOCK", block)
+    monkeypatch.setattr("patchad.nearest.BLOCK", block)
     bank, queries = filled(), torch.randn(2, 50, DIM, generator=torch.Generator().manual_seed(1))
     queries[:, :, DIM - shared :] = queries[:, :1, DIM - shared :]
     bank.baseline, bank.levels = 4.0, torch.rand(len(bank), generator=torch.Generator().manual_seed(2)).sqrt()

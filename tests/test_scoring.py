@@ -4,7 +4,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from patchad.errors import PatchadError
-from patchad.scoring import Scorer, SplitScorer, conformal_threshold
+from patchad.scoring import Scorer, SplitScorer, bell, conformal_threshold
 
 FULL = torch.tensor([[8, 8], [8, 8]])
 
@@ -122,6 +122,10 @@ def test_no_calibration_image_is_an_error_with_a_way_out():
 def test_arguments_outside_their_range_are_refused(wrong):
     with pytest.raises(PatchadError, match=next(iter(wrong))):
         Scorer(**wrong)
+
+
+def test_no_weight_of_the_gaussian_is_subnormal():
+    assert bell(256, 4.0, torch.device("cpu")).min() >= torch.finfo(torch.float32).tiny
 
 
 def test_smoothing_is_scipys_gaussian_on_the_content_and_nothing_on_the_padding():

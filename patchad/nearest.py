@@ -1,0 +1,104 @@
+"""Nearest neighbours on faiss, which the rest of patchad imports from here."""
+
+import functools
+import os
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+KERNELS = {"AVX2": "Haswell", "AVX512": "SkylakeX"}
+"""What OpenBLAS calls its kernels for what torch says that the CPU can do."""
+
+if (capability := torch.backends.cpu.get_cpu_capability()) in KERNELS:
+    # The OpenBLAS in faiss's wheels is of 2021 and takes newer Intel CPUs for one of 2004, which makes searches 3 to 5
+    # times as long (docs/benchmarks.md). It looks at this when it is loaded.
+    os.environ.setdefault("OPENBLAS_CORETYPE", KERNELS[capability])
+
+import faiss  # noqa: E402
+import faiss.contrib.torch_utils  # noqa: E402  # indices take tensors, those of a GPU without a way through the CPU
+
+# Faiss 1.15 compares the patches of a single image with the bank one by one, not by a product of matrices, which takes
+# 2.4 times as long on few cores (docs/benchmarks.md). 0 asks for the product always, as before from 20 queries on.
+faiss.cvar.distance_compute_blas_threshold = 0
+
+BLOCK = 1000
+"""Vectors that the search of exported files looks at together."""
+PROBES, POINTS_PER_LIST = 32, 64
+"""In banks too large to search whole: lists that a query looks into, and vectors that a list's centre is trained on."""
+
+
+def on_device(index: faiss.Index, device: torch.device) -> faiss.Index:
+    """The index where the tensors are that it is for: on their GPU, if faiss was built for GPUs, or on the CPU."""
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+        return index
+    number = device.index or 0
+    return faiss.index_cpu_to_gpu(gpu_resources(number), number, index)
+
+
+@functools.cache
+def gpu_resources(number: int) -> "faiss.StandardGpuResources":
+    """The working memory of a GPU, up to 1.5 GB, shared by all of its indices."""
+    return faiss.StandardGpuResources()
+
+
+def search_index(vectors: Float[Tensor, "vectors dim"], exact_most: int) -> faiss.Index:
+    """A faiss index of the vectors, on their GPU where they are on one.
+
+    Exact up to `exact_most` vectors. Above, vectors are stored at half precision in 4 sqrt(vectors) lists, of which a
+    query looks into the `PROBES` nearest; a test holds that nearly all neighbours are found.
+    """
+    count, dim = vectors.shape
+    index = faiss.IndexFlatL2(dim)
+    if count > exact_most:
+        index = faiss.index_factory(dim, f"IVF{list_count(count)},SQfp16")
+        lists = faiss.extract_index_ivf(index)
+        lists.nprobe, lists.cp.max_points_per_centroid = PROBES, POINTS_PER_LIST
+    index = on_device(index, vectors.device)
+    values = readable(vectors, index)
+    index.train(values)
+    index.add(values)
+    return index
+
+
+def search(index: faiss.Index, queries: Float[Tensor, "queries dim"], count: int) -> Int[Tensor, "queries count"]:
+    """The numbers of the vectors nearest to each query, the nearest first, on the device of the queries."""
+    return index.search(readable(queries, index), count)[1].to(queries.device)
+
+
+def readable(values: Tensor, index: faiss.Index) -> Tensor:
+    """Values as an index takes them: contiguous float32, on its GPU or, where it has none, on the CPU."""
+    on_gpu = hasattr(index, "getDevice")
+    return (values if on_gpu else values.cpu()).float().contiguous()
+
+
+def list_count(vectors: int) -> int:
+    """Into how many lists an index of that many vectors is divided: 4 sqrt(vectors)."""
+    return 4 * round(vectors**0.5)
+
+
+def nearest_by_product(
+    queries: Float[Tensor, "images patches dim"],
+    vectors: Float[Tensor, "vectors dim"],
+    known: Float[Tensor, " vectors"],
+    shared: int = 0,
+) -> Int[Tensor, "images patches"]:
+    """The number of the vector nearest to each query, by matrix products: the search that exported files run.
+
+    Squared distances less what is `known` of each vector, but for the query's own square, are one product: the
+    vector's square rides along as one more number, and so does what the `shared` last numbers of an image's queries
+    add, the same for all of them. Both sides are centred first: distances stay, and less is lost where squares of
+    nearly equal numbers are subtracted. The bank is taken in blocks, so that the table of all queries and vectors is
+    never held whole.
+    """
+    centre, own = vectors.mean(0), queries.shape[2] - shared
+    queries, vectors = queries - centre, vectors - centre
+    queries, common = F.pad(queries[..., :own], (0, 1), value=1.0), queries[:, 0, own:]
+    nearest = []
+    for part, less in zip(vectors.split(BLOCK), known.split(BLOCK), strict=True):
+        offset = part.square().sum(1) - less - common @ (2 * part[:, own:].T)
+        weights = (-2 * part[:, :own].T).expand(offset.shape[0], -1, -1)
+        nearest.append((queries @ torch.cat([weights, offset[:, None]], dim=1)).min(2))
+    best = torch.stack([one.values for one in nearest]).argmin(0)
+    return torch.stack([one.indices for one in nearest]).gather(0, best[None])[0] + BLOCK * best

@@ -23,8 +23,9 @@ import faiss.contrib.torch_utils  # noqa: E402  # indices take tensors, those of
 # 2.4 times as long on few cores (docs/benchmarks.md). 0 asks for the product always, as before from 20 queries on.
 faiss.cvar.distance_compute_blas_threshold = 0
 
-BLOCK = 1000
-"""Vectors that the search of exported files looks at together."""
+GROUP, BLOCK = 20, 1000
+"""In the search of exported files: vectors of which only the least distance is looked at first, and vectors, a multiple
+of them, whose distances are held at once."""
 PROBES, POINTS_PER_LIST = 32, 64
 """In banks too large to search whole: lists that a query looks into, and vectors that a list's centre is trained on."""
 
@@ -90,15 +91,22 @@ def nearest_by_product(
     vector's square rides along as one more number, and so does what the `shared` last numbers of an image's queries
     add, the same for all of them. Both sides are centred first: distances stay, and less is lost where squares of
     nearly equal numbers are subtracted. The bank is taken in blocks, so that the table of all queries and vectors is
-    never held whole.
+    never held whole. Where the least of a row stands takes runtimes longer to find than what it is, so first the
+    group that holds it is found, then its place among those few.
     """
     centre, own = vectors.mean(0), queries.shape[2] - shared
     queries, vectors = queries - centre, vectors - centre
-    queries, common = F.pad(queries[..., :own], (0, 1), value=1.0), queries[:, 0, own:]
-    nearest = []
-    for part, less in zip(vectors.split(BLOCK), known.split(BLOCK), strict=True):
-        offset = part.square().sum(1) - less - common @ (2 * part[:, own:].T)
-        weights = (-2 * part[:, :own].T).expand(offset.shape[0], -1, -1)
-        nearest.append((queries @ torch.cat([weights, offset[:, None]], dim=1)).min(2))
-    best = torch.stack([one.values for one in nearest]).argmin(0)
-    return torch.stack([one.indices for one in nearest]).gather(0, best[None])[0] + BLOCK * best
+    offset = vectors.square().sum(1) - known - queries[:, 0, own:] @ (2 * vectors[:, own:].T)
+    missing = -len(vectors) % GROUP
+    weights = F.pad(-2 * vectors[:, :own], (0, 0, 0, missing))
+    offset = F.pad(offset, (0, missing), value=torch.inf)
+    queries = F.pad(queries[..., :own], (0, 1), value=1.0)
+    least = []
+    for part, added in zip(weights.split(BLOCK), offset.split(BLOCK, dim=1), strict=True):
+        factor = torch.cat([part.T.expand(offset.shape[0], -1, -1), added[:, None]], dim=1)
+        least.append((queries @ factor).unflatten(2, (-1, GROUP)).amin(3))
+    group = torch.cat(least, dim=2).argmin(2, keepdim=True)
+    members = GROUP * group + torch.arange(GROUP, device=group.device)
+    products = (weights[members] @ queries[..., :own, None])[..., 0]
+    nearest = (products + offset.gather(1, members.flatten(1)).reshape(members.shape)).argmin(2, keepdim=True)
+    return members.gather(2, nearest)[..., 0]

@@ -137,8 +137,9 @@ def test_a_large_bank_is_searched_in_lists_and_finds_nearly_all(monkeypatch):
 
 
 @pytest.mark.parametrize("shared", [0, 3])
-@pytest.mark.parametrize("block", [7, 120, 1000])
-def test_the_exported_search_finds_what_faiss_finds(block, shared, monkeypatch):
+@pytest.mark.parametrize(("group", "block"), [(1, 7), (7, 7), (7, 28), (20, 120), (20, 1000), (200, 1000)])
+def test_the_exported_search_finds_what_faiss_finds(group, block, shared, monkeypatch):
+    monkeypatch.setattr("patchad.nearest.GROUP", group)
     monkeypatch.setattr("patchad.nearest.BLOCK", block)
     bank, queries = filled(), torch.randn(2, 50, DIM, generator=torch.Generator().manual_seed(1))
     queries[:, :, DIM - shared :] = queries[:, :1, DIM - shared :]

@@ -12,7 +12,7 @@ KERNELS = {"AVX2": "Haswell", "AVX512": "SkylakeX"}
 """What OpenBLAS calls its kernels for what torch says that the CPU can do."""
 
 if (capability := torch.backends.cpu.get_cpu_capability()) in KERNELS:
-    # The OpenBLAS in faiss's wheels is of 2021 and takes newer Intel CPUs for one of 2004, which makes searches 3 to 5
+    # The OpenBLAS in faiss's wheels is of 2021 and takes newer Intel CPUs for one of 2004, which makes searches 2 to 5
     # times as long (docs/benchmarks.md). It looks at this when it is loaded.
     os.environ.setdefault("OPENBLAS_CORETYPE", KERNELS[capability])
 

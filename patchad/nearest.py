@@ -90,9 +90,8 @@ def nearest_by_product(
     Squared distances less what is `known` of each vector, but for the query's own square, are one product: the
     vector's square rides along as one more number, and so does what the `shared` last numbers of an image's queries
     add, the same for all of them. Both sides are centred first: distances stay, and less is lost where squares of
-    nearly equal numbers are subtracted. The bank is taken in blocks, so that the table of all queries and vectors is
-    never held whole. Where the least of a row stands takes runtimes longer to find than what it is, so first the
-    group that holds it is found, then its place among those few.
+    nearly equal numbers are subtracted. First the group that holds the nearest is found, then its place among those
+    few: where the least of many stands takes runtimes longer to find than what it is.
     """
     centre, own = vectors.mean(0), queries.shape[2] - shared
     queries, vectors = queries - centre, vectors - centre
@@ -100,13 +99,24 @@ def nearest_by_product(
     missing = -len(vectors) % GROUP
     weights = F.pad(-2 * vectors[:, :own], (0, 0, 0, missing))
     offset = F.pad(offset, (0, missing), value=torch.inf)
-    queries = F.pad(queries[..., :own], (0, 1), value=1.0)
-    least = []
+    queries = queries[..., :own]
+    members = GROUP * nearest_group(queries, weights, offset) + torch.arange(GROUP, device=queries.device)
+    products = (weights[members] @ queries[..., None])[..., 0]
+    nearest = (products + offset.gather(1, members.flatten(1)).reshape(members.shape)).argmin(2, keepdim=True)
+    return members.gather(2, nearest)[..., 0]
+
+
+def nearest_group(
+    queries: Float[Tensor, "images patches own"],
+    weights: Float[Tensor, "vectors own"],
+    offset: Float[Tensor, "images vectors"],
+) -> Int[Tensor, "images patches 1"]:
+    """The number of the group of `GROUP` vectors that holds the least product with each query, plus its offset.
+
+    The bank is taken in blocks, so that the table of all queries and vectors is never held whole.
+    """
+    queries, least = F.pad(queries, (0, 1), value=1.0), []
     for part, added in zip(weights.split(BLOCK), offset.split(BLOCK, dim=1), strict=True):
         factor = torch.cat([part.T.expand(offset.shape[0], -1, -1), added[:, None]], dim=1)
         least.append((queries @ factor).unflatten(2, (-1, GROUP)).amin(3))
-    group = torch.cat(least, dim=2).argmin(2, keepdim=True)
-    members = GROUP * group + torch.arange(GROUP, device=group.device)
-    products = (weights[members] @ queries[..., :own, None])[..., 0]
-    nearest = (products + offset.gather(1, members.flatten(1)).reshape(members.shape)).argmin(2, keepdim=True)
-    return members.gather(2, nearest)[..., 0]
+    return torch.cat(least, dim=2).argmin(2, keepdim=True)

@@ -1,0 +1,206 @@
+"""One configuration on every development set, as CSV and as Markdown.
+
+python -m benchmarks.products --candidate default --half choosing --data ../shared/data
+
+The sets stand in benchmarks/products.yaml, in a half on which settings are compared and one that a candidate for a
+default sees once. Each row of the CSV is one fit and one test; a table that was stopped goes on where it was, and a
+finished one is printed from its CSV. The confirming half refuses a candidate that has been there with another
+configuration: a candidate that changes gets another name, so that every look at that half is counted.
+"""
+
+import csv
+import datetime
+import math
+import statistics
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from jsonargparse import auto_cli
+
+from benchmarks.tables import Images, digest, fit, tested, without_place
+from patchad.data.layouts import MagneticTile, detect_layout
+from patchad.metrics import false_positive_rate_interval
+from patchad.types import NORMAL
+
+PLACE = Path(__file__).parent
+HALVES: dict[str, dict[str, str]] = yaml.safe_load((PLACE / "products.yaml").read_text())
+RESULTS = {"choosing": PLACE / "products.csv", "confirming": PLACE / "confirmations.csv"}
+AVERAGED = ("detection", "segmentation", "pro", "average_precision", "recall")
+
+
+class Row(NamedTuple):
+    """One fit and its test; rates in %.
+
+    Attributes:
+        date: of the test.
+        commit: of the code.
+        candidate: name of the configuration.
+        configuration: its hash, as in `benchmarks.tables`.
+        product: name of the data set.
+        seed: of everything.
+        detection: AUROC of images.
+        segmentation: AUROC of pixels.
+        pro: per-region overlap.
+        average_precision: of pixels.
+        normals: good test images.
+        false_alarms: how many of them are called anomalous.
+        recall: share of the defective images that are called anomalous.
+        milliseconds: per image, eager, batch 1.
+        fit_seconds: of the fit.
+        test_seconds: of the test.
+    """
+
+    date: str
+    commit: str
+    candidate: str
+    configuration: str
+    product: str
+    seed: int
+    detection: float
+    segmentation: float
+    pro: float
+    average_precision: float
+    normals: int
+    false_alarms: int
+    recall: float
+    milliseconds: float
+    fit_seconds: float
+    test_seconds: float
+
+    def markdown(self) -> str:
+        """Its line of the table."""
+        scores = f"{self.detection:.1f} / {self.segmentation:.1f} | {self.pro:.1f} | {self.average_precision:.1f}"
+        alarms = false_alarms(self.false_alarms, self.normals)
+        times = f"{self.milliseconds:.0f} | {self.fit_seconds:.0f} + {self.test_seconds:.0f}"
+        return f"| {self.product} | {self.seed} | {scores} | {alarms} | {self.recall:.0f} | {times} |"
+
+
+def main(
+    candidate: str,
+    half: Literal["choosing", "confirming"],
+    data: Path = Path("../shared/data"),
+    seeds: tuple[int, ...] = (0,),
+    products: tuple[str, ...] = (),
+    folder: Path = Path("runs/products"),
+    results: Path | None = None,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Fits and tests what is missing, and prints the table.
+
+    Args:
+        candidate: a name for the configuration, such as `default`.
+        half: which sets.
+        data: the folder that their paths are below.
+        seeds: of everything.
+        products: some of the half alone.
+        folder: where runs are kept.
+        results: the CSV; by default that of the half, in benchmarks/.
+        options: of `patchad fit`, on top of the default.
+
+    Raises:
+        SystemExit: if the confirming half has seen the candidate with another configuration.
+    """
+    results = results or RESULTS[half]
+    for product in products or tuple(HALVES[half]):
+        for seed in seeds:
+            if not any((row.candidate, row.product, row.seed) == (candidate, product, seed) for row in read(results)):
+                row = measure(candidate, product, data / HALVES[half][product], seed, folder, options)
+                if half == "confirming":
+                    refuse_another(row, read(results))
+                append(results, row)
+                print(row.markdown(), flush=True)
+    print(*table([row for row in read(results) if row.candidate == candidate]), sep="\n")
+
+
+def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, options: Sequence[str]) -> Row:
+    """One fit and its test."""
+    given, layout = ["--data.root", str(root)], None
+    if product == "magnetic_tile":
+        given += ["--config", "data/magnetic_tile", "--data.layout.split", "by_tile"]
+        layout = MagneticTile(split="by_tile")
+    fitted = fit({}, Images(product, given), seed, Path("weights"), folder, 1, options)
+    found = tested({}, fitted)
+    samples = (layout or detect_layout(root)).samples(root)
+    normals = sum(sample.split == "test" and sample.defect == NORMAL for sample in samples)
+    return Row(
+        date=str(datetime.date.today()),
+        commit=subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=PLACE
+        ).stdout.strip(),
+        candidate=candidate,
+        configuration=digest(without_place(fitted.config)),
+        product=product,
+        seed=seed,
+        detection=found.metrics["detection_auroc"],
+        segmentation=found.metrics["segmentation_auroc"],
+        pro=found.metrics["pro"],
+        average_precision=found.metrics["segmentation_average_precision"],
+        normals=normals,
+        false_alarms=round(found.metrics["false_positive_rate"] * normals / 100),
+        recall=found.metrics["recall"],
+        milliseconds=found.milliseconds,
+        fit_seconds=found.seconds[0],
+        test_seconds=found.seconds[1],
+    )
+
+
+def refuse_another(row: Row, earlier: Sequence[Row]) -> None:
+    """Ends where a candidate of that name was confirmed with another configuration."""
+    for one in earlier:
+        if one.candidate == row.candidate and one.configuration != row.configuration:
+            raise SystemExit(f"{row.candidate} was confirmed as {one.configuration}; name this one otherwise")
+
+
+def read(results: Path) -> list[Row]:
+    """The rows of a CSV; none where there is no file."""
+    if not results.is_file():
+        return []
+    kinds = Row.__annotations__
+    with results.open(newline="") as file:
+        return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def append(results: Path, row: Row) -> None:
+    """Adds a row to a CSV, which begins with the names of the columns."""
+    begins = not results.is_file()
+    with results.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if begins:
+            writer.writerow(Row._fields)
+        writer.writerow(f"{value:.2f}" if isinstance(value, float) else value for value in row)
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """The lines of a table: each set and seed, the mean over the sets, and all false alarms together."""
+    yield "| set | seed | detection / segmentation | PRO | average precision | false alarms | recall | ms | fit + test, s |"
+    yield "|---" * 9 + "|"
+    yield from (row.markdown() for row in rows)
+    detection, segmentation, pro, precision, recall = (mean(rows, name) for name in AVERAGED)
+    alarms = false_alarms(sum(row.false_alarms for row in rows), sum(row.normals for row in rows))
+    scores = f"{detection:.1f} / {segmentation:.1f} | {pro:.1f} | {precision:.1f} | {alarms} | {recall:.0f}"
+    yield f"| mean over sets, alarms pooled | | {scores} | | |"
+
+
+def mean(rows: Sequence[Row], name: str) -> float:
+    """The mean over sets of their means over seeds; nan of no rows."""
+    products = sorted({row.product for row in rows})
+    parts = ([getattr(row, name) for row in rows if row.product == product] for product in products)
+    return statistics.mean(map(statistics.mean, parts)) if products else math.nan
+
+
+def false_alarms(count: int, normals: int) -> str:
+    """Alarms of how many, their rate, and its exact interval in %.
+
+    Example:
+        >>> false_alarms(1, 20)
+        '1 of 20: 5.0 % (0.1 to 24.9)'
+    """
+    low, high = false_positive_rate_interval(count, normals)
+    return f"{count} of {normals}: {100 * count / normals:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

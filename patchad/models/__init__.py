@@ -9,6 +9,7 @@ from patchad.models.backbones import (
     MobileNetV2,
     ResNet18,
     ResNet50,
+    WideResNet50,
 )
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import LearnedEncoder, PatchEncoder, TextureEncoder, WindowEncoder
@@ -26,5 +27,6 @@ __all__ = [
     "ResNet18",
     "ResNet50",
     "TextureEncoder",
+    "WideResNet50",
     "WindowEncoder",
 ]

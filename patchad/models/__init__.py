@@ -13,6 +13,7 @@ from patchad.models.backbones import (
 )
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import LearnedEncoder, PatchEncoder, TextureEncoder, WindowEncoder
+from patchad.models.timm_backbone import Timm
 
 __all__ = [
     "VGG16",
@@ -27,6 +28,7 @@ __all__ = [
     "ResNet18",
     "ResNet50",
     "TextureEncoder",
+    "Timm",
     "WideResNet50",
     "WindowEncoder",
 ]

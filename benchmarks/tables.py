@@ -149,7 +149,7 @@ def print_models(names: Sequence[str]) -> None:
     times = {task: statistics.median(found) for task, found in alternate(tasks, repeats=10).items()}
     for name, detector in detectors.items():
         encoder = detector.encoder
-        used = encoder.backbone.layers[: 1 + max(tap.layer for tap in encoder.taps.values())]
+        used = encoder.backbone.until(encoder.tap_names.values())
         depth = sum(isinstance(layer, nn.Conv2d) for layer in used.modules())
         sizes = f"{millions(used)} | {millions(encoder.encoders)}"
         print(f"| {name} | {depth} | {sizes} | {times[name, 'backbone']:.1f} | {times[name, 'all']:.1f} |")

@@ -153,11 +153,20 @@ class PatchDetector(Detector):
         if stage == "fit":
             for side, grid in self.encoder.grids.items():
                 positions(window_size(self._data.image_size, side, grid), side, grid)  # or an error that says so
+            self._tell_padding(self._data.image_size)
         if stage == "fit" and self.learns:
             self._switch_off_what_does_not_fit()
             self._warn_of_single_images()
         elif stage == "fit":
             self.losses.requires_grad_(False)  # DistributedDataParallel waits for every parameter that is trainable
+
+    def _tell_padding(self, size: Size) -> None:
+        padded = self.encoder.padded(size)
+        if padded != tuple(size):
+            rank_zero_info(
+                f"images of {size[0]} x {size[1]} pixels (height x width) are padded to {padded[0]} x {padded[1]} by "
+                f"their edge: strides of backbone and patches divide multiples of {self.encoder.multiple}"
+            )
 
     # from images to predictions
 

@@ -5,7 +5,17 @@ from sklearn.datasets import load_sample_image
 from torch.nn import functional as F
 
 from patchad.errors import PatchadError
-from patchad.models import VGG16, VGG19, AlexNet, Backbone, EfficientNetLite0, MobileNetV2, ResNet18, ResNet50
+from patchad.models import (
+    VGG16,
+    VGG19,
+    AlexNet,
+    Backbone,
+    EfficientNetLite0,
+    MobileNetV2,
+    ResNet18,
+    ResNet50,
+    WideResNet50,
+)
 from patchad.models.backbones import read_state_dict, receptive_radius
 
 TORCHVISION = {
@@ -15,6 +25,7 @@ TORCHVISION = {
     MobileNetV2: torchvision.models.mobilenet_v2,
     ResNet18: torchvision.models.resnet18,
     ResNet50: torchvision.models.resnet50,
+    WideResNet50: torchvision.models.wide_resnet50_2,
 }
 BACKBONES = [*TORCHVISION, EfficientNetLite0]
 

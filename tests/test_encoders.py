@@ -170,7 +170,7 @@ def test_a_shift_by_the_stride_of_the_coarsest_tap_shifts_the_embeddings():
     [
         ({"taps": {16: "nowhere"}}, "has no layer nowhere"),
         ({"scoring_strides": {16: 3}}, "scoring stride 3 of side 16"),
-        ({"taps": {16: "stage7"}}, "scoring stride 32 of side 16 .* another tap in taps"),
+        ({"taps": {16: "stage7"}}, "side 16 is no multiple of .* 32 pixels; give 32 in sides, or another tap in taps"),
         ({"tile": 0}, "tile 0 must be at least 1"),
     ],
 )

@@ -2,6 +2,7 @@ import hashlib
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jaxtyping
@@ -28,6 +29,7 @@ from patchad.models import (
     ResNet18,
     ResNet50,
     TextureEncoder,
+    Timm,
     WindowEncoder,
 )
 from patchad.pyramid import crop_resize
@@ -95,6 +97,7 @@ def assert_equal(made: PatchDetector, file: ExportedDetector, array: np.ndarray,
         (VGG16, {"encoder": WindowEncoder}),
         (EfficientNetLite0, {"encoder": TextureEncoder}),
         *((backbone, {}) for backbone in (VGG19, AlexNet, MobileNetV2, ResNet18, ResNet50)),
+        *((partial(Timm, name), {}) for name in ("test_resnet", "test_vit")),
     ],
 )
 def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, arguments, tmp_path):

@@ -9,9 +9,11 @@ from patchad.models.backbones import (
     MobileNetV2,
     ResNet18,
     ResNet50,
+    WideResNet50,
 )
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import LearnedEncoder, PatchEncoder, TextureEncoder, WindowEncoder
+from patchad.models.timm_backbone import Timm
 
 __all__ = [
     "VGG16",
@@ -26,5 +28,7 @@ __all__ = [
     "ResNet18",
     "ResNet50",
     "TextureEncoder",
+    "Timm",
+    "WideResNet50",
     "WindowEncoder",
 ]

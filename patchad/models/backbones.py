@@ -1,15 +1,16 @@
 """Image -> feature maps at named taps.
 
-A backbone is a plain sequence of layers. Adding one is one subclass: its layers, its taps, where ImageNet weights come
-from, and the mean and deviation of its input.
+A backbone is a plain sequence of layers, or a network that knows its own way (`until`, `compute`). Adding one is one
+subclass: its layers, its taps, where ImageNet weights come from, and the mean and deviation of its input.
 """
 
 import copy
 import itertools
 import re
+import textwrap
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 from urllib.error import URLError
@@ -31,7 +32,7 @@ class Tap(NamedTuple):
     """A named layer whose output the encoders read.
 
     Attributes:
-        layer: index within the backbone's `layers`.
+        layer: index within the backbone's `layers`; deeper ones have higher ones.
         stride: distance between cells in pixels; an image has ceil(size / stride) cells.
         channels: numbers per cell.
     """
@@ -45,7 +46,7 @@ class Backbone(Configurable, nn.Module, ABC):
     """A network that turns RGB images in [0, 1] into feature maps.
 
     A frozen batch norm is folded into the convolution that its module registers right before it, so register layers in
-    the order in which they run.
+    the order in which they run, or override `fold`.
 
     Args:
         weights: `imagenet`, the path of a state_dict (whole network or features alone), or `none` (random).
@@ -55,12 +56,12 @@ class Backbone(Configurable, nn.Module, ABC):
         PatchadError: if the weights cannot be had, read or fitted, or `trainable` names no tap.
     """
 
-    taps: ClassVar[dict[str, Tap]]
+    taps: Mapping[str, Tap]
     """Every layer that can be read, by name."""
-    side_taps: ClassVar[dict[int, str]]
+    side_taps: Mapping[int, str]
     """The tap for each usual side in pixels."""
-    mean: ClassVar[tuple[float, float, float]] = IMAGENET_MEAN
-    deviation: ClassVar[tuple[float, float, float]] = IMAGENET_DEVIATION
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    deviation: tuple[float, float, float] = IMAGENET_DEVIATION
 
     input_mean: Tensor
     input_deviation: Tensor
@@ -72,17 +73,17 @@ class Backbone(Configurable, nn.Module, ABC):
             self._load(self.imagenet() if weights == "imagenet" else read_state_dict(Path(weights)), weights)
         self.register_buffer("input_mean", torch.tensor(self.mean)[:, None, None], persistent=False)
         self.register_buffer("input_deviation", torch.tensor(self.deviation)[:, None, None], persistent=False)
-        first = {"none": len(self.layers), "all": 0}.get(trainable)
-        first = self.tap(trainable).layer + 1 if first is None else first
-        self.layers.requires_grad_(False)
-        self.layers[first:].requires_grad_(True)
-        fold_batch_norms(self.layers.eval())
+        self.layers.requires_grad_(trainable != "none")
+        if trainable not in ("none", "all"):
+            self.until([trainable]).requires_grad_(False)
+        self.layers.eval()
+        self.fold()
         self.layers.to(memory_format=torch.channels_last)  # a third less time on CPU, and what GPUs prefer
         self.train()
 
     @abstractmethod
-    def build(self) -> nn.Sequential:
-        """The layers, with random weights."""
+    def build(self) -> nn.Module:
+        """The layers, with random weights: an `nn.Sequential`, unless `until` and `compute` are overridden."""
 
     @abstractmethod
     def imagenet(self) -> Mapping[str, Tensor]:
@@ -97,8 +98,13 @@ class Backbone(Configurable, nn.Module, ABC):
         try:
             self.layers.load_state_dict(self.rename(state))
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise PatchadError(f"weights {weights} do not fit {type(self).__name__}: {reason}") from error
+            reason = textwrap.shorten(str(error).splitlines()[1], 300)
+            raise PatchadError(f"weights {weights} do not fit {self.title}: {reason}") from error
+
+    @property
+    def title(self) -> str:
+        """What errors call it."""
+        return type(self).__name__
 
     def tap(self, name: str) -> Tap:
         """The tap of that name.
@@ -107,8 +113,21 @@ class Backbone(Configurable, nn.Module, ABC):
             PatchadError: if there is none.
         """
         if name not in self.taps:
-            raise PatchadError(f"{type(self).__name__} has no layer {name}; it has {', '.join(self.taps)}")
+            raise PatchadError(f"{self.title} has no layer {name}; it has {', '.join(self.taps)}")
         return self.taps[name]
+
+    def fold(self) -> None:
+        """Folds frozen batch norms into convolutions, once the weights are loaded."""
+        fold_batch_norms(self.layers)
+
+    def until(self, names: Iterable[str]) -> nn.Module:
+        """The part of `layers` that the named taps depend on; its tensors are those of `layers`.
+
+        Raises:
+            PatchadError: if a tap is unknown.
+        """
+        assert isinstance(self.layers, nn.Sequential)
+        return self.layers[: 1 + max(self.tap(name).layer for name in names)]
 
     @property
     def frozen(self) -> bool:
@@ -116,10 +135,10 @@ class Backbone(Configurable, nn.Module, ABC):
         return not any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Sets the mode; layers without a trainable parameter stay in eval mode."""
+        """Sets the mode; modules without a trainable parameter stay in eval mode."""
         super().train(mode)
-        for layer in self.layers:
-            layer.train(mode and any(parameter.requires_grad for parameter in layer.parameters()))
+        for module in self.layers.modules():
+            module.training = mode and any(parameter.requires_grad for parameter in module.parameters())
         return self
 
     def forward(
@@ -135,12 +154,25 @@ class Backbone(Configurable, nn.Module, ABC):
             PatchadError: if a tap is unknown.
         """
         wanted = {self.tap(name).layer: name for name in names}
-        features, maps = (image - self.input_mean) / self.input_deviation, {}
-        features = features.contiguous(memory_format=torch.channels_last)
-        for index, layer in enumerate(self.layers[: max(wanted) + 1]):
+        features = (image - self.input_mean) / self.input_deviation
+        maps = self.compute(features.contiguous(memory_format=torch.channels_last), wanted)
+        return {wanted[layer]: features for layer, features in maps.items()}
+
+    def compute(
+        self, features: Float[Tensor, "batch 3 height width"], layers: Collection[int]
+    ) -> dict[int, Float[Tensor, "batch channels rows columns"]]:
+        """What comes out of some layers, in one pass that ends at the deepest of them.
+
+        Args:
+            features: the normalised image.
+            layers: their indices.
+        """
+        assert isinstance(self.layers, nn.Sequential)
+        maps = {}
+        for index, layer in enumerate(self.layers[: max(layers) + 1]):
             features = layer(features)
-            if index in wanted:
-                maps[wanted[index]] = features
+            if index in layers:
+                maps[index] = features
         return maps
 
 
@@ -166,10 +198,11 @@ def fold_batch_norms(layers: nn.Module) -> None:
 
 
 @torch.no_grad()
-def receptive_radius(backbone: Backbone, names: Iterable[str]) -> int:
+def receptive_radius(backbone: Backbone, names: Iterable[str]) -> int | None:
     """How far in pixels a cell of the named taps sees beyond its own first pixel, at most; measured.
 
-    A pixel that is not a number makes every cell that sees it no number, whatever the layers are.
+    A pixel that is not a number makes every cell that sees it no number, whatever the layers are. None is 32 cells or
+    more, as where attention or squeeze-and-excitation sees the whole image.
 
     Args:
         backbone: a copy of it is measured.
@@ -189,11 +222,11 @@ def receptive_radius(backbone: Backbone, names: Iterable[str]) -> int:
         stride = backbone.tap(name).stride
         seeing = features.isnan().any(dim=(0, 1, 2)).nonzero()[:, 0] * stride
         radius = max(radius, int((seeing - place).abs().max()) + stride)
-    return radius
+    return radius if radius <= place else None
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file that `torch.save` wrote.
+    """The tensors of a file that `torch.save` wrote, or safetensors (`.safetensors`).
 
     Raises:
         PatchadError: if the file is missing or holds anything else.
@@ -201,12 +234,21 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise PatchadError(f"weights {path} does not exist; give imagenet, none, or the path of a state_dict")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except ModuleNotFoundError as error:
+        raise PatchadError(f'weights {path} needs safetensors, which comes with pip install "patchad[timm]"') from error
     except Exception as error:
-        raise PatchadError(f"weights {path} is not a state_dict saved by torch.save") from error
+        raise PatchadError(f"weights {path} is not a state_dict saved by torch.save or safetensors") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise PatchadError(f"weights {path} holds no state_dict (a mapping of names to tensors)")
     return state
+
+
+def read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file of safetensors, which not everyone has installed."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 class TorchvisionBackbone(Backbone):
@@ -258,14 +300,14 @@ class VGG16(VGG):
 
     configuration: ClassVar = "D"
     imagenet_weights: ClassVar = torchvision.models.VGG16_Weights.IMAGENET1K_V1
-    taps: ClassVar = {
+    taps: Mapping[str, Tap] = {
         "relu1_2": Tap(3, 1, 64),
         "relu2_2": Tap(8, 2, 128),
         "relu3_3": Tap(15, 4, 256),
         "relu4_3": Tap(22, 8, 512),
         "relu5_3": Tap(29, 16, 512),
     }
-    side_taps: ClassVar = {64: "relu5_3", 32: "relu3_3", 16: "relu2_2"}
+    side_taps: Mapping[int, str] = {64: "relu5_3", 32: "relu3_3", 16: "relu2_2"}
 
 
 class VGG19(VGG):
@@ -273,14 +315,14 @@ class VGG19(VGG):
 
     configuration: ClassVar = "E"
     imagenet_weights: ClassVar = torchvision.models.VGG19_Weights.IMAGENET1K_V1
-    taps: ClassVar = {
+    taps: Mapping[str, Tap] = {
         "relu1_2": Tap(3, 1, 64),
         "relu2_2": Tap(8, 2, 128),
         "relu3_4": Tap(17, 4, 256),
         "relu4_4": Tap(26, 8, 512),
         "relu5_4": Tap(35, 16, 512),
     }
-    side_taps: ClassVar = {64: "relu5_4", 32: "relu3_4", 16: "relu2_2"}
+    side_taps: Mapping[int, str] = {64: "relu5_4", 32: "relu3_4", 16: "relu2_2"}
 
 
 class AlexNet(TorchvisionBackbone):
@@ -290,14 +332,14 @@ class AlexNet(TorchvisionBackbone):
     further at the right and at the bottom. Cells further inside do not change.
     """
 
-    taps: ClassVar = {
+    taps: Mapping[str, Tap] = {
         "relu1": Tap(1, 4, 64),
         "relu2": Tap(4, 8, 192),
         "relu3": Tap(7, 16, 384),
         "relu4": Tap(9, 16, 256),
         "relu5": Tap(11, 16, 256),
     }
-    side_taps: ClassVar = {64: "relu5", 32: "relu2", 16: "relu1"}
+    side_taps: Mapping[int, str] = {64: "relu5", 32: "relu2", 16: "relu1"}
     imagenet_weights: ClassVar = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
 
     def build(self) -> nn.Sequential:
@@ -329,7 +371,7 @@ class PadToStride(nn.Module):
 class MobileNetV2(TorchvisionBackbone):
     """MobileNetV2; the paper's tables say MobileNet without a version."""
 
-    taps: ClassVar = {
+    taps: Mapping[str, Tap] = {
         "stage1": Tap(1, 2, 16),
         "stage2": Tap(3, 4, 24),
         "stage3": Tap(6, 8, 32),
@@ -338,7 +380,7 @@ class MobileNetV2(TorchvisionBackbone):
         "stage6": Tap(16, 32, 160),
         "stage7": Tap(17, 32, 320),
     }
-    side_taps: ClassVar = {64: "stage5", 32: "stage5", 16: "stage2"}
+    side_taps: Mapping[int, str] = {64: "stage5", 32: "stage5", 16: "stage2"}
     imagenet_weights: ClassVar = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1
 
     def build(self) -> nn.Sequential:
@@ -353,7 +395,7 @@ class MobileNetV2(TorchvisionBackbone):
 class ResNet(TorchvisionBackbone):
     """A ResNet of torchvision, up to its fourth stage."""
 
-    side_taps: ClassVar = {64: "layer3", 32: "layer3", 16: "layer1"}
+    side_taps: Mapping[int, str] = {64: "layer3", 32: "layer3", 16: "layer1"}
 
     @abstractmethod
     def network(self) -> torchvision.models.ResNet:
@@ -372,7 +414,7 @@ class ResNet18(ResNet):
     """ResNet18."""
 
     imagenet_weights: ClassVar = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    taps: ClassVar = {
+    taps: Mapping[str, Tap] = {
         "relu": Tap(2, 2, 64),
         "layer1": Tap(4, 4, 64),
         "layer2": Tap(5, 8, 128),
@@ -389,7 +431,7 @@ class ResNet50(ResNet):
     """ResNet50."""
 
     imagenet_weights: ClassVar = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
-    taps: ClassVar = {
+    taps: Mapping[str, Tap] = {
         "relu": Tap(2, 2, 64),
         "layer1": Tap(4, 4, 256),
         "layer2": Tap(5, 8, 512),
@@ -400,6 +442,17 @@ class ResNet50(ResNet):
     def network(self) -> torchvision.models.ResNet:
         """Torchvision's `resnet50()`."""
         return torchvision.models.resnet50()
+
+
+class WideResNet50(ResNet):
+    """WideResNet50, with twice the channels within its blocks: what PatchCore and others report on."""
+
+    imagenet_weights: ClassVar = torchvision.models.Wide_ResNet50_2_Weights.IMAGENET1K_V1
+    taps: Mapping[str, Tap] = ResNet50.taps
+
+    def network(self) -> torchvision.models.ResNet:
+        """Torchvision's `wide_resnet50_2()`."""
+        return torchvision.models.wide_resnet50_2()
 
 
 class InvertedResidual(nn.Module):
@@ -458,7 +511,7 @@ class EfficientNetLite0(Backbone):
         (5, 2, 6, 192, 4),
         (3, 1, 6, 320, 1),
     )
-    taps: ClassVar = {
+    taps: Mapping[str, Tap] = {
         "stage1": Tap(1, 2, 16),
         "stage2": Tap(3, 4, 24),
         "stage3": Tap(5, 8, 40),
@@ -467,9 +520,9 @@ class EfficientNetLite0(Backbone):
         "stage6": Tap(15, 32, 192),
         "stage7": Tap(16, 32, 320),
     }
-    side_taps: ClassVar = {64: "stage5", 32: "stage5", 16: "stage2"}
-    mean: ClassVar = (127 / 255, 127 / 255, 127 / 255)
-    deviation: ClassVar = (128 / 255, 128 / 255, 128 / 255)
+    side_taps: Mapping[int, str] = {64: "stage5", 32: "stage5", 16: "stage2"}
+    mean = (127 / 255, 127 / 255, 127 / 255)
+    deviation = (128 / 255, 128 / 255, 128 / 255)
 
     def build(self) -> nn.Sequential:
         """The stem and 16 blocks."""

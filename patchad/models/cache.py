@@ -163,7 +163,7 @@ def file_hash(path: Path) -> str:
 def fingerprint(encoder: DenseEncoder) -> str:
     """A hash of the layers that the taps depend on, of what comes before them, and of the padding."""
     backbone = encoder.backbone
-    layers = backbone.layers[: 1 + max(tap.layer for tap in encoder.taps.values())]
+    layers = backbone.until(encoder.tap_names.values())
     told = (type(backbone).__qualname__, layers, backbone.mean, backbone.deviation, encoder.multiple)
     digest = hashlib.sha256(repr(told).encode())
     parts = layers.state_dict() | (encoder.mean_image.state_dict() if encoder.mean_image else {})

@@ -140,8 +140,7 @@ class PatchEncoder(nn.Module, ABC):
     def __init__(self, side: int, tap: Tap, dim: int = 64) -> None:
         super().__init__()
         self.standardize = None  # not on the class, where it would hide the submodule of a subclass
-        if side % tap.stride:
-            raise PatchadError(f"side {side} is no multiple of its tap's stride of {tap.stride} pixels")
+        check_side(side, tap)
         self.window, self.dim = side // tap.stride, dim
 
     @abstractmethod
@@ -362,6 +361,8 @@ class PyramidEncoder(nn.Module, ABC):
         self.tap_names = {side: tap_name(backbone, side, taps or {}) for side in self.sides}
         self.taps = {side: backbone.tap(name) for side, name in self.tap_names.items()}
         self._freeze_what_is_never_run()
+        for side, tap in self.taps.items():
+            check_side(side, tap)
         chosen = scoring_strides or {}
         self.strides = {side: chosen.get(side, default_stride(side, self.taps[side])) for side in self.sides}
         for side in self.sides:
@@ -370,15 +371,15 @@ class PyramidEncoder(nn.Module, ABC):
         self.multiple = math.lcm(*self.strides.values(), *(tap.stride for tap in self.taps.values()))
 
     def _freeze_what_is_never_run(self) -> None:
-        deepest = max(self.sides, key=lambda side: self.taps[side].layer)
-        behind = 1 + self.taps[deepest].layer
-        read = self.backbone.layers[:behind].parameters()
+        read = set(self.backbone.until(self.tap_names.values()).parameters())
         if not self.backbone.frozen and not any(parameter.requires_grad for parameter in read):
+            deepest = max(self.sides, key=lambda side: self.taps[side].layer)
             raise PatchadError(
                 "backbone.trainable trains nothing of the backbone: no side reads a layer behind "
                 f"{self.tap_names[deepest]}; name an earlier one, or give none"
             )
-        self.backbone.layers[behind:].requires_grad_(False)
+        for parameter in set(self.backbone.parameters()) - read:
+            parameter.requires_grad_(False)
 
     @property
     @abstractmethod
@@ -437,8 +438,11 @@ class PyramidEncoder(nn.Module, ABC):
 
     def grid(self, size: Size, side: int) -> Size:
         """Rows x columns of scored positions of a side in an image of that size (height x width, pixels)."""
-        padded = [round_up(length, self.multiple) for length in size]
-        return positions((padded[0], padded[1]), side, self.strides[side])
+        return positions(self.padded(size), side, self.strides[side])
+
+    def padded(self, size: Size) -> Size:
+        """Height x width in pixels to which images of that size are padded, so that all strides divide them."""
+        return round_up(size[0], self.multiple), round_up(size[1], self.multiple)
 
     def check_size(self, image: Float[Tensor, "batch 3 height width"]) -> None:
         """Raises PatchadError if a side does not fit the image."""
@@ -507,8 +511,18 @@ class DenseEncoder(PyramidEncoder):
 
     @functools.cached_property
     def margin(self) -> int:
-        """Pixels around a tile that its patches see: the receptive field's radius and the widest side, on the grid."""
-        return round_up(receptive_radius(self.backbone, set(self.tap_names.values())) + max(self.sides), self.multiple)
+        """Pixels around a tile that its patches see: the receptive field's radius and the widest side, on the grid.
+
+        Raises:
+            PatchadError: if there is no such margin, since a patch sees all of the image.
+        """
+        radius = receptive_radius(self.backbone, set(self.tap_names.values()))
+        if radius is None:
+            raise PatchadError(
+                f"tile {self.tile} is smaller than the image, and {self.backbone.title} sees the whole image at once "
+                "(attention, or squeeze-and-excitation): give --model.tile null, or a smaller data.image_size"
+            )
+        return round_up(radius + max(self.sides), self.multiple)
 
     def windows(
         self, image: Float[Tensor, "batch 3 height width"], corners: Mapping[int, Int[Tensor, "batch 2"]]
@@ -594,8 +608,21 @@ def tap_name(backbone: Backbone, side: int, taps: Mapping[int, str]) -> str:
     """
     names = {**backbone.side_taps, **taps}
     if side not in names:
-        raise PatchadError(f"no tap is known for side {side}; name one of {', '.join(backbone.taps)} in taps")
+        raise PatchadError(
+            f"no tap is known for side {side}; {backbone.title} has one for sides {', '.join(map(str, names))}: "
+            f"set sides, or name one of {', '.join(backbone.taps)} in taps"
+        )
     return names[side]
+
+
+def check_side(side: int, tap: Tap) -> None:
+    """Raises PatchadError unless a side in pixels is a multiple of its tap's stride."""
+    if side % tap.stride:
+        nearest = max(1, round(side / tap.stride)) * tap.stride
+        raise PatchadError(
+            f"side {side} is no multiple of its tap's stride of {tap.stride} pixels; give {nearest} in sides, "
+            "or another tap in taps"
+        )
 
 
 def default_stride(side: int, tap: Tap) -> int:

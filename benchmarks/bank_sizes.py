@@ -50,8 +50,8 @@ def main(
     data = PyramidDataModule.load_from_checkpoint(ckpt_path)
     data.metric_size = metric_size or data.metric_size
     data.setup("fit")
-    loaders = data.memory_dataloader(), data.calibration_dataloader(), data.test_dataloader()
-    training, calibration, test = (embed(detector, loader) for loader in loaders)
+    loaders = data.normal_dataloader(), data.test_dataloader()
+    normals, test = (embed(detector, loader) for loader in loaders)
     level = detector.bank(detector.encoder.sides[0]).baseline if baseline is None else baseline
     print("| vectors per side | chosen by | detection / segmentation | filling | test without embedding |")
     print("|---|---|---|---|---|")
@@ -64,9 +64,9 @@ def main(
         start = time.perf_counter()
         for side in detector.encoder.sides:
             detector.banks[str(side)] = MemoryBank(side, size, reduction, detector.bank(side).seed, level)
-        fill(detector, training, data.train_set.things, exact_most)
+        fill(detector, normals, data.normal_set.things, exact_most)
         filled = time.perf_counter()
-        calibrate(detector, calibration, data.image_size)
+        calibrate(detector, normals, data)
         calibrated = time.perf_counter()
         found = evaluate(detector, test, data.image_size)
         seconds = f"{filled - start:.1f} s | {time.perf_counter() - calibrated:.1f} s"
@@ -81,19 +81,20 @@ def embed(detector: PatchDetector, batches: Iterable[ImageBatch]) -> Embedded:
     return [(batch._replace(image=torch.empty(0)), detector.embed(batch.image, batch.content)) for batch in batches]
 
 
-def fill(detector: PatchDetector, training: Embedded, things: Tensor, exact_most: int | None) -> None:
+def fill(detector: PatchDetector, normals: Embedded, things: Tensor, exact_most: int | None) -> None:
     """Fills the banks; without `exact_most`, their search is exact."""
-    detector.remember(training, things)
+    detector.remember(normals, things)
     for side in detector.encoder.sides:
         bank = detector.bank(side)
         bank.exact_most = exact_most or len(bank)
 
 
-def calibrate(detector: PatchDetector, normals: Embedded, size: Size) -> None:
+def calibrate(detector: PatchDetector, normals: Embedded, data: PyramidDataModule) -> None:
     """Sets the scales and the threshold."""
-    parts = [detector.nearest(embeddings, batch.content, size) for batch, embeddings in normals]
+    size, unseen = data.image_size, data.held_out | (not detector.learns)
+    parts = [detector.nearest(embeddings, batch.content, size, batch.thing) for batch, embeddings in normals]
     sides = {side: torch.cat([part.sides[side] for part in parts]) for side in detector.encoder.sides}
-    detector.calibrate_on(Distances(sides, torch.cat([part.content for part in parts]), *size))
+    detector.calibrate_on(Distances(sides, torch.cat([part.content for part in parts]), *size), unseen)
 
 
 def evaluate(detector: PatchDetector, images: Embedded, size: Size) -> dict[str, Tensor]:

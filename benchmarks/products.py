@@ -15,7 +15,7 @@ import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import yaml
 from jsonargparse import auto_cli
@@ -175,7 +175,7 @@ def append(results: Path, row: Row) -> None:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """The lines of a table: each set and seed, the mean over the sets, and all false alarms together."""
-    yield "| set | seed | detection / segmentation | PRO | average precision | false alarms | recall | ms | fit + test, s |"
+    yield "| set | seed | detection / segmentation | PRO | pixel AP | false alarms | recall | ms | fit + test, s |"
     yield "|---" * 9 + "|"
     yield from (row.markdown() for row in rows)
     detection, segmentation, pro, precision, recall = (mean(rows, name) for name in AVERAGED)

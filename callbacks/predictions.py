@@ -23,15 +23,16 @@ class Row(NamedTuple):
 
     path: str
     score: float
+    p_value: float
     verdict: str
 
 
 class Predictions(Callback):
     """Writes what `patchad predict` found into `predictions/` of the run folder.
 
-    `scores.csv` holds path, score and verdict of each image; below `maps/`, in the folders of the images, lie a heat
-    map (PNG: blue up to the mean of calibration normals, red from the threshold upwards) and the map itself (`.npy`,
-    float32 `[height, width]`), both at the size of the image's file.
+    `scores.csv` holds path, score, p-value (`Scorer.p_value`) and verdict of each image; below `maps/`, in the folders
+    of the images, lie a heat map (PNG: blue up to the mean of normal images, red from the threshold upwards) and the
+    map itself (`.npy`, float32 `[height, width]`), both at the size of the image's file.
     """
 
     def __init__(self) -> None:
@@ -53,13 +54,13 @@ class Predictions(Callback):
     ) -> None:
         """Writes the maps of a batch."""
         root, scorer = Path(trainer.datamodule.root), pl_module.scorer  # type: ignore[attr-defined]
-        limits = (scorer.normal_level, float(scorer.threshold))
+        limits, p_values = (scorer.normal_level, float(scorer.threshold)), scorer.p_value(outputs.score)
         for number, name in enumerate(batch.path):
             size = (int(batch.size[number, 0]), int(batch.size[number, 1]))
             values = crop_resize(outputs.map[number, None], batch.content[number, None], size)[0].cpu().numpy()
             write_maps(self.folder / "maps" / Path(name).relative_to(root), values, limits)
             verdict = "anomalous" if outputs.anomalous[number] else "normal"
-            self.rows.append(Row(name, float(outputs.score[number]), verdict))
+            self.rows.append(Row(name, float(outputs.score[number]), float(p_values[number]), verdict))
 
     def on_exception(self, trainer: Trainer, pl_module: Detector, exception: BaseException) -> None:
         """Writes the scores found until then, where there is one process: what cannot be read costs none of them."""
@@ -85,7 +86,7 @@ def write_scores(path: Path, rows: list[Row]) -> None:
         with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any name of a file
             writer = csv.writer(file)
             writer.writerow(Row._fields)
-            writer.writerows((row.path, repr(row.score), row.verdict) for row in rows)
+            writer.writerows((row.path, repr(row.score), f"{row.p_value:.4g}", row.verdict) for row in rows)
 
     write_whole(path, write)
 

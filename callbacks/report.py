@@ -95,8 +95,8 @@ th {{ text-align: left; }} td + td {{ text-align: right; }} img {{ max-width: 10
 </table>
 <h2>Contact sheet</h2>
 <p>Of each defect type, and of the normal images, those of the lowest and of the highest scores. The threshold,
-{threshold:.4g}, comes from calibration normals only. Heat maps are blue up to the mean of calibration normals and red
-where the map reaches the threshold; maps are smoothed, scores are not, so a small defect may be found without red.</p>
+{threshold:.4g}, comes from normal training images only. Heat maps are blue up to the mean of these and red where the
+map reaches the threshold; maps are smoothed, scores are not, so a small defect may be found without red.</p>
 <img src="contact_sheet.png" alt="image, truth, heat map and verdict of some test images">
 </body></html>
 """

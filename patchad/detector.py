@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from patchad.conformal import images_needed
 from patchad.errors import PatchadError
 from patchad.memory import MemoryBank
 from patchad.metrics import AnomalyMetrics
@@ -22,7 +23,7 @@ from patchad.scoring import Scorer
 from patchad.spec import Configurable
 from patchad.types import ImageBatch, Prediction
 
-CHECKPOINT_FORMAT = 6
+CHECKPOINT_FORMAT = 7
 """Raised whenever checkpoints of an older patchad no longer load."""
 
 
@@ -55,7 +56,10 @@ class Detector(Configurable, LightningModule):
             self.metrics = AnomalyMetrics(self.measured_sides, stage == "test", defects, progress=self._shows_bars)
 
     def forward(
-        self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"] | None = None
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"] | None = None,
+        thing: Int[Tensor, " batch"] | None = None,
     ) -> Prediction:
         """Scores images.
 
@@ -63,6 +67,8 @@ class Detector(Configurable, LightningModule):
             image: RGB in [0, 1], of the size and light that the datamodule gave those of the fit: what
                 `patchad.data.images.fit` makes of them with its `image_size`, `keep_aspect` and `brightness`.
             content: height x width of each image's content, top left, in pixels; by default the whole image.
+            thing: number of what each image shows, as in `ImageBatch`, which it is then not compared with; by default
+                every image is new.
 
         Raises:
             PatchadError: if a bank is empty, or a side does not fit the image.
@@ -70,9 +76,14 @@ class Detector(Configurable, LightningModule):
         if content is None:
             lengths = (torch.full((len(image),), length, device=image.device) for length in image.shape[2:])
             content = torch.stack(list(lengths), dim=1)
-        return self.detect(image, content)
+        return self.detect(image, content, thing)
 
-    def detect(self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]) -> Prediction:
+    def detect(
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"],
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Prediction:
         """`forward`, with the content named."""
         raise NotImplementedError
 
@@ -98,16 +109,47 @@ class Detector(Configurable, LightningModule):
         self.train(training)
         self._known_at = self.global_step  # only now: a fit that ends in between starts over
 
-    def _announce_threshold(self, images: int, promised: float) -> None:
+    def set_threshold(self, scores: Float[Tensor, " images"], unseen: Bool[Tensor, " images"]) -> None:
+        """Sets the threshold from normal images, each scored without itself, and says what it promises.
+
+        Embeddings of images that encoders learned from lie closer together than those of new ones. Their scores are
+        therefore raised by the ratio of the medians, where that of the unseen ones is higher.
+
+        Args:
+            scores: of the normal images.
+            unseen: whether encoders did not learn from an image; all True where nothing was learned.
+        """
+        if not unseen.all():
+            ratio = scores[unseen].median() / scores[~unseen].median().clamp(min=torch.finfo(scores.dtype).tiny)
+            scores = torch.where(unseen, scores, scores * ratio.clamp(min=1))
+            rank_zero_info(f"images that were not learned from score {float(ratio):.3g} times as high as the others")
+        promised = self.scorer.set_threshold(scores)
         rank_zero_info(
-            f"threshold {float(self.scorer.threshold):.4g} from {images} calibration images: "
+            f"threshold {float(self.scorer.threshold):.4g} from {len(scores)} normal images: "
             f"false-positive rate promised at most {promised:.3g}, asked for {self.scorer.target_fpr:.3g}"
         )
+        self._note_few_normals()
+
+    def _note_few_normals(self) -> None:
+        count, needed = len(self.scorer.normals), images_needed(self.scorer.target_fpr)
+        if 0 < count < needed:
+            rank_zero_info(
+                f"{count} normal images cannot promise a false-positive rate of {self.scorer.target_fpr:.3g}, only "
+                f"{1 / (count + 1):.3g}: that takes {needed} of them"
+            )
+
+    def on_test_start(self) -> None:
+        """Says where the normal images are too few for the rate that was asked for."""
+        self._note_few_normals()
+
+    def on_predict_start(self) -> None:
+        """Says where the normal images are too few for the rate that was asked for."""
+        self._note_few_normals()
 
     def _everywhere(self, numbers: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """One row for each calibration image, whichever process saw it."""
+        """One row for each normal image, whichever process saw it."""
         seen = torch.cat(list(parts))
-        rows = seen.new_zeros(len(self._data.calibration_set), *seen.shape[1:])
+        rows = seen.new_zeros(len(self._data.normal_set), *seen.shape[1:])
         rows[numbers] = seen
         return torch.as_tensor(self.trainer.strategy.reduce(rows, reduce_op="sum"))
 
@@ -138,7 +180,7 @@ class Detector(Configurable, LightningModule):
         return self(batch.image, batch.content)
 
     def _measure(self, batch: ImageBatch) -> Prediction:
-        prediction = self(batch.image, batch.content)
+        prediction = self(batch.image, batch.content, batch.thing)
         size = (batch.mask.shape[1], batch.mask.shape[2])
         maps = {"combined": prediction.map, **prediction.side_maps}
         resized = {name: crop_resize(one, batch.content, size) for name, one in maps.items()}

@@ -20,7 +20,7 @@ from patchad.types import Prediction
 
 Made = TypeVar("Made", PatchDetector, PyramidDataModule)
 
-SHARED = ("image_size", "keep_aspect", "brightness", "calibration_fraction", "seed")
+SHARED = ("image_size", "keep_aspect", "brightness", "held_out_fraction", "seed")
 """Settings of the data that the members and their ensemble must share, beside root and layout."""
 
 
@@ -94,17 +94,23 @@ class Ensemble(Detector):
         """None: there is nothing to learn."""
 
     def know_normals(self) -> None:
-        """Sets the threshold from the calibration normals; the rest the members know."""
-        batches = self._batches(self._data.calibration_dataloader(), "Calibrating")
-        seen = [(batch.number, self(batch.image, batch.content).score) for batch in batches]
+        """Sets the threshold from the normal images; the rest the members know."""
+        batches = self._batches(self._data.normal_dataloader(), "Calibrating")
+        seen = [(batch.number, self(batch.image, batch.content, batch.thing).score) for batch in batches]
         scores = self._everywhere(torch.cat([number for number, _ in seen]), [score for _, score in seen])
-        self._announce_threshold(len(scores), promised=self.scorer.set_threshold(scores))
+        learned = any(one.learns for one in self._detectors)
+        self.set_threshold(scores, self._data.held_out.to(scores.device) | (not learned))
 
-    def detect(self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]) -> Prediction:
+    def detect(
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"],
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Prediction:
         """The product (or sum) of the members' maps, with its scores and verdicts; members alone are not measured."""
         scored, shown = {}, {}
         for number, one in enumerate(self._detectors):
-            maps = one.side_maps(one.distances(image, content))
+            maps = one.side_maps(one.distances(image, content, thing))
             scored[number], shown[number] = one.scorer.combine(maps), one.scorer.outline(maps)
         combined = self.scorer.combine(scored)
         scores = self.scorer.score(combined, content)

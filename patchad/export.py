@@ -100,6 +100,7 @@ def metadata(detector: Detector, data: Any, ckpt_path: Path | None) -> dict[str,
         "keep_aspect": data.keep_aspect,
         "brightness": data.brightness,
         "threshold": float(detector.scorer.threshold),
+        "normals": detector.scorer.normals.tolist(),
         "normal_level": detector.scorer.normal_level,
         "vectors": {name: len(bank) for name, bank in detector.memory_banks.items()},
     }

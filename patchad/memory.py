@@ -48,6 +48,7 @@ class MemoryBank(nn.Module):
     Attributes:
         vectors: embeddings, float32 `[vectors, dim]`.
         keys: number of the image and of the position within it, int64 `[vectors, 2]`, sorted.
+        things: number of what the image of each vector shows, int64 `[vectors]`.
         levels: how far normal patches of things that the bank does not know are to be expected from each vector,
             float32 `[vectors]`; see `local_levels`. 0 without a baseline.
     """
@@ -56,6 +57,7 @@ class MemoryBank(nn.Module):
     """Vectors up to which the search is exact; a larger bank is searched as `search_index` says."""
     vectors: Tensor
     keys: Tensor
+    things: Tensor
     levels: Tensor
 
     def __init__(
@@ -78,6 +80,7 @@ class MemoryBank(nn.Module):
         self._cap = max_vectors if reduce == "random" or max_vectors is None else max(max_vectors, CANDIDATES)
         self.register_buffer("vectors", torch.empty(0, 0))
         self.register_buffer("keys", torch.empty(0, 2, dtype=torch.int64))
+        self.register_buffer("things", torch.empty(0, dtype=torch.int64))
         self.register_buffer("levels", torch.empty(0))
         self._draws = np.empty(0)
         self._index: faiss.Index | None = None
@@ -127,7 +130,7 @@ class MemoryBank(nn.Module):
         self._set(keys, vectors)
 
     def _set(self, keys: Tensor, vectors: Tensor) -> None:
-        self.keys, self.vectors, self._index = keys, vectors, None
+        self.keys, self.things, self.vectors, self._index = keys, keys[:, 0], vectors, None
         self.levels = torch.zeros(len(vectors), device=vectors.device)
 
     def finish(self, things: Int[Tensor, " images"] | None = None, progress: bool = False) -> None:
@@ -150,11 +153,12 @@ class MemoryBank(nn.Module):
         candidates, keys = self.vectors, self.keys
         if self.max_vectors is not None and len(self) > self.max_vectors:
             self._reduce_to(self.max_vectors, progress)
+        few = slice(None, None, math.ceil(len(candidates) / SAMPLED) or 1)
+        shown_by_patches = keys[few, 0]
+        if things is not None:
+            self.things, shown_by_patches = things[self.keys[:, 0]], things[shown_by_patches]
         if self.baseline and len(self):
-            few = slice(None, None, math.ceil(len(candidates) / SAMPLED))
-            images = self.keys[:, 0], keys[few, 0]
-            shown, shown_by_patches = images if things is None else (things[one] for one in images)
-            self.levels = local_levels(self.vectors, shown, candidates[few], shown_by_patches, self.exact_most)
+            self.levels = local_levels(self.vectors, self.things, candidates[few], shown_by_patches, self.exact_most)
 
     def _reduce_to(self, count: int, progress: bool) -> None:
         if self.reduce == "kcenter":
@@ -163,7 +167,12 @@ class MemoryBank(nn.Module):
             chosen = kmeans_medoids(self.vectors, count, self.seed)
         self._set(self.keys[chosen], self.vectors[chosen])
 
-    def distances(self, queries: Float[Tensor, "*places dim"], shared: int = 0) -> Float[Tensor, "*places"]:
+    def distances(
+        self,
+        queries: Float[Tensor, "*places dim"],
+        shared: int = 0,
+        own: Int[Tensor, " images"] | None = None,
+    ) -> Float[Tensor, "*places"]:
         """Distance between each query and the nearest vector of the bank, over the baseline, in one search.
 
         It is the root of the smallest `|query - vector|^2 - baseline level^2`, and 0 below: the power distance
@@ -175,16 +184,20 @@ class MemoryBank(nn.Module):
             queries: embeddings; exported files take them as `[images, patches, dim]`.
             shared: how many of the last numbers are the same for all patches of an image, which spares exported files
                 most of their products.
+            own: number of what each image shows, of queries `[images, patches, dim]`: vectors of the same thing are
+                passed over. An image that is in the bank is so compared with the others alone.
 
         Raises:
-            PatchadError: if the bank is empty.
+            PatchadError: if the bank is empty, or holds nothing else than one of these things.
         """
         if not len(self):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
         if torch.compiler.is_compiling():
             nearest = nearest_by_product(queries, self.vectors, self._known, shared)
-        else:
+        elif own is None or not torch.isin(own, self.things).any():
             nearest = self._search(queries)
+        else:
+            nearest = torch.stack([self._nearest_other(*one) for one in zip(queries, own, strict=True)])
         # not faiss's own distances, which lose digits where they are small
         found = (queries - self.vectors[nearest]).square().sum(-1)
         return (found - self._known[nearest]).clamp(min=0).sqrt()
@@ -203,8 +216,18 @@ class MemoryBank(nn.Module):
         flat = F.pad(queries.float().flatten(0, -2), (0, 1))
         return search(self._index, flat, 1)[:, 0].reshape(queries.shape[:-1])
 
+    def _nearest_other(self, queries: Tensor, own: Tensor) -> Tensor:
+        """The numbers of the vectors nearest to the patches of one image, among those that show something else."""
+        other = self.things != own
+        if not other.any():
+            raise PatchadError("the bank holds patches of one image alone, which nothing can be compared with")
+        offset = (self.vectors.square().sum(1) - self._known).masked_fill(~other, torch.inf)
+        with torch.autocast(queries.device.type, enabled=False):  # reduced precision would swamp small distances
+            parts = queries.float().split(max(1, TABLE // len(self)))
+            return torch.cat([torch.addmm(offset, part, self.vectors.T, alpha=-2).argmin(1) for part in parts])
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        for name in ("vectors", "keys", "levels"):  # a bank of another length is taken as it is, not refused
+        for name in ("vectors", "keys", "things", "levels"):  # a bank of another length is taken as it is, not refused
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.vectors.device))
         self._index = None

@@ -31,7 +31,7 @@ COMPARED = ("normal", "thing", "painted", "share")
 COLLAPSED = 0.01
 """Deviation of embeddings, whose numbers are of the order of 1, below which they tell no patch from another."""
 LEAST_SCALE = 1e-4
-"""Mean distance of calibration normals over the spread of the bank's vectors, below which it is rounding or nothing."""
+"""Mean distance of normal images over the spread of the bank's vectors, below which it is rounding or nothing."""
 
 
 class Distances(NamedTuple):
@@ -53,8 +53,8 @@ class PatchDetector(Detector):
     """Learns to embed patches of three sides, remembers the normal ones, and scores images by the distance to them.
 
     In `fit`, encoders are trained on pyramids of patches, with pseudo-labels that K-means reassigns each epoch. Before
-    each validation the memory bank is filled with the training normals, and scales and threshold are set from the
-    calibration normals. All of these are buffers: a checkpoint alone tests and predicts.
+    each validation the memory bank is filled with the normal images, and scales and threshold are set from the same
+    images, each compared with the others. All of these are buffers: a checkpoint alone tests and predicts.
 
     Source: Tsai, Wu, Lai, Multi-Scale Patch-Based Representation Learning for Image Anomaly Detection and Segmentation,
     WACV 2022.
@@ -170,14 +170,20 @@ class PatchDetector(Detector):
 
     # from images to predictions
 
-    def distances(self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]) -> Distances:
+    def distances(
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"],
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Distances:
         """How far each patch is from the nearest normal one.
 
         Args:
             image: RGB in [0, 1].
             content: height x width of each image's content, top left, in pixels.
+            thing: number of what each image shows, which its patches are not compared with.
         """
-        return self.nearest(self.embed(image, content), content, (image.shape[2], image.shape[3]))
+        return self.nearest(self.embed(image, content), content, (image.shape[2], image.shape[3]), thing)
 
     def embed(
         self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
@@ -201,19 +207,26 @@ class PatchDetector(Detector):
         counted = self.counted(content, values, side)[:, None]
         return (values * counted).sum((2, 3), keepdim=True) / counted.sum((2, 3), keepdim=True)
 
-    def nearest(self, embeddings: Mapping[int, Tensor], content: Int[Tensor, "batch 2"], size: Size) -> Distances:
+    def nearest(
+        self,
+        embeddings: Mapping[int, Tensor],
+        content: Int[Tensor, "batch 2"],
+        size: Size,
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Distances:
         """How far embeddings are from the nearest normal ones: one search per side.
 
         Args:
             embeddings: of each side, `[batch, dim, rows, columns]`, as `embed` gives them.
             content: height x width of each image's content, top left, in pixels.
             size: height x width of the images in pixels.
+            thing: number of what each image shows, which its patches are not compared with.
         """
         found = {}
         for side, values in embeddings.items():
             queries = values.flatten(2).transpose(1, 2)
             shared = self.encoder.patch_encoder(side).dim if self.context else 0
-            found[side] = self.bank(side).distances(queries, shared).unflatten(1, values.shape[2:])
+            found[side] = self.bank(side).distances(queries, shared, thing).unflatten(1, values.shape[2:])
         return Distances(found, content, *size)
 
     def counted(self, content: Int[Tensor, "batch 2"], values: Tensor, side: int) -> Bool[Tensor, "batch rows columns"]:
@@ -250,9 +263,14 @@ class PatchDetector(Detector):
         shown = self.scorer.show(maps, combined, content)
         return Prediction(scores, scores > self.scorer.threshold, shown, side_scores, maps)
 
-    def detect(self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]) -> Prediction:
+    def detect(
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"],
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Prediction:
         """Maps, scores and verdicts of images."""
-        return self.score(self.distances(image, content))
+        return self.score(self.distances(image, content, thing))
 
     # learning
 
@@ -279,15 +297,15 @@ class PatchDetector(Detector):
     def on_fit_start(self) -> None:
         """Measures the mean image, caches features, and measures the encoders' input, where these are asked for.
 
-        Before that, calibration images are read: one that cannot be read ends a fit now, not when all is learned.
+        Before that, images that are not learned from are read: one that cannot be read ends a fit now, not later.
         """
         super().on_fit_start()
         self.probe_batches, self.probe_labels = [], {}
-        for _ in track(self._data.calibration_dataloader(), "Reading calibration images", disable=not self._shows_bars):
+        for _ in track(self._data.held_out_dataloader(), "Reading images", disable=not self._shows_bars):
             pass
         mean_image = self.encoder.mean_image
         if mean_image is not None and not mean_image.ready:
-            for batch in self._batches(self._data.memory_dataloader(), "Averaging images"):
+            for batch in self._batches(self._data.normal_dataloader(), "Averaging images"):
                 mean_image.observe(batch.image)
             mean_image.finish(self._total)
         if self.learns and self.cache is not None:
@@ -318,7 +336,7 @@ class PatchDetector(Detector):
                 for features in self.cache.each(side):
                     standardize.observe(features)
             return
-        for batch in self._batches(self._data.memory_dataloader(), "Measuring features"):
+        for batch in self._batches(self._data.normal_dataloader(), "Measuring features"):
             self.encoder.observe(self.encoder.observable(batch.image))
 
     def _total(self, moments: Tensor) -> Tensor:
@@ -517,15 +535,15 @@ class PatchDetector(Detector):
         self.calibrate()
 
     def fill_banks(self) -> None:
-        """Fills the bank of each side with the patches of the training normals, and prints its size first."""
-        self.remember(self._embedded_normals(), self._data.train_set.things, progress=self._shows_bars)
+        """Fills the bank of each side with the patches of the normal images, and prints its size first."""
+        self.remember(self._embedded_normals(), self._data.normal_set.things, progress=self._shows_bars)
 
     def _embedded_normals(self) -> Iterable[tuple[ImageBatch, dict[int, Tensor]]]:
-        for number, batch in enumerate(self._batches(self._data.memory_dataloader(), "Filling the memory bank")):
+        for number, batch in enumerate(self._batches(self._data.normal_dataloader(), "Filling the memory bank")):
             embeddings = self.embed(batch.image, batch.content)
             check_finite(embeddings)
             if number == 0:
-                self._announce(embeddings, len(self._data.train_set))
+                self._announce(embeddings, len(self._data.normal_set))
             yield batch, embeddings
 
     def remember(
@@ -559,19 +577,25 @@ class PatchDetector(Detector):
             rank_zero_info(f"memory bank, side {side}: {count} of {patches} vectors x {values.shape[1]}, {size:.1f} MB")
 
     def calibrate(self) -> None:
-        """Sets the scale of each side and the threshold from the calibration normals."""
-        normals = self._calibration_distances()
-        rate = self.calibrate_on(normals)
-        self._announce_threshold(len(normals.content), rate)
+        """Sets the scale of each side and the threshold from the normal images, each compared with the others."""
+        held_out = self._data.held_out
+        unseen = held_out | (not self.learns)
+        self.calibrate_on(self._normal_distances(), unseen.to(self.device))
 
-    def calibrate_on(self, normals: Distances) -> float:
-        """Sets scales and threshold from the distances of normal images; returns the false-positive rate promised."""
+    def calibrate_on(self, normals: Distances, unseen: Bool[Tensor, " images"]) -> None:
+        """Sets scales and threshold from the distances of normal images.
+
+        Args:
+            normals: each compared with the others.
+            unseen: whether encoders did not learn from an image.
+        """
         for number, side in enumerate(self.scorer.sides):
             found = normals.sides[side]
-            values = found[self.counted(normals.content, found, side)].double()
+            counted = self.counted(normals.content, found, side) & unseen[:, None, None]
+            values = found[counted].double()
             self.scorer.scale[number] = self._at_least(values.mean(), side)
         maps = ((self.scorer.combine(self.side_maps(one)), one.content) for one in normals.each())
-        return self.scorer.set_threshold(torch.cat([self.scorer.score(*one) for one in maps]))
+        self.set_threshold(torch.cat([self.scorer.score(*one) for one in maps]), unseen)
 
     def _at_least(self, scale: Tensor, side: int) -> Tensor:
         """The scale, or what keeps distances over it finite, with a warning."""
@@ -579,14 +603,14 @@ class PatchDetector(Detector):
         least = (LEAST_SCALE * spread).clamp(min=1e-12)
         if scale < least:
             rank_zero_warn(
-                f"side {side} has no scale: calibration images are no farther from the bank than training images; are "
-                "some there twice? Otherwise give more of them, or a smaller model.baseline"
+                f"side {side} has no scale: normal images do not differ; are some there twice? Otherwise give more of "
+                "them, or a smaller model.baseline"
             )
         return scale.maximum(least)
 
-    def _calibration_distances(self) -> Distances:
-        batches = self._batches(self._data.calibration_dataloader(), "Calibrating")
-        seen = [(batch.number, self.distances(batch.image, batch.content)) for batch in batches]
+    def _normal_distances(self) -> Distances:
+        batches = self._batches(self._data.normal_dataloader(), "Calibrating")
+        seen = [(batch.number, self.distances(batch.image, batch.content, batch.thing)) for batch in batches]
         numbers, found = torch.cat([number for number, _ in seen]), [one for _, one in seen]
         sides = {side: self._everywhere(numbers, [one.sides[side] for one in found]) for side in self.encoder.sides}
         return found[0]._replace(sides=sides, content=self._everywhere(numbers, [one.content for one in found]))

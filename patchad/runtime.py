@@ -13,12 +13,13 @@ import onnxruntime
 from PIL import Image
 
 from patchad.canvas import Size, content_size, gain
+from patchad.conformal import conformal_threshold, p_values
 from patchad.decoding import read_pixels
 from patchad.errors import PatchadError
 
 AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 
-EXPORT_FORMAT = 2
+EXPORT_FORMAT = 3
 """Raised whenever exported files of an older patchad no longer load."""
 
 
@@ -28,11 +29,13 @@ class Scored(NamedTuple):
     Attributes:
         score: anomaly score.
         anomalous: the verdict, `score > threshold`.
+        p_value: share of the normal images of the fit, this one counted among them, that score as high or higher.
         map: anomaly map at the pixels of the image that was given, float32 `[height, width]`.
     """
 
     score: float
     anomalous: bool
+    p_value: float
     map: np.ndarray
 
 
@@ -46,6 +49,7 @@ class ExportedDetector:
 
     Attributes:
         threshold: scores above it are anomalous; it may be set to any number.
+        normals: scores of the normal images of the fit, each compared with the others.
         image_size: height x width in pixels that images are brought to.
         normal_level: about the mean of a map on normal images.
         metadata: all that the file says of where it came from.
@@ -61,6 +65,7 @@ class ExportedDetector:
         options.intra_op_num_threads = threads or 0
         self._session = open_session(Path(path), options, providers)
         self.metadata = read_metadata(Path(path), self._session)
+        self.normals = np.array(self.metadata["normals"], np.float32)
         self.threshold = float(self.metadata["threshold"])
         self.normal_level = float(self.metadata["normal_level"])
         height, width = self.metadata["image_size"]
@@ -81,6 +86,17 @@ class ExportedDetector:
         """
         return self.score([image])[0]
 
+    def set_target_fpr(self, target_fpr: float) -> float:
+        """Sets the threshold for another false-positive rate; returns the rate that it promises.
+
+        Raises:
+            PatchadError: if the rate does not lie above 0 and at most at 1.
+        """
+        if not 0 < target_fpr <= 1:
+            raise PatchadError(f"target_fpr {target_fpr} must lie above 0 and be at most 1")
+        self.threshold, promised = conformal_threshold(self.normals, target_fpr)
+        return promised
+
     def score(self, images: Sequence[np.ndarray | str | Path]) -> list[Scored]:
         """Scores several images, which may differ in size, in one pass."""
         if not len(images):
@@ -89,9 +105,10 @@ class ExportedDetector:
         fitted = [fit(to_rgb(image), self.image_size, self.keep_aspect, self.brightness) for image in arrays]
         inputs = {"image": np.stack([one for one, _ in fitted]), "content": np.array([size for _, size in fitted])}
         scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
+        shares = p_values(scores, self.normals)
         return [
-            Scored(float(score), bool(score > self.threshold), unfit(one, content, image.shape[:2]))
-            for score, one, (_, content), image in zip(scores, maps, fitted, arrays, strict=True)
+            Scored(float(score), bool(score > self.threshold), float(share), unfit(one, content, image.shape[:2]))
+            for score, share, one, (_, content), image in zip(scores, shares, maps, fitted, arrays, strict=True)
         ]
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from patchad.conformal import conformal_threshold, p_values
 from patchad.errors import PatchadError
 from patchad.spec import Configurable
 
@@ -41,6 +42,8 @@ class Scorer(Configurable, nn.Module):
 
     threshold: Tensor
     scale: Tensor
+    normals: Tensor
+    """Scores of normal images, each compared with the others, float32 `[images]`; the threshold follows from them."""
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class Scorer(Configurable, nn.Module):
         image_score: Literal["max", "top_fraction"] = "top_fraction",
         top_fraction: float = 0.01,
         smoothing: float = 4.0,
-        target_fpr: float = 0.01,
+        target_fpr: float = 0.05,
     ) -> None:
         super().__init__()
         for name, value in (("top_fraction", top_fraction), ("target_fpr", target_fpr)):
@@ -58,7 +61,8 @@ class Scorer(Configurable, nn.Module):
             raise PatchadError(f"smoothing {smoothing} must not be negative; 0 leaves the map as it is")
         self.combination, self.image_score = combination, image_score
         self.top_fraction, self.smoothing, self.target_fpr = top_fraction, smoothing, target_fpr
-        self.register_buffer("threshold", torch.tensor(torch.inf))
+        self.register_buffer("threshold", torch.tensor(torch.inf), persistent=False)
+        self.register_buffer("normals", torch.empty(0))
 
     def prepare(self, sides: Sequence[int]) -> "Scorer":
         """Makes a scale for each side, 1 until calibrated; returns itself."""
@@ -67,11 +71,8 @@ class Scorer(Configurable, nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """What scores and threshold depend on, which smoothing is not among."""
-        return (
-            f"combination={self.combination}, image_score={self.image_score}, top_fraction={self.top_fraction}, "
-            f"target_fpr={self.target_fpr}"
-        )
+        """What scores depend on, which smoothing and the rate asked for are not among."""
+        return f"combination={self.combination}, image_score={self.image_score}, top_fraction={self.top_fraction}"
 
     @property
     def normal_level(self) -> float:
@@ -126,11 +127,23 @@ class Scorer(Configurable, nn.Module):
             return pixels.amax(1)
         return top_mean(pixels, content.prod(1), self.top_fraction)
 
-    def set_threshold(self, scores: Float[Tensor, " images"]) -> float:
-        """Sets the threshold from the scores of calibration normals; returns the false-positive rate it promises."""
-        threshold, rate = conformal_threshold(scores, self.target_fpr)
+    def set_threshold(self, normals: Float[Tensor, " images"]) -> float:
+        """Sets the threshold from scores of normal images, and keeps them; returns the promised false-positive rate."""
+        self.normals = normals.float()
+        threshold, promised = conformal_threshold(normals.cpu().numpy(), self.target_fpr)
         self.threshold.fill_(threshold)
-        return rate
+        return promised
+
+    def p_value(self, scores: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Share of the normal images that score as high or higher; see `patchad.conformal.p_values`."""
+        return torch.from_numpy(p_values(scores.cpu().numpy(), self.normals.cpu().numpy())).to(scores)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Takes any number of scores, and sets the threshold for the rate that is asked for now."""
+        self.normals = torch.empty_like(state_dict.get(f"{prefix}normals", self.normals), device=self.normals.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if len(self.normals):
+            self.set_threshold(self.normals)
 
 
 class SplitScorer(Scorer):
@@ -221,24 +234,3 @@ def top_mean(
     highest = pixels.topk(most, dim=1).values
     among = torch.arange(most, device=pixels.device) < top[:, None]
     return (highest.where(among, 0).double().sum(1) / top).to(pixels.dtype)
-
-
-def conformal_threshold(scores: Float[Tensor, " images"], target_fpr: float) -> tuple[float, float]:
-    """The ceil((n + 1) (1 - target_fpr))-th smallest of n scores, and the false-positive rate that it promises.
-
-    A new normal image, exchangeable with these, exceeds that score with at most the promised probability (split
-    conformal prediction; Vovk et al., Algorithmic Learning in a Random World, 2005). With too few images for the
-    target it is their maximum, which promises 1 / (n + 1).
-
-    Raises:
-        PatchadError: if there is no score.
-
-    Example:
-        >>> conformal_threshold(torch.tensor([3.0, 1.0, 2.0]), target_fpr=0.01)
-        (3.0, 0.25)
-    """
-    count = len(scores)
-    if not count:
-        raise PatchadError("no calibration image is left for the threshold; raise data.calibration_fraction")
-    rank = min(count, math.ceil((count + 1) * (1 - target_fpr) - 1e-9))
-    return float(scores.sort().values[rank - 1]), 1 - rank / (count + 1)

@@ -24,8 +24,9 @@ class Sample(NamedTuple):
         defect: name of the defect type; `NORMAL` for an image without a defect, `UNKNOWN` if not known.
         mask: mask file of the defect; None where there is none.
         split: the side that the layout puts the image on.
-        group: what the image shows, where several images show the same thing and none of them is tested: calibration
-            takes all of a group or none of it, so that it meets new things as the test does; None is a group of one.
+        group: what the image shows, where several images show the same thing and none of them is tested: for the
+            threshold an image is compared with other groups alone, and learning takes all of a group or none of it, so
+            that both meet new things as the test does; None is a group of one.
     """
 
     path: Path
@@ -48,6 +49,8 @@ class ImageBatch(NamedTuple):
         content: height x width of the content within `image`, in pixels, int64 `[batch, 2]`.
         size: height x width of the file, in pixels, int64 `[batch, 2]`.
         number: of the image within its dataset, int64 `[batch]`.
+        thing: number of what the image shows, among the normal images that fill the bank; -1 if it is none of them;
+            int64 `[batch]`.
         label: 1 with a defect, 0 without, -1 unknown, int64 `[batch]`.
         mask: True on defects, bool `[batch, metric_height, metric_width]`; all False where no mask is known.
         has_mask: True where `mask` is the truth, bool `[batch]`.
@@ -59,6 +62,7 @@ class ImageBatch(NamedTuple):
     content: Tensor
     size: Tensor
     number: Tensor
+    thing: Tensor
     label: Tensor
     mask: Tensor
     has_mask: Tensor

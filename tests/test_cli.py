@@ -96,8 +96,10 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
     written = here / "runs/version_0/predictions"
     rows = list(csv.DictReader((written / "scores.csv").read_text().splitlines()))
     assert [row["path"] for row in rows] == ["parts/deep/same.png", "parts/same.png", "parts/wide.jpg"]
-    threshold = torch.load(checkpoint(run), weights_only=True)["state_dict"]["scorer.threshold"].item()
+    normals = torch.load(checkpoint(run), weights_only=True)["state_dict"]["scorer.normals"]
+    threshold = normals.max().item()  # too few for another
     for row in rows:
+        assert float(row["p_value"]) == pytest.approx((1 + sum(normals >= float(row["score"]) - 1e-6)) / 13, rel=1e-3)
         assert row["verdict"] == ("anomalous" if float(row["score"]) > threshold else "normal")
     for name, size in (("same.png", (96, 96)), ("wide.jpg", (110, 150)), ("deep/same.png", (96, 96))):
         values = np.load(written / "maps" / f"{name}.npy")

@@ -23,11 +23,24 @@ def paths(dataset) -> set:
     return {sample.path for sample in dataset.samples}
 
 
-def test_training_calibration_and_test_share_no_image_and_lose_none(product):
-    data = images(product, calibration_fraction=0.25)
-    sets = [paths(one) for one in (data.train_set, data.calibration_set, data.test_set)]
+def test_learned_held_out_and_tested_images_share_none_and_lose_none(product):
+    data = images(product, held_out_fraction=0.25)
+    sets = [paths(one) for one in (data.train_set, data.held_out_set, data.test_set)]
     assert [len(one) for one in sets] == [9, 3, 11]
     assert len(set.union(*sets)) == 23
+    assert paths(data.normal_set) == sets[0] | sets[1]
+    assert {data.normal_set.samples[number].path for number in data.held_out.nonzero()} == sets[1]
+
+
+def test_an_image_is_known_by_the_number_of_what_it_shows_wherever_it_stands(product):
+    data = images(product, layout=Pairs(), held_out_fraction=0.25)
+    number = {
+        sample.thing: int(thing) for sample, thing in zip(data.normal_set.samples, data.normal_set.things, strict=True)
+    }
+    assert sorted(number.values()) == list(range(6))
+    for part in (data.train_set, data.held_out_set):
+        assert [part[place].thing for place in range(len(part))] == [number[sample.thing] for sample in part.samples]
+    assert {int(one) for one in data.test_set.things} == {-1}
 
 
 class OneThing(MVTecAD):
@@ -45,10 +58,10 @@ class Pairs(MVTecAD):
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.01, 2), (0.25, 4), (0.99, 10)])
-def test_calibration_takes_whole_groups_and_leaves_one_to_train_on(product, fraction, expected):
-    data = images(product, layout=Pairs(), calibration_fraction=fraction)
-    groups = [{sample.group for sample in one.samples} for one in (data.train_set, data.calibration_set)]
-    assert len(data.calibration_set) == expected
+def test_whole_groups_are_held_out_and_one_is_left_to_train_on(product, fraction, expected):
+    data = images(product, layout=Pairs(), held_out_fraction=fraction)
+    groups = [{sample.group for sample in one.samples} for one in (data.train_set, data.held_out_set)]
+    assert len(data.held_out_set) == expected
     assert not set.intersection(*groups)
 
 
@@ -58,7 +71,7 @@ def test_images_of_one_thing_alone_are_refused(product):
 
 
 def test_the_split_is_a_function_of_the_seed(product):
-    chosen = [paths(images(product, calibration_fraction=0.25, seed=seed).calibration_set) for seed in (0, 0, 1)]
+    chosen = [paths(images(product, held_out_fraction=0.25, seed=seed).held_out_set) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
 
 
@@ -85,7 +98,7 @@ def test_painted_defects_are_the_same_for_any_number_of_workers_and_are_marked(p
     assert torch.cat([batch.label for batch in batches[0]]).tolist() == [0, 1] * len(normal)
 
 
-def test_validation_costs_the_same_for_any_number_of_calibration_images(product):
+def test_validation_costs_the_same_for_any_number_of_images_held_out(product):
     samples = images(product).train_set.samples
     sizes = [len(SyntheticDefects(ImageDataset(n * samples, (96, 96), True, (96, 96)), seed=0)) for n in (1, 3, 30)]
     assert sizes == [22, 40, 40]
@@ -109,9 +122,9 @@ def test_defects_without_a_mask_are_noted_once_and_marked(product, tmp_path, cap
 def test_fewer_images_than_processes_are_refused(product):
     data = images(product)
     data.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False)
-    assert len(data.calibration_set) == 1
+    assert len(data.held_out_set) == 1
     with pytest.raises(PatchadError, match=r"1 images cannot be shared by 2 processes; give --trainer\.devices 1"):
-        data.calibration_dataloader()
+        data.held_out_dataloader()
 
 
 def test_a_folder_without_test_images_points_to_predict(product, tmp_path):
@@ -123,7 +136,7 @@ def test_a_folder_without_test_images_points_to_predict(product, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"calibration_fraction": 0.0}, "calibration_fraction 0.0"),
+        ({"held_out_fraction": 0.0}, "held_out_fraction 0.0"),
         ({"batch_size": 0}, "at least 1"),
         ({"brightness": 0.0}, r"brightness 0\.0 must lie above 0"),
         ({"brightness": 102.0}, r"brightness 102\.0 must lie above 0 and be at most 1"),
@@ -137,7 +150,7 @@ def test_arguments_that_make_no_sense_are_refused(settings, message, product):
 def test_whatever_reads_images_brings_them_to_the_brightness(product):
     data = images(product, brightness=0.3, shift=0)
     assert data.view_settings != images(product).view_settings
-    read = [*next(iter(data.memory_dataloader())).image, *next(iter(data.test_dataloader())).image]
+    read = [*next(iter(data.normal_dataloader())).image, *next(iter(data.test_dataloader())).image]
     read += [*next(iter(data.train_dataloader())).image.flatten(0, 1), data.pyramids.view(0, 0)]
     for image in read:
         assert image.mean() == pytest.approx(0.3)
@@ -234,7 +247,7 @@ def test_a_list_that_holds_each_file_several_times_is_split_as_the_list_once(pro
     for times in (1, 4):
         data = PyramidDataModule(product, layout=Repeated(times))
         data.setup("fit")
-        counts.append((len(data.train_set), len(data.calibration_set)))
+        counts.append((len(data.train_set), len(data.held_out_set)))
     assert counts[1] == (4 * counts[0][0], 4 * counts[0][1])
 
 

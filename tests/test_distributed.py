@@ -17,7 +17,7 @@ OPTIONS = [
     "--data.metric_size=[96,96]",
     "--data.num_workers=0",
     "--data.batch_size=3",
-    "--data.calibration_fraction=0.25",
+    "--data.held_out_fraction=0.25",
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 ]
@@ -57,7 +57,7 @@ def test_two_processes_give_the_bank_and_the_auroc_of_one(tmp_path):
     for side in (64, 32, 16):
         assert torch.equal(one[f"banks.{side}.keys"], two[f"banks.{side}.keys"])
         torch.testing.assert_close(one[f"banks.{side}.vectors"], two[f"banks.{side}.vectors"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(one["scorer.threshold"], two["scorer.threshold"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(one["scorer.normals"], two["scorer.normals"], rtol=1e-5, atol=0)
     assert "test/detection_auroc" in metrics and metrics_of_two == pytest.approx(metrics, abs=1e-6)
     assert [row["path"] for row in rows] == [row["path"] for row in rows_of_two] and len(rows) == 11
 
@@ -75,7 +75,7 @@ from patchad.models import EfficientNetLite0, FeatureCache
 root, devices = sys.argv[1:]
 seed_everything(0)
 data = PyramidDataModule(root, image_size=(96, 96), batch_size=2, num_workers=0, pyramids_per_image=16,
-                         calibration_fraction=0.2)
+                         held_out_fraction=0.2)
 model = PatchDetector(EfficientNetLite0(), clusters=8, warmup=0.3, cache=FeatureCache("features"), max_vectors=200)
 trainer = Trainer(accelerator="cpu", devices=int(devices), strategy="ddp" if devices == "2" else "auto", max_epochs=3,
                   limit_val_batches=0, logger=False, enable_progress_bar=False, enable_checkpointing=False)

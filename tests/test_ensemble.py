@@ -77,11 +77,13 @@ def test_a_checkpoint_holds_its_members_whole(members, fitted, here, capsys):  #
 
 
 @torch.inference_mode()
-def test_the_threshold_is_that_of_the_calibration_normals(fitted, product):
+def test_the_threshold_is_that_of_the_normals_each_compared_with_the_others(fitted, product):
     alone = Ensemble.load_from_checkpoint(fitted, weights_only=True).eval()
     data = PyramidDataModule.load_from_checkpoint(fitted, weights_only=True)
     data.setup("fit")
-    scores = torch.cat([alone(batch.image, batch.content).score for batch in data.calibration_dataloader()])
+    batches = list(data.normal_dataloader())
+    scores = torch.cat([alone(batch.image, batch.content, batch.thing).score for batch in batches])
+    assert (scores > torch.cat([alone(batch.image, batch.content).score for batch in batches])).all()
     again = Scorer().prepare((0, 1))
     again.set_threshold(scores)
     assert float(again.threshold) == pytest.approx(float(alone.scorer.threshold))

@@ -59,7 +59,7 @@ def detector(backbone=EfficientNetLite0, size=(96, 96), **arguments) -> PatchDet
         for side, embeddings in made.embed(images, content).items():
             made.bank(side).add(embeddings, made.counted(content, embeddings, side), torch.arange(3))
             made.bank(side).finish()
-        made.calibrate_on(made.distances(torch.rand(2, 3, *size), content[:2]))
+        made.calibrate_on(made.distances(torch.rand(2, 3, *size), content[:2]), torch.tensor([True, True]))
     return made
 
 
@@ -271,7 +271,7 @@ def test_verify_tells_a_file_of_another_checkpoint(fitted, here, capsys):  # noq
 
 def test_verify_tells_a_file_of_another_threshold(fitted, here, capsys):  # noqa: F811
     checkpoint = torch.load(fitted / CHECKPOINTS[0], weights_only=True)
-    checkpoint["state_dict"]["scorer.threshold"] *= 2
+    checkpoint["state_dict"]["scorer.normals"] *= 2
     torch.save(checkpoint, here / "other.ckpt")
     with pytest.raises(SystemExit):
         main(["verify", str(fitted / "model.patchad"), "--ckpt_path=other.ckpt", "--images=1"])

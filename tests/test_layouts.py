@@ -192,6 +192,6 @@ def test_by_tile_no_tile_is_on_both_sides(shared):
     data = PyramidDataModule(root, layout=MagneticTile("by_tile"))
     data.setup("fit")
     trained, calibrated = (
-        {tile_of[sample.path] for sample in one.samples} for one in (data.train_set, data.calibration_set)
+        {tile_of[sample.path] for sample in one.samples} for one in (data.train_set, data.held_out_set)
     )
     assert not trained & calibrated

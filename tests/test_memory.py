@@ -248,3 +248,28 @@ def test_a_bank_without_patches_has_no_levels():
 def test_a_negative_baseline_is_refused():
     with pytest.raises(PatchadError, match=r"baseline -0\.5 must not be negative"):
         MemoryBank(side=16, baseline=-0.5)
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.8])
+def test_patches_are_compared_with_other_things_alone_where_the_image_is_of_one_in_the_bank(baseline):
+    random = torch.Generator().manual_seed(0)
+    things, bank = torch.tensor([0, 0, 1, 2]), MemoryBank(16, None, baseline=baseline)
+    for number in range(4):
+        bank.add(
+            torch.rand(1, 6, 3, 3, generator=random), torch.ones(1, 3, 3, dtype=torch.bool), torch.tensor([number])
+        )
+    bank.finish(things)
+    queries, own = torch.rand(3, 5, 6, generator=random), torch.tensor([0, -1, 2])
+    squared = torch.cdist(queries.double(), bank.vectors.double()).square() - baseline * bank.levels.double().square()
+    other = things[bank.keys[:, 0]] != own[:, None]
+    expected = squared.masked_fill(~other[:, None], torch.inf).amin(2).clamp(min=0).sqrt()
+    torch.testing.assert_close(bank.distances(queries, own=own).double(), expected, rtol=1e-4, atol=1e-5)
+    assert (bank.distances(queries) <= bank.distances(queries, own=own) + 1e-6).all()
+
+
+def test_a_bank_of_one_image_compares_it_with_nothing():
+    bank = MemoryBank(16, None)
+    bank.add(torch.rand(1, 6, 3, 3), torch.ones(1, 3, 3, dtype=torch.bool), torch.tensor([0]))
+    bank.finish()
+    with pytest.raises(PatchadError, match="patches of one image alone"):
+        bank.distances(torch.rand(1, 5, 6), own=torch.tensor([0]))

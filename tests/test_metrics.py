@@ -49,6 +49,7 @@ def evaluation(count: int = 13) -> tuple[Prediction, ImageBatch, dict]:
         content=torch.full((count, 2), 24),
         size=torch.full((count, 2), 24),
         number=torch.arange(count),
+        thing=torch.full((count,), -1),
         label=truth.long(),
         mask=mask,
         has_mask=torch.ones(count, dtype=torch.bool),

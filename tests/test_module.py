@@ -242,7 +242,8 @@ def test_validation_gives_aurocs_of_labelled_images_alone(validate_on, product, 
     found = {name for name in run.callback_metrics if name.startswith("val/")}
     expected = {"val/detection_auroc", "val/segmentation_auroc", "val/detection_auroc_side_16"}
     assert found >= expected if validate_on != "none" else not found
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["scorer.threshold"].isfinite()
+    normals = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["scorer.normals"]
+    assert len(normals) == 12 and normals.isfinite().all()
 
 
 def test_validating_a_checkpoint_changes_none_of_its_buffers(fitted, product, tmp_path):
@@ -252,20 +253,66 @@ def test_validating_a_checkpoint_changes_none_of_its_buffers(fitted, product, tm
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if name in before)
 
 
-def test_calibration_images_score_as_in_calibration(fitted, product, tmp_path):
-    """The threshold is one of the calibration scores, and each side's mean distance there is its scale."""
+def test_normal_images_score_as_in_calibration(fitted, product, tmp_path):
+    """The threshold is one of their scores, and each side's mean distance is its scale, each without its own image."""
     model, data = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval(), images(product)
     data.setup("fit")
-    batch = next(iter(data.calibration_dataloader()))
-    prediction = model(batch.image, batch.content)
-    assert prediction.score.max().item() == pytest.approx(model.scorer.threshold.item(), rel=1e-5)
-    distances = model.distances(batch.image, batch.content)
+    batches = list(data.normal_dataloader())
+    with torch.inference_mode():
+        scores = torch.cat([model(batch.image, batch.content, batch.thing).score for batch in batches])
+        found = [model.distances(batch.image, batch.content, batch.thing).sides for batch in batches]
+    torch.testing.assert_close(scores, model.scorer.normals)
+    assert scores.max().item() == pytest.approx(model.scorer.threshold.item(), rel=1e-5)
     for number, side in enumerate(model.encoder.sides):
-        assert distances.sides[side].mean().item() == pytest.approx(model.scorer.scale[number].item(), rel=1e-4)
+        mean = torch.cat([one[side] for one in found]).mean().item()
+        assert mean == pytest.approx(model.scorer.scale[number].item(), rel=1e-4)
+
+
+@torch.inference_mode()
+def test_an_image_of_the_bank_is_compared_with_it_as_if_it_had_never_been_in_it(product):
+    model, data = detector(max_vectors=None, baseline=0.0).eval(), images(product)
+    data.setup("fit")
+    batches = [torch.utils.data.default_collate([data.normal_set[number]]) for number in range(5)]
+    embedded = [(batch, model.embed(batch.image, batch.content)) for batch in batches]
+    things = data.normal_set.things
+    model.remember(embedded, things)
+    without = [model.distances(batch.image, batch.content, batch.thing).sides for batch in batches]
+    for number, batch in enumerate(batches):
+        model.remember([one for place, one in enumerate(embedded) if place != number], things)
+        alone = model.distances(batch.image, batch.content).sides
+        for side, values in alone.items():
+            torch.testing.assert_close(without[number][side], values, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_images_that_were_learned_from_are_raised_to_those_of_the_others():
+    model = detector(scorer=Scorer(target_fpr=0.3))
+    scores, unseen = torch.tensor([2.0, 4.0, 6.0, 5.0, 8.0, 11.0]), torch.tensor([False] * 3 + [True] * 3)
+    model.set_threshold(scores, unseen)
+    torch.testing.assert_close(model.scorer.normals, torch.tensor([4.0, 8.0, 12.0, 5.0, 8.0, 11.0]))
+    model.set_threshold(scores.flip(0), unseen)  # those that were learned from are never lowered
+    assert torch.equal(model.scorer.normals, scores.flip(0))
+    model.set_threshold(scores, torch.ones(6, dtype=torch.bool))
+    assert torch.equal(model.scorer.normals, scores)
+
+
+def test_too_few_normal_images_for_the_rate_are_told_in_fit_test_and_predict(product, tmp_path, caplog):
+    told = "12 normal images cannot promise a false-positive rate of 0.05, only 0.0769: that takes 19 of them"
+    model, data = detector(), images(product)
+    with caplog.at_level("INFO"):
+        for verb in ("fit", "test", "predict"):
+            caplog.clear()
+            getattr(trainer(tmp_path), verb)(model, datamodule=data)
+            assert told in caplog.text, verb
+
+
+def test_another_rate_is_set_at_a_test_without_a_fit(fitted, product, tmp_path):
+    model = detector(scorer=Scorer(target_fpr=0.5))
+    trainer(tmp_path).test(model, images(product), ckpt_path=fitted, weights_only=True, verbose=False)
+    assert float(model.scorer.threshold) == model.scorer.normals.sort().values[6]  # ceil(13 * 0.5) = 7th of 12
 
 
 @pytest.mark.parametrize(
-    "changed", [{"scoring_strides": {16: 4}}, {"baseline": 0.5}, {"scorer": Scorer(target_fpr=0.5)}]
+    "changed", [{"scoring_strides": {16: 4}}, {"baseline": 0.5}, {"scorer": Scorer(image_score="max")}]
 )
 def test_other_settings_than_the_thresholds_are_told(changed, fitted):
     checkpoint = torch.load(fitted, weights_only=True)
@@ -312,11 +359,11 @@ class Learned(Callback):
         pl_module.began = True
 
 
-def test_a_calibration_image_that_cannot_be_read_ends_a_fit_before_it_learns(product, tmp_path):
+def test_an_image_held_out_that_cannot_be_read_ends_a_fit_before_it_learns(product, tmp_path):
     shutil.copytree(product, tmp_path / "product")
     data, model = images(tmp_path / "product"), detector()
     data.setup("fit")
-    data.calibration_set.samples[0].path.write_bytes(b"no image")
+    data.held_out_set.samples[0].path.write_bytes(b"no image")
     with pytest.raises(PatchadError, match="cannot read image"):
         trainer(tmp_path, Learned()).fit(model, data)
     assert not hasattr(model, "began")
@@ -325,10 +372,11 @@ def test_a_calibration_image_that_cannot_be_read_ends_a_fit_before_it_learns(pro
 def test_a_fit_at_reduced_precision_remembers_and_calibrates_at_the_precision_of_a_test(product, tmp_path):
     model, data = detector(max_vectors=None), images(product)
     trainer(tmp_path, precision="bf16-mixed").fit(model, data)
-    batch = next(iter(data.calibration_dataloader()))
-    remembered = next(iter(data.memory_dataloader()))
+    batches = list(data.normal_dataloader())
+    remembered = batches[0]
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        assert model.eval()(batch.image, batch.content).score.max() == pytest.approx(float(model.scorer.threshold))
+        scores = torch.cat([model.eval()(batch.image, batch.content, batch.thing).score for batch in batches])
+        assert scores.max() == pytest.approx(float(model.scorer.threshold))
         for number, side in enumerate(model.encoder.sides):
             found = model.distances(remembered.image, remembered.content).sides[side]
             assert found.max() < 0.02 * model.scorer.scale[number]
@@ -371,7 +419,7 @@ def test_every_pixel_of_an_image_of_any_size_is_scored(size, fitted):
 def test_images_that_lie_in_the_bank_have_no_distance(product, tmp_path):
     model, data = detector(max_vectors=None), images(product)
     trainer(tmp_path).fit(model, data)
-    batch = next(iter(data.memory_dataloader()))
+    batch = next(iter(data.normal_dataloader()))
     for side, values in model.eval().distances(batch.image, batch.content).sides.items():
         assert values.max() < 0.02 * model.scorer.scale[model.encoder.sides.index(side)]
 

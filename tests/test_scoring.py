@@ -3,8 +3,9 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from patchad.conformal import conformal_threshold, images_needed, p_values
 from patchad.errors import PatchadError
-from patchad.scoring import Scorer, SplitScorer, bell, conformal_threshold
+from patchad.scoring import Scorer, SplitScorer, bell
 
 FULL = torch.tensor([[8, 8], [8, 8]])
 
@@ -96,26 +97,53 @@ def test_top_fraction_is_the_mean_of_the_highest_pixels_of_each_content(fraction
 
 @pytest.mark.parametrize(("count", "target", "rank"), [(99, 0.05, 95), (99, 0.01, 99), (19, 0.1, 18), (200, 0.01, 199)])
 def test_the_threshold_is_the_conformal_order_statistic(count, target, rank):
-    scores = torch.arange(1.0, count + 1)[torch.randperm(count)]
+    scores = np.random.default_rng(0).permutation(np.arange(1.0, count + 1))
     threshold, rate = conformal_threshold(scores, target)
     assert threshold == rank
     assert rate <= target + 1e-9
 
 
 def test_with_too_few_images_the_threshold_is_their_maximum_and_the_rate_is_what_they_reach():
-    assert conformal_threshold(torch.tensor([3.0, 1.0, 2.0]), 0.01) == (3.0, 0.25)
+    assert conformal_threshold(np.array([3.0, 1.0, 2.0]), 0.01) == (3.0, 0.25)
 
 
 def test_new_normal_images_exceed_the_threshold_no_more_often_than_promised():
-    random = torch.Generator().manual_seed(0)
-    scores = torch.rand(4000, 50, generator=random)
+    scores = np.random.default_rng(0).random((4000, 50))
     exceeded = [float(row[49] > conformal_threshold(row[:49], 0.1)[0]) for row in scores]
     assert np.mean(exceeded) < 0.1 + 3 * (0.1 * 0.9 / 4000) ** 0.5
 
 
-def test_no_calibration_image_is_an_error_with_a_way_out():
-    with pytest.raises(PatchadError, match="calibration_fraction"):
-        conformal_threshold(torch.empty(0), 0.01)
+def test_no_normal_image_is_an_error_with_a_way_out():
+    with pytest.raises(PatchadError, match="give training images"):
+        conformal_threshold(np.empty(0), 0.01)
+
+
+@pytest.mark.parametrize("target", [0.4, 0.05, 0.03, 0.01])
+def test_the_images_needed_are_the_fewest_that_keep_the_promise(target):
+    needed = images_needed(target)
+    assert conformal_threshold(np.arange(float(needed)), target)[1] <= target + 1e-9
+    assert conformal_threshold(np.arange(float(needed - 1)), target)[1] > target
+
+
+def test_p_values_are_the_share_of_normals_that_score_as_high_and_agree_with_the_verdict():
+    generator = np.random.default_rng(0)
+    normals, scores = generator.integers(0, 30, 50).astype(np.float32), np.arange(31, dtype=np.float32)
+    expected = [(1 + sum(normal >= score for normal in normals)) / 51 for score in scores]
+    np.testing.assert_allclose(p_values(scores, normals), expected)
+    scorer = Scorer(target_fpr=0.1).prepare((16,))
+    promised = scorer.set_threshold(torch.from_numpy(normals))
+    anomalous = torch.from_numpy(scores) > scorer.threshold
+    assert torch.equal(scorer.p_value(torch.from_numpy(scores)) <= promised + 1e-6, anomalous)
+    assert anomalous.any() and not anomalous.all()
+
+
+def test_another_rate_sets_another_threshold_from_the_scores_that_are_kept():
+    fitted = Scorer(target_fpr=0.05).prepare((16,))
+    fitted.set_threshold(torch.arange(100.0))
+    loaded = Scorer(target_fpr=0.2).prepare((16,))
+    loaded.load_state_dict(fitted.state_dict())
+    assert float(loaded.threshold) == conformal_threshold(np.arange(100.0), 0.2)[0] == 80
+    assert float(fitted.threshold) == 95
 
 
 @pytest.mark.parametrize("wrong", [{"top_fraction": 0.0}, {"target_fpr": 1.5}, {"smoothing": -1.0}])

@@ -1,9 +1,9 @@
 """Samples -> batches: which images train, calibrate, validate and test, and how they reach the model."""
 
-import functools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -51,6 +51,7 @@ class ImageDataset(Dataset[ImageBatch]):
         keep_aspect: pad instead of distorting.
         metric_size: height x width of masks.
         brightness: mean to which the pixels of each image are scaled; None leaves them.
+        numbers: of what images show; what is not among them gets -1.
     """
 
     def __init__(
@@ -60,16 +61,12 @@ class ImageDataset(Dataset[ImageBatch]):
         keep_aspect: bool,
         metric_size: Size,
         brightness: float | None = None,
+        numbers: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.samples, self.image_size, self.keep_aspect = list(samples), image_size, keep_aspect
         self.metric_size, self.brightness = metric_size, brightness
-
-    @functools.cached_property
-    def things(self) -> Int[torch.Tensor, " images"]:
+        self.things: Int[torch.Tensor, " images"] = torch.tensor([numbers.get(one.thing, -1) for one in self.samples])
         """The number of what each image shows."""
-        shown = [one.thing for one in self.samples]
-        numbers = {thing: number for number, thing in enumerate(dict.fromkeys(shown))}
-        return torch.tensor([numbers[thing] for thing in shown])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -87,6 +84,7 @@ class ImageDataset(Dataset[ImageBatch]):
             content=torch.tensor(content),
             size=torch.tensor(size),
             number=torch.tensor(index),
+            thing=self.things[index],
             label=torch.tensor({NORMAL: 0, UNKNOWN: -1}.get(sample.defect, 1)),
             mask=mask,
             has_mask=torch.tensor(sample.mask is not None or sample.defect == NORMAL),
@@ -260,8 +258,9 @@ class PyramidDataModule(Configurable, LightningDataModule):
     """Images of one product: normal ones to learn from, others to test.
 
     Training batches hold two views of each image and pyramids of patches of 64, 32 and 16 pixels in them; the detector
-    says which sides it wants, and on which grids (`PyramidPlan`). The training images of the layout are split, seeded,
-    into training and calibration; scales and threshold come from the calibration normals, nothing is chosen on test.
+    says which sides it wants, and on which grids (`PyramidPlan`). All training images of the layout fill the bank, and
+    all set the threshold, each compared with the others. A seeded share of them is not learned from: it shows by how
+    much scores of learned images flatter, and validation paints defects on it. Nothing is chosen on test.
 
     Args:
         root: the folder of images.
@@ -277,9 +276,10 @@ class PyramidDataModule(Configurable, LightningDataModule):
         colour_deviation: of what is added to each channel of a view, of [0, 1]; 0.02 in the paper.
         noise_deviation: of what is added to each pixel of a view, of [0, 1]; 0.02 in the paper.
         num_workers: processes that decode images.
-        calibration_fraction: share of the training normals kept for calibration (at least one image).
-        validate_on: `synthetic_defects` paints defects on 20 calibration normals; `test` watches the test images (for
-            watching only); `none` leaves validations out, and the pictures and checkpoints that come with them.
+        held_out_fraction: share of the training normals that encoders do not learn from (at least one image).
+        validate_on: `synthetic_defects` paints defects on 20 images that are not learned from; `test` watches the test
+            images (for watching only); `none` leaves validations out, and the pictures and checkpoints that come with
+            them.
         seed: of the split, of shuffling and of painted defects.
 
     Raises:
@@ -303,15 +303,15 @@ class PyramidDataModule(Configurable, LightningDataModule):
         colour_deviation: float = 0.0,
         noise_deviation: float = 0.0,
         num_workers: int = 2,
-        calibration_fraction: float = 0.1,
+        held_out_fraction: float = 0.1,
         validate_on: Literal["synthetic_defects", "test", "none"] = "synthetic_defects",
         seed: int = 0,
     ) -> None:
         super().__init__()
         if root is None:
             raise PatchadError("no images: give --data.root FOLDER, or try --config quickstart")
-        if not 0 < calibration_fraction < 1:
-            raise PatchadError(f"calibration_fraction {calibration_fraction} must lie between 0 and 1")
+        if not 0 < held_out_fraction < 1:
+            raise PatchadError(f"held_out_fraction {held_out_fraction} must lie between 0 and 1")
         if min(*image_size, *metric_size, batch_size, pyramids_per_image) < 1:
             raise PatchadError("image_size, metric_size, batch_size and pyramids_per_image must be at least 1")
         if brightness is not None and not 0 < brightness <= 1:
@@ -325,7 +325,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size
         self.brightness = brightness
         self.batch_size, self.pyramids_per_image, self.num_workers = batch_size, pyramids_per_image, num_workers
-        self.calibration_fraction, self.validate_on, self.seed = calibration_fraction, validate_on, seed
+        self.held_out_fraction, self.validate_on, self.seed = held_out_fraction, validate_on, seed
         self.save_hyperparameters(hyperparameters(self), logger=False)  # the whole config is logged; both have a seed
 
     def prepare_data(self) -> None:
@@ -345,11 +345,16 @@ class PyramidDataModule(Configurable, LightningDataModule):
         self.note_missing_masks(test)
         if stage == "test":
             return
-        training, calibration = self._split([sample for sample in samples if sample.split == "train"])
-        self.train_set, self.calibration_set = self._dataset(training), self._dataset(calibration)
+        normals = [sample for sample in samples if sample.split == "train"]
+        numbers = {thing: number for number, thing in enumerate(dict.fromkeys(one.thing for one in normals))}
+        training, held_out = self._split(normals)
+        self.normal_set, self.train_set, self.held_out_set = (
+            self._dataset(part, numbers) for part in (normals, training, held_out)
+        )
+        self.held_out = torch.tensor([sample in held_out for sample in normals])
         if self.validate_on == "synthetic_defects":
             self._check_room_for_defects()
-        rank_zero_info(f"{len(training)} images to learn from, {len(calibration)} to calibrate on, {len(test)} to test")
+        rank_zero_info(f"{len(normals)} normal images, {len(held_out)} of them not to learn from, {len(test)} to test")
 
     def _samples(self, predicting: bool) -> list[Sample]:
         """All of them; images to predict are the user's and need no layout."""
@@ -360,8 +365,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
             rank_zero_info(f"{self.root} is read as {type(self.layout).__name__}")
         return [printable(sample) for sample in self.layout.samples(self.root)]
 
-    def _dataset(self, samples: Sequence[Sample]) -> ImageDataset:
-        return ImageDataset(samples, self.image_size, self.keep_aspect, self.metric_size, self.brightness)
+    def _dataset(self, samples: Sequence[Sample], numbers: Mapping[str, int] = MappingProxyType({})) -> ImageDataset:
+        return ImageDataset(samples, self.image_size, self.keep_aspect, self.metric_size, self.brightness, numbers)
 
     def _split(self, normals: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         groups: dict[Any, list[Sample]] = {}
@@ -372,20 +377,20 @@ class PyramidDataModule(Configurable, LightningDataModule):
         if len(groups) < 2:
             raise PatchadError(
                 f"{self.root} has {len(normals)} training images in {len(groups)} groups of the same thing; at least "
-                "2 groups are needed, one of them for calibration"
+                "2 groups are needed, one to compare the other with"
             )
         order, candidates = np.random.default_rng(self.seed).permutation(len(groups)), list(groups.values())
         files = {sample.path for sample in normals}  # a list may hold a file more than once
-        count = max(1, round(self.calibration_fraction * len(files)))
-        calibration: set[Path] = set()
+        count = max(1, round(self.held_out_fraction * len(files)))
+        held_out: set[Path] = set()
         for number in order[:-1]:  # one group at least is left to train on
-            if len(calibration) < count:
-                calibration.update(sample.path for sample in candidates[number])
-        training = [sample for sample in normals if sample.path not in calibration]
-        return training, [sample for sample in normals if sample.path in calibration]
+            if len(held_out) < count:
+                held_out.update(sample.path for sample in candidates[number])
+        training = [sample for sample in normals if sample.path not in held_out]
+        return training, [sample for sample in normals if sample.path in held_out]
 
     def _check_room_for_defects(self) -> None:
-        for sample in self.calibration_set.samples[: SyntheticDefects.most]:
+        for sample in self.held_out_set.samples[: SyntheticDefects.most]:
             height, width = content_size(native_size(sample.path), self.image_size, self.keep_aspect)
             if min(height, width) < SMALLEST:
                 raise PatchadError(
@@ -456,18 +461,18 @@ class PyramidDataModule(Configurable, LightningDataModule):
         mine = ViewDataset(self.pyramids, pairs[rank::world])  # where few are missing, none for some processes
         return self._loader(mine, SequentialSampler(mine))
 
-    def memory_dataloader(self) -> DataLoader:
-        """Training normals, each once, as the memory bank reads them."""
-        return self._each_once(self.train_set)
+    def normal_dataloader(self) -> DataLoader:
+        """All training normals, each once, as the bank and the threshold need them."""
+        return self._each_once(self.normal_set)
 
-    def calibration_dataloader(self) -> DataLoader:
-        """Calibration normals, each once."""
-        return self._each_once(self.calibration_set)
+    def held_out_dataloader(self) -> DataLoader:
+        """The normals that are not learned from, each once."""
+        return self._each_once(self.held_out_set)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Labelled images, each once; no loader if `validate_on` is `none`, or is `test` where there are none."""
         labelled: dict[str, ImageDataset | SyntheticDefects] = {
-            "synthetic_defects": SyntheticDefects(self.calibration_set, self.seed),
+            "synthetic_defects": SyntheticDefects(self.held_out_set, self.seed),
             "test": self.test_set,
         }
         dataset = labelled.get(self.validate_on)

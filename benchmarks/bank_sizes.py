@@ -42,7 +42,7 @@ def main(
         sizes: most vectors per side.
         reductions: how they are chosen.
         everything: also keep all vectors.
-        exactly: search all vectors exactly, not as a bank of that size is searched otherwise.
+        exactly: compare with all vectors of each bank, also of one that is searched in lists otherwise.
         metric_size: height x width of the masks in pixels; by default as fitted.
         baseline: of the banks; by default as fitted.
     """
@@ -55,16 +55,14 @@ def main(
     level = detector.bank(detector.encoder.sides[0]).baseline if baseline is None else baseline
     print("| vectors per side | chosen by | detection / segmentation | filling | test without embedding |")
     print("|---|---|---|---|---|")
-    banks: list[tuple[int | None, Reduction, int | None]] = []
-    if everything:
-        banks.append((None, "random", None if exactly else MemoryBank.exact_most))
+    banks: list[tuple[int | None, Reduction]] = [(None, "random")] if everything else []
     for size in sorted(sizes, reverse=True):
-        banks.extend((size, reduction, MemoryBank.exact_most) for reduction in reductions)
-    for size, reduction, exact_most in banks:
+        banks.extend((size, reduction) for reduction in reductions)
+    for size, reduction in banks:
         start = time.perf_counter()
         for side in detector.encoder.sides:
             detector.banks[str(side)] = MemoryBank(side, size, reduction, detector.bank(side).seed, level)
-        fill(detector, normals, data.normal_set.things, exact_most)
+        fill(detector, normals, data.normal_set.things, exactly)
         filled = time.perf_counter()
         calibrate(detector, normals, data)
         calibrated = time.perf_counter()
@@ -72,8 +70,8 @@ def main(
         seconds = f"{filled - start:.1f} s | {time.perf_counter() - calibrated:.1f} s"
         aurocs = " / ".join(f"{100 * found[f'{kind}_auroc']:.2f}" for kind in ("detection", "segmentation"))
         kept = ", ".join(str(len(detector.bank(side))) for side in detector.encoder.sides)
-        name = reduction if size else "all" if exact_most else "all, searched exactly"
-        print(f"| {kept} | {name} | {aurocs} | {seconds} |", flush=True)
+        name = reduction if size else "all"
+        print(f"| {kept} | {name}{', searched exactly' if exactly else ''} | {aurocs} | {seconds} |", flush=True)
 
 
 def embed(detector: PatchDetector, batches: Iterable[ImageBatch]) -> Embedded:
@@ -81,12 +79,12 @@ def embed(detector: PatchDetector, batches: Iterable[ImageBatch]) -> Embedded:
     return [(batch._replace(image=torch.empty(0)), detector.embed(batch.image, batch.content)) for batch in batches]
 
 
-def fill(detector: PatchDetector, normals: Embedded, things: Tensor, exact_most: int | None) -> None:
-    """Fills the banks; without `exact_most`, their search is exact."""
+def fill(detector: PatchDetector, normals: Embedded, things: Tensor, exactly: bool) -> None:
+    """Fills the banks."""
     detector.remember(normals, things)
-    for side in detector.encoder.sides:
+    for side in detector.encoder.sides if exactly else ():
         bank = detector.bank(side)
-        bank.exact_most = exact_most or len(bank)
+        bank.lists = bank.lists[:0]
 
 
 def calibrate(detector: PatchDetector, normals: Embedded, data: PyramidDataModule) -> None:

@@ -62,8 +62,6 @@ class DetectorTrainer(Trainer):
         if images < 1:
             raise PatchadError(f"--images {images} shows nothing; give at least 1")
         detector, runtime = restored(model, datamodule, ckpt_path), load(exported)
-        for bank in detector.memory_banks.values():  # the file compares with every vector, however many there are
-            bank.exact_most = len(bank)
         datamodule.setup("predict")
         batches = spread(datamodule.predict_set, images)
         print("| image | score | map | verdict |\n|---|---|---|---|")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from patchad.clustering import kmeans
 from patchad.errors import PatchadError
+from patchad.lists import Lists, as_lists, divide, nearest_in_lists
 from patchad.nearest import faiss, nearest_by_product, search, search_index
 
 Reduction = Literal["random", "kcenter", "kmeans"]
@@ -51,14 +52,17 @@ class MemoryBank(nn.Module):
         things: number of what the image of each vector shows, int64 `[vectors]`.
         levels: how far normal patches of things that the bank does not know are to be expected from each vector,
             float32 `[vectors]`; see `local_levels`. 0 without a baseline.
+        lists: numbers of the vectors that lie together, int64 `[lists, length]`; see `divide`. Empty in a bank that is
+            searched whole.
     """
 
-    exact_most = 100_000
-    """Vectors up to which the search is exact; a larger bank is searched as `search_index` says."""
+    exact_most = 10_000
+    """Vectors up to which a bank is searched whole when it is filled; see `nearest_in_lists` for a larger one."""
     vectors: Tensor
     keys: Tensor
     things: Tensor
     levels: Tensor
+    lists: Tensor
 
     def __init__(
         self,
@@ -82,8 +86,14 @@ class MemoryBank(nn.Module):
         self.register_buffer("keys", torch.empty(0, 2, dtype=torch.int64))
         self.register_buffer("things", torch.empty(0, dtype=torch.int64))
         self.register_buffer("levels", torch.empty(0))
+        self.register_buffer("lists", torch.empty(0, 0, dtype=torch.int64))
         self._draws = np.empty(0)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What searches prepared is of other vectors."""
         self._index: faiss.Index | None = None
+        self._prepared: dict[tuple[int, torch.device], Lists] = {}
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -130,8 +140,9 @@ class MemoryBank(nn.Module):
         self._set(keys, vectors)
 
     def _set(self, keys: Tensor, vectors: Tensor) -> None:
-        self.keys, self.things, self.vectors, self._index = keys, keys[:, 0], vectors, None
-        self.levels = torch.zeros(len(vectors), device=vectors.device)
+        self.keys, self.things, self.vectors = keys, keys[:, 0], vectors
+        self.levels, self.lists = torch.zeros(len(vectors), device=vectors.device), keys[:0, :0]
+        self._forget()
 
     def finish(self, things: Int[Tensor, " images"] | None = None, progress: bool = False) -> None:
         """Merges the banks of all processes, sorts by key and reduces: every process then holds the same bank.
@@ -159,6 +170,8 @@ class MemoryBank(nn.Module):
             self.things, shown_by_patches = things[self.keys[:, 0]], things[shown_by_patches]
         if self.baseline and len(self):
             self.levels = local_levels(self.vectors, self.things, candidates[few], shown_by_patches, self.exact_most)
+        if len(self) > self.exact_most:
+            self.lists = divide(self.vectors, self.seed)
 
     def _reduce_to(self, count: int, progress: bool) -> None:
         if self.reduce == "kcenter":
@@ -175,15 +188,18 @@ class MemoryBank(nn.Module):
     ) -> Float[Tensor, "*places"]:
         """Distance between each query and the nearest vector of the bank, over the baseline, in one search.
 
+        Above `exact_most` vectors it is that to a vector nearly as near; see `nearest_in_lists`.
+
         It is the root of the smallest `|query - vector|^2 - baseline level^2`, and 0 below: the power distance
         (Aurenhammer, Power diagrams, SIAM Journal on Computing, 1987), which does not jump where two vectors of
         different level are equally near. What makes a patch a defect, if it is independent of how normal patches
         vary, adds its square to theirs. Without a baseline it is the Euclidean distance.
 
         Args:
-            queries: embeddings; exported files take them as `[images, patches, dim]`.
+            queries: embeddings; exported files take them as `[images, patches, dim]`. The patches of an image, which a
+                large bank needs to know, are those of the last axis but one.
             shared: how many of the last numbers are the same for all patches of an image, which spares exported files
-                most of their products.
+                and large banks most of their products.
             own: number of what each image shows, of queries `[images, patches, dim]`: vectors of the same thing are
                 passed over. An image that is in the bank is so compared with the others alone.
 
@@ -192,7 +208,9 @@ class MemoryBank(nn.Module):
         """
         if not len(self):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
-        if torch.compiler.is_compiling():
+        if len(self.lists):
+            nearest = self._search_lists(queries, shared, own)
+        elif torch.compiler.is_compiling():
             nearest = nearest_by_product(queries, self.vectors, self._known, shared)
         elif own is None or not torch.isin(own, self.things).any():
             nearest = self._search(queries)
@@ -212,12 +230,12 @@ class MemoryBank(nn.Module):
         if self._index is None:
             known = self._known
             lifted = torch.cat([self.vectors, (known.max() - known).sqrt()[:, None]], dim=1)
-            self._index = search_index(lifted, self.exact_most)
+            self._index = search_index(lifted, exact_most=len(lifted))
         flat = F.pad(queries.float().flatten(0, -2), (0, 1))
         return search(self._index, flat, 1)[:, 0].reshape(queries.shape[:-1])
 
     def _nearest_other(self, queries: Tensor, own: Tensor) -> Tensor:
-        """The numbers of the vectors nearest to the patches of one image, among those that show something else."""
+        """The numbers of the vectors nearest to patches of one image, among those that show something else."""
         other = self.things != own
         if not other.any():
             raise PatchadError("the bank holds patches of one image alone, which nothing can be compared with")
@@ -226,11 +244,28 @@ class MemoryBank(nn.Module):
             parts = queries.float().split(max(1, TABLE // len(self)))
             return torch.cat([torch.addmm(offset, part, self.vectors.T, alpha=-2).argmin(1) for part in parts])
 
+    def _search_lists(self, queries: Tensor, shared: int, own: Tensor | None) -> Tensor:
+        images = queries.reshape(-1, *queries.shape[-2:])
+        if torch.compiler.is_compiling():
+            return nearest_in_lists(images, as_lists(self.vectors, self._known, self.lists, shared))
+        key = (shared, self.vectors.device)
+        with torch.autocast(queries.device.type, enabled=False):  # distances would lose digits
+            if key not in self._prepared:
+                self._prepared[key] = as_lists(self.vectors, self._known, self.lists, shared)
+            passed = None if own is None else own[:, None] == self.things
+            nearest = nearest_in_lists(images.float(), self._prepared[key], passed)
+        if own is not None:  # where the lists hold nothing else
+            for number, wrong in enumerate(self.things[nearest] == own[:, None]):
+                if wrong.any():
+                    nearest[number, wrong] = self._nearest_other(images[number, wrong], own[number])
+        return nearest.reshape(queries.shape[:-1])
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        for name in ("vectors", "keys", "things", "levels"):  # a bank of another length is taken as it is, not refused
+        # a bank of another length is taken as it is, not refused
+        for name in ("vectors", "keys", "things", "levels", "lists"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.vectors.device))
-        self._index = None
+        self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

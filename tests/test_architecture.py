@@ -18,6 +18,7 @@ ORDER = [
     "losses",
     "nearest",
     "clustering",
+    "lists",
     "memory",
     "scoring",
     "metrics",

@@ -109,6 +109,23 @@ def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, argum
         assert_equal(made, file, array, torch.from_numpy(array).permute(2, 0, 1) / 255)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"context": 0.0}, {"baseline": 0.5}])
+def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("patchad.memory.MemoryBank.exact_most", 60)
+    made = detector(reduce="random", **arguments)
+    assert len(made.bank(16).lists) > 40
+    file = exported(made, tmp_path)
+    arrays = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3)).astype(np.uint8)
+    images = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
+    for count in (1, 2, 5):
+        with torch.inference_mode():
+            expected = made(images[:count], torch.tensor([[96, 96]] * count))
+        found = file.score(list(arrays[:count]))
+        np.testing.assert_allclose([one.score for one in found], expected.score, rtol=TOLERANCE)
+        for one, values in zip(found, expected.map, strict=True):
+            np.testing.assert_allclose(one.map, values, atol=TOLERANCE * float(values.max()))
+
+
 def test_the_file_distorts_where_the_data_did(tmp_path):
     made = detector(size=(96, 80))
     file = exported(made, tmp_path, size=(96, 80), keep_aspect=False)

@@ -6,7 +6,7 @@ import torch
 
 from patchad.errors import PatchadError
 from patchad.memory import MemoryBank, kcenter, kmeans_medoids
-from patchad.nearest import faiss, nearest_by_product
+from patchad.nearest import nearest_by_product
 
 IMAGES, DIM, ROWS, COLUMNS = 6, 8, 5, 4
 
@@ -121,19 +121,6 @@ def test_kmeans_keeps_one_patch_of_each_group():
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
     vectors = (centres[:, None] + torch.rand(3, 20, 2, generator=torch.Generator().manual_seed(5))).flatten(0, 1)
     assert sorted((kmeans_medoids(vectors, 3) // 20).tolist()) == [0, 1, 2]
-
-
-def test_a_large_bank_is_searched_in_lists_and_finds_nearly_all(monkeypatch):
-    vectors = torch.tanh(torch.randn(20_000, 4, generator=torch.Generator().manual_seed(6)) @ torch.randn(4, DIM))
-    bank, exact = filled(), filled()
-    for one in (bank, exact):
-        one._set(one.keys, vectors)
-    bank.exact_most = 10_000
-    queries = vectors[:500] + 0.01
-    found, nearest = bank.distances(queries), exact.distances(queries)
-    assert isinstance(faiss.downcast_index(bank._index), faiss.IndexIVF)
-    assert (found >= nearest - 1e-5).all()
-    assert (found - nearest < 1e-4).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("shared", [0, 3])
@@ -265,6 +252,23 @@ def test_patches_are_compared_with_other_things_alone_where_the_image_is_of_one_
     expected = squared.masked_fill(~other[:, None], torch.inf).amin(2).clamp(min=0).sqrt()
     torch.testing.assert_close(bank.distances(queries, own=own).double(), expected, rtol=1e-4, atol=1e-5)
     assert (bank.distances(queries) <= bank.distances(queries, own=own) + 1e-6).all()
+
+
+def test_a_large_bank_passes_over_what_an_image_shows_too_also_where_its_lists_hold_nothing_else(monkeypatch):
+    monkeypatch.setattr(MemoryBank, "exact_most", 500)
+    random, bank = torch.Generator().manual_seed(0), MemoryBank(16, None)
+    for number in range(4):  # the last image lies far from all others
+        values = torch.rand(1, 6, 15, 15, generator=random) + 9 * (number == 3)
+        bank.add(values, torch.ones(1, 15, 15, dtype=torch.bool), torch.tensor([number]))
+    bank.finish()
+    own = torch.arange(4)
+    queries = torch.stack([bank.vectors[bank.things == number][:50] for number in own])
+    exact = torch.cdist(queries, bank.vectors).masked_fill(bank.things == own[:, None, None], torch.inf).amin(2)
+    found = bank.distances(queries, own=own)
+    assert len(bank.lists) and (found >= exact - 1e-4).all()
+    torch.testing.assert_close(found[3], exact[3])
+    assert (found / exact).mean() < 1.05
+    assert torch.equal(bank.distances(queries, own=torch.full((4,), -1)), torch.zeros(4, 50))
 
 
 def test_a_bank_of_one_image_compares_it_with_nothing():

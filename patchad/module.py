@@ -258,8 +258,8 @@ class PatchDetector(Detector):
     ) -> Prediction:
         """The combined map, scores and verdicts from the maps of the sides."""
         combined = self.scorer.combine(maps)
-        scores = self.scorer.score(combined, content)
         side_scores = {side: self.scorer.score(side_map, content) for side, side_map in maps.items()}
+        scores = self.scorer.score_images(side_scores, combined, content)
         shown = self.scorer.show(maps, combined, content)
         return Prediction(scores, scores > self.scorer.threshold, shown, side_scores, maps)
 
@@ -594,8 +594,9 @@ class PatchDetector(Detector):
             counted = self.counted(normals.content, found, side) & unseen[:, None, None]
             values = found[counted].double()
             self.scorer.scale[number] = self._at_least(values.mean(), side)
-        maps = ((self.scorer.combine(self.side_maps(one)), one.content) for one in normals.each())
-        self.set_threshold(torch.cat([self.scorer.score(*one) for one in maps]), unseen)
+        alone = [self.score(one).side_scores for one in normals.each()]
+        self.scorer.measure_normals({side: torch.cat([one[side] for one in alone])[unseen] for side in alone[0]})
+        self.set_threshold(torch.cat([self.score(one).score for one in normals.each()]), unseen)
 
     def _at_least(self, scale: Tensor, side: int) -> Tensor:
         """The scale, or what keeps distances over it finite, with a warning."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from patchad.conformal import conformal_threshold, p_values
 from patchad.errors import PatchadError
@@ -28,7 +29,10 @@ class Scorer(Configurable, nn.Module):
     asks all sides to agree.
 
     Args:
-        combination: `sum`, or `product`: ranked as the product of the maps, on the scale of their sum.
+        combination: `sum`; `product`: ranked as the product of the maps, on the scale of their sum; or `excess`: each
+            side counts by how far it exceeds normal images, in units of how these differ: the sum of
+            `log(1 + exp((value - level) / spread))`, of level and spread of the scores that normal images have by that
+            side alone. A side that normal images vary on, or that does not see a defect, then hides no other one.
         image_score: `max` takes the highest pixel, as in the paper, `top_fraction` the mean of the highest pixels: one
             bad pixel on a normal image counts less.
         top_fraction: share of the pixels that `top_fraction` averages.
@@ -42,12 +46,14 @@ class Scorer(Configurable, nn.Module):
 
     threshold: Tensor
     scale: Tensor
+    level: Tensor
+    spread: Tensor
     normals: Tensor
     """Scores of normal images, each compared with the others, float32 `[images]`; the threshold follows from them."""
 
     def __init__(
         self,
-        combination: Literal["sum", "product"] = "product",
+        combination: Literal["sum", "product", "excess"] = "product",
         image_score: Literal["max", "top_fraction"] = "top_fraction",
         top_fraction: float = 0.01,
         smoothing: float = 4.0,
@@ -65,9 +71,10 @@ class Scorer(Configurable, nn.Module):
         self.register_buffer("normals", torch.empty(0))
 
     def prepare(self, sides: Sequence[int]) -> "Scorer":
-        """Makes a scale for each side, 1 until calibrated; returns itself."""
+        """Makes a scale, a level and a spread for each side, 1 until calibrated; returns itself."""
         self.sides = self.score_sides = self.map_sides = tuple(sides)
-        self.register_buffer("scale", torch.ones(len(self.sides)))
+        for name in ("scale", "level", "spread"):
+            self.register_buffer(name, torch.ones(len(self.sides)))
         return self
 
     def extra_repr(self) -> str:
@@ -76,20 +83,27 @@ class Scorer(Configurable, nn.Module):
 
     @property
     def normal_level(self) -> float:
-        """About the mean of the combined map on calibration normals: each side counts 1."""
-        return float(len(self.score_sides))
+        """What the combined map has where nothing is unusual: on the mean of normal images each side counts 1.
 
-    def combine(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
-        """One map of the sides' maps, each over its scale: scores come from it."""
+        An excess counts log 2 on the mean of the scores of normal images.
+        """
+        return len(self.score_sides) * (math.log(2) if self.combination == "excess" else 1.0)
+
+    def combine(self, maps: Mapping[int, Float[Tensor, "batch *pixels"]]) -> Float[Tensor, "batch *pixels"]:
+        """One map of the sides' maps, or one score of their scores, each over its scale."""
         return self.combine_sides(maps, self.score_sides)
 
     def combine_sides(
-        self, maps: Mapping[int, Float[Tensor, "batch height width"]], sides: Sequence[int]
-    ) -> Float[Tensor, "batch height width"]:
-        """One map of some sides' maps, each over its scale."""
-        scaled = torch.stack([maps[side] / self.scale[self.sides.index(side)] for side in sides])
+        self, maps: Mapping[int, Float[Tensor, "batch *pixels"]], sides: Sequence[int]
+    ) -> Float[Tensor, "batch *pixels"]:
+        """One map of some sides' maps, or one score of their scores, each over its scale."""
+        numbers = [self.sides.index(side) for side in sides]
+        scaled = torch.stack([maps[side] / self.scale[number] for side, number in zip(sides, numbers, strict=True)])
         if self.combination == "sum":
             return scaled.sum(0)
+        if self.combination == "excess":
+            units = zip(scaled, self.level[numbers], self.spread[numbers], strict=True)
+            return torch.stack([F.softplus((one - level) / spread) for one, level, spread in units]).sum(0)
         return len(scaled) * scaled.clamp(min=NOISE).prod(0).pow(1 / len(scaled))
 
     def show(
@@ -116,6 +130,28 @@ class Scorer(Configurable, nn.Module):
     ) -> Float[Tensor, "batch height width"]:
         """Maps after the Gaussian."""
         return gaussian(maps, content, self.smoothing) if self.smoothing else maps
+
+    def measure_normals(self, scores: Mapping[int, Float[Tensor, " images"]]) -> None:
+        """Sets level and spread of each side, from the scores that normal images have by it alone."""
+        for number, side in enumerate(self.sides):
+            scaled = scores[side].double() / self.scale[number]
+            self.level[number] = scaled.mean()
+            self.spread[number] = scaled.std(correction=0).clamp(min=NOISE * float(scaled.mean()))
+
+    def score_images(
+        self,
+        side_scores: Mapping[int, Float[Tensor, " batch"]],
+        combined: Float[Tensor, "batch height width"],
+        content: Int[Tensor, "batch 2"],
+    ) -> Float[Tensor, " batch"]:
+        """One score per image: the excess of the sides' scores, or that of the combined map.
+
+        Args:
+            side_scores: of each side's own map.
+            combined: what `combine` made of the maps.
+            content: height x width of each map's content, top left, in pixels.
+        """
+        return self.combine(side_scores) if self.combination == "excess" else self.score(combined, content)
 
     def score(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]

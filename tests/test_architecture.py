@@ -9,6 +9,7 @@ ORDER = [
     "canvas",
     "decoding",
     "files",
+    "conformal",
     "runtime",
     "types",
     "spec",

@@ -108,6 +108,8 @@ def test_what_is_no_ensemble_is_told(members, fitted, tmp_path):
     ):
         with pytest.raises(PatchadError, match=message):
             Ensemble(given)
+    with pytest.raises(PatchadError, match="an ensemble knows no excess"):
+        Ensemble(members, Scorer(combination="excess"))
 
 
 MISTAKES = {

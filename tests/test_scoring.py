@@ -25,6 +25,38 @@ def test_the_product_ranks_as_the_product_and_equals_the_sum_where_sides_agree()
     torch.testing.assert_close(scorer.combine(dict.fromkeys((64, 32, 16), maps[64])), 3 * maps[64])
 
 
+def test_an_excess_is_counted_in_units_of_how_normal_images_differ():
+    scorer = Scorer(combination="excess", image_score="max").prepare((64, 16))
+    scorer.scale.copy_(torch.tensor([2.0, 1.0]))
+    scores = {64: torch.tensor([2.0, 6.0]), 16: torch.tensor([8.0, 10.0])}  # levels 2 and 9, spreads 1 and 1
+    scorer.measure_normals(scores)
+    maps = {64: torch.tensor([[[8.0, 2.0]]]), 16: torch.tensor([[[9.0, 7.0]]])}
+    expected = torch.tensor([[[np.log1p(np.e**2) + np.log(2), np.log1p(np.e**-1) + np.log1p(np.e**-2)]]])
+    torch.testing.assert_close(scorer.combine(maps), expected.float())
+    content = torch.tensor([[1, 2]])
+    sides = {side: scorer.score(one, content) for side, one in maps.items()}
+    found = scorer.score_images(sides, scorer.combine(maps), content)
+    torch.testing.assert_close(found, torch.tensor([np.log1p(np.e**2) + np.log(2)]).float())
+    mean = {side: values.mean()[None] for side, values in scores.items()}
+    torch.testing.assert_close(scorer.combine(mean), torch.tensor([scorer.normal_level]))
+
+
+def test_a_side_on_which_normal_images_vary_hides_no_defect_that_another_sees():
+    random = torch.Generator().manual_seed(0)
+    normals = {64: 1 + 0.02 * torch.randn(200, generator=random), 16: 1 + 0.5 * torch.rand(200, generator=random)}
+    excess, product = (Scorer(combination=one).prepare((64, 16)) for one in ("excess", "product"))
+    excess.measure_normals(normals)
+    defective = {64: torch.tensor([1.2]), 16: torch.tensor([1.1])}
+    assert (excess.combine(normals) < excess.combine(defective)).all()
+    assert (product.combine(normals) > product.combine(defective)).any()
+
+
+def test_normal_images_that_are_all_alike_have_a_spread():
+    scorer = Scorer(combination="excess").prepare((16,))
+    scorer.measure_normals({16: torch.full((5,), 3.0)})
+    assert scorer.combine({16: torch.tensor([3.0, 300.0])}).isfinite().all()
+
+
 def test_rounding_of_distances_that_are_nearly_nothing_does_not_change_the_product():
     scorer, ones = Scorer(combination="product").prepare((64, 16)), torch.ones(1, 4, 4)
     maps = [scorer.combine({64: ones * nearly_nothing, 16: ones}) for nearly_nothing in (0.0, 1e-6, 5e-3)]

@@ -3,7 +3,7 @@ import re
 import pytest
 import yaml
 
-from benchmarks import large_banks, tables
+from benchmarks import large_banks, products, tables
 from patchad.cli import main
 
 
@@ -98,3 +98,61 @@ def test_the_size_and_depth_of_a_backbone_are_those_that_are_known(capsys):
     tables.print_models(["AlexNet", "VGG16"])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[:3] for row in rows] == [["| AlexNet", "5", "2.47 M"], ["| VGG16", "13", "14.71 M"]]
+
+
+@pytest.fixture
+def candidate(product, tmp_path, monkeypatch) -> dict:
+    """What measures a small detector on a small development set."""
+    monkeypatch.setattr("sys.argv", ["patchad"])
+    monkeypatch.setattr(products, "HALVES", {"confirming": {"part": product.name}})
+    options = ("--config=training_free", "--data.image_size=[64,64]", "--data.num_workers=0", "--model.max_vectors=50")
+    place = {"data": product.parent, "folder": tmp_path / "runs", "results": tmp_path / "results.csv"}
+    return {"candidate": "small", "half": "confirming", "options": options, **place}
+
+
+def test_a_candidate_is_measured_once_and_printed_from_its_file_afterwards(candidate, product, monkeypatch, capsys):
+    products.main(**candidate)
+    printed = capsys.readouterr().out.splitlines()
+    (one,) = products.read(candidate["results"])
+    assert (one.product, one.seed, one.normals) == ("part", 0, 4)
+    metrics = next((candidate["folder"]).glob("*-test-*/metrics.csv"))
+    found = tables.measured(metrics, "test/")[-1]
+    assert one.detection == pytest.approx(found["detection_auroc"], abs=0.01)
+    assert one.false_alarms == pytest.approx(found["false_positive_rate"] * 4 / 100)
+    monkeypatch.setattr(products, "measure", None)
+    products.main(**candidate)
+    assert capsys.readouterr().out.splitlines() == printed[1:]  # the line of the run itself comes first
+
+
+def row(**different) -> products.Row:
+    names = {"date": "", "commit": "", "candidate": "a", "configuration": "1", "product": "a", "seed": 0}
+    counts = {"normals": 10, "false_alarms": 0, "milliseconds": 1.0, "fit_seconds": 1.0, "test_seconds": 1.0}
+    rates = dict.fromkeys(products.AVERAGED, 50.0)
+    return products.Row(**{**names, **counts, **rates, **different})
+
+
+def test_the_confirming_half_refuses_another_configuration_under_a_name_that_it_knows():
+    products.refuse_another(row(seed=1), [row(), row(candidate="b", configuration="2")])
+    with pytest.raises(SystemExit, match="a was confirmed as 1; name this one otherwise"):
+        products.refuse_another(row(seed=1, configuration="2"), [row()])
+
+
+def test_means_are_over_sets_and_false_alarms_are_pooled():
+    rows = [
+        row(detection=90.0, false_alarms=1),
+        row(detection=80.0, seed=1),
+        row(product="b", detection=65.0, normals=20, false_alarms=3),
+    ]
+    assert products.mean(rows, "detection") == 75
+    assert "| 75.0 / 50.0 |" in list(products.table(rows))[-1]
+    assert "4 of 40: 10.0 % (2.8 to 23.7)" in list(products.table(rows))[-1]  # Clopper and Pearson
+
+
+@pytest.mark.data
+def test_the_halves_share_no_set_and_are_all_there_is(shared):
+    sets = [set(half.values()) for half in products.HALVES.values()]
+    assert len(sets) == 2 and not set.intersection(*sets)
+    there = {path for path in ("magnetic_tile",) if (shared / "data" / path).is_dir()}
+    for folder in ("mvtec_ad_256", "development"):
+        there |= {f"{folder}/{path.name}" for path in (shared / "data" / folder).iterdir()}
+    assert set.union(*sets) == there

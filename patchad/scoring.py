@@ -14,7 +14,7 @@ from patchad.errors import PatchadError
 from patchad.spec import Configurable
 
 NOISE = 0.01
-"""Share of its mean on calibration normals below which a map counts as that: what is left there is rounding, which a
+"""Share of its mean on normal images below which a map counts as that: what is left there is rounding, which a
 root would magnify."""
 FAR = 10.0
 """Deviations from which on a Gaussian falls no further: what lies there adds nothing to a float32, and CPUs may take
@@ -24,7 +24,7 @@ ten times as long for products of smaller numbers."""
 class Scorer(Configurable, nn.Module):
     """Combines the maps of the sides, scores images, and holds the threshold.
 
-    Each map is first divided by the mean distance of its side on calibration normals, so that no side dominates by its
+    Each map is first divided by the mean distance of its side on normal images, so that no side dominates by its
     unit. The paper sums the maps (Tsai et al., WACV 2022); the product, which its authors' code prints beside the sum,
     asks all sides to agree.
 

@@ -109,7 +109,11 @@ def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, argum
         assert_equal(made, file, array, torch.from_numpy(array).permute(2, 0, 1) / 255)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"context": 0.0}, {"baseline": 0.5}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"baseline": 0.5}, {"context": 0.0, "scorer": Scorer(combination="excess")}],
+    ids=["baseline", "excess"],
+)
 def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr("patchad.memory.MemoryBank.exact_most", 60)
     made = detector(reduce="random", **arguments)
@@ -166,6 +170,20 @@ def test_a_batch_scores_each_image_as_alone(file):
         assert together.score == pytest.approx(alone.score, rel=1e-5)
         np.testing.assert_allclose(together.map, alone.map, rtol=1e-4, atol=1e-5)
     assert file.score([]) == []
+
+
+def test_another_rate_sets_the_threshold_and_a_score_has_the_p_value_that_the_detector_gives(file):
+    image, kept, normals = np.random.default_rng(0).random((96, 96), dtype=np.float32), file.threshold, file.normals
+    assert kept == normals.max() and len(normals) == 2
+    assert file.set_target_fpr(0.6) == pytest.approx(1 / 3) and file.threshold == normals.max()
+    assert file.set_target_fpr(0.7) == pytest.approx(2 / 3) and file.threshold == normals.min()
+    file.threshold = kept
+    found = file(image)
+    scorer = Scorer().prepare((16,))
+    scorer.set_threshold(torch.from_numpy(normals))
+    assert found.p_value == pytest.approx(float(scorer.p_value(torch.tensor([found.score]))))
+    with pytest.raises(PatchadError, match="target_fpr 0 must lie above 0"):
+        file.set_target_fpr(0)
 
 
 def test_the_threshold_can_be_set(file):

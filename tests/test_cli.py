@@ -45,8 +45,8 @@ def run(product, tmp_path_factory) -> Path:
     assert finished.returncode == 0, finished.stderr
     assert "next:       patchad test --ckpt_path runs/version_0/checkpoints/last.ckpt" in finished.stdout
     assert "is read as MVTecAD" in finished.stderr
-    assert "memory bank, side 64: 99 of 99 vectors x 128, 0.1 MB" in finished.stderr
-    assert "false-positive rate promised at most 0.5, asked for 0.01" in finished.stderr
+    assert "memory bank, side 64: 108 of 108 vectors x 128, 0.1 MB" in finished.stderr
+    assert "false-positive rate promised at most 0.0769, asked for 0.05" in finished.stderr
     return folder / "runs" / "version_0"
 
 
@@ -99,7 +99,9 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
     normals = torch.load(checkpoint(run), weights_only=True)["state_dict"]["scorer.normals"]
     threshold = normals.max().item()  # too few for another
     for row in rows:
-        assert float(row["p_value"]) == pytest.approx((1 + sum(normals >= float(row["score"]) - 1e-6)) / 13, rel=1e-3)
+        assert float(row["p_value"]) == pytest.approx(
+            (1 + int((normals >= float(row["score"]) - 1e-6).sum())) / 13, rel=1e-3
+        )
         assert row["verdict"] == ("anomalous" if float(row["score"]) > threshold else "normal")
     for name, size in (("same.png", (96, 96)), ("wide.jpg", (110, 150)), ("deep/same.png", (96, 96))):
         values = np.load(written / "maps" / f"{name}.npy")
@@ -224,8 +226,8 @@ def test_the_examples_of_docs_extend_run_and_their_checkpoints_reload(own, here,
 def test_scores_of_files_of_any_name_are_written(tmp_path):
     """Such names come out of archives of other systems."""
     name = os.fsdecode(b"caf\xe9.png")
-    write_scores(tmp_path / "scores.csv", [Row(name, 1.5, "normal")])
-    assert (tmp_path / "scores.csv").read_bytes() == b"path,score,verdict\r\ncaf\xe9.png,1.5,normal\r\n"
+    write_scores(tmp_path / "scores.csv", [Row(name, 1.5, 0.25, "normal")])
+    assert (tmp_path / "scores.csv").read_bytes() == b"path,score,p_value,verdict\r\ncaf\xe9.png,1.5,0.25,normal\r\n"
 
 
 def test_an_optimizer_on_the_command_line_is_the_one_that_is_used(here, product):

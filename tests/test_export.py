@@ -288,7 +288,7 @@ def test_the_file_says_where_it_came_from(fitted):
     assert metadata["checkpoint"]["name"] == "last.ckpt"
     assert metadata["checkpoint"]["sha256"] == hashlib.sha256((fitted / CHECKPOINTS[0]).read_bytes()).hexdigest()
     assert metadata["detector"]["backbone"]["class_path"].endswith("EfficientNetLite0")
-    assert metadata["vectors"] == {"64": 99, "32": 275, "16": 500}
+    assert metadata["vectors"] == {"64": 108, "32": 300, "16": 500}
 
 
 def test_verify_shows_that_the_file_is_that_of_the_checkpoint(fitted, here, capsys):  # noqa: F811
@@ -348,8 +348,9 @@ def test_predict_and_the_file_agree(fitted, product, here):  # noqa: F811
     predictions = next(Path("runs").rglob("predictions"))
     rows = [line.split(",") for line in (predictions / "scores.csv").read_text().splitlines()[1:]]
     assert len(rows) == 11
-    for path, score, verdict in rows:
+    for path, score, p_value, verdict in rows:
         found = file(path)
+        assert found.p_value == pytest.approx(float(p_value), rel=1e-3)
         assert found.score == pytest.approx(float(score), rel=TOLERANCE)
         assert ("anomalous" if found.anomalous else "normal") == verdict
         written = np.load(predictions / "maps" / f"{Path(path).relative_to(product / 'test')}.npy")

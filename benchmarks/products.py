@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import yaml
 from jsonargparse import auto_cli
 
-from benchmarks.tables import Images, digest, fit, tested, without_place
+from benchmarks.tables import digest, fit, splits, tested, without_place
 from patchad.data.layouts import MagneticTile, detect_layout
 from patchad.metrics import false_positive_rate_interval
 from patchad.types import NORMAL
@@ -117,13 +117,11 @@ def main(
 
 def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, options: Sequence[str]) -> Row:
     """One fit and its test."""
-    given, layout = ["--data.root", str(root)], None
-    if product == "magnetic_tile":
-        given += ["--config", "data/magnetic_tile", "--data.layout.split", "by_tile"]
-        layout = MagneticTile(split="by_tile")
-    fitted = fit({}, Images(product, given), seed, Path("weights"), folder, 1, options)
+    *_, images = splits(product, root)  # of Magnetic Tile the last, by tile
+    fitted = fit({}, images, seed, Path("weights"), folder, 1, options)
     found = tested({}, fitted)
-    samples = (layout or detect_layout(root)).samples(root)
+    layout = MagneticTile(split="by_tile") if product == "magnetic_tile" else detect_layout(root)
+    samples = layout.samples(root)
     normals = sum(sample.split == "test" and sample.defect == NORMAL for sample in samples)
     return Row(
         date=str(datetime.date.today()),

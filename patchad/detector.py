@@ -109,6 +109,16 @@ class Detector(Configurable, LightningModule):
         self.train(training)
         self._known_at = self.global_step  # only now: a fit that ends in between starts over
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything learns from the training images."""
+        raise NotImplementedError
+
+    @property
+    def _unseen(self) -> Bool[Tensor, " images"]:
+        """Of each normal image, whether nothing learned from it."""
+        return (self._data.held_out | (not self.learns)).to(self.device)
+
     def set_threshold(self, scores: Float[Tensor, " images"], unseen: Bool[Tensor, " images"]) -> None:
         """Sets the threshold from normal images, each scored without itself, and says what it promises.
 

@@ -95,13 +95,17 @@ class Ensemble(Detector):
     def configure_optimizers(self) -> None:
         """None: there is nothing to learn."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether a member learned from the training images."""
+        return any(one.learns for one in self._detectors)
+
     def know_normals(self) -> None:
         """Sets the threshold from the normal images; the rest the members know."""
         batches = self._batches(self._data.normal_dataloader(), "Calibrating")
         seen = [(batch.number, self(batch.image, batch.content, batch.thing).score) for batch in batches]
         scores = self._everywhere(torch.cat([number for number, _ in seen]), [score for _, score in seen])
-        learned = any(one.learns for one in self._detectors)
-        self.set_threshold(scores, self._data.held_out.to(scores.device) | (not learned))
+        self.set_threshold(scores, self._unseen)
 
     def detect(
         self,

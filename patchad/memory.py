@@ -208,11 +208,13 @@ class MemoryBank(nn.Module):
         """
         if not len(self):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
+        if own is not None and not torch.isin(own, self.things).any():
+            own = None  # of images that are none of the bank's nothing is passed over
         if len(self.lists):
             nearest = self._search_lists(queries, shared, own)
         elif torch.compiler.is_compiling():
             nearest = nearest_by_product(queries, self.vectors, self._known, shared)
-        elif own is None or not torch.isin(own, self.things).any():
+        elif own is None:
             nearest = self._search(queries)
         else:
             nearest = torch.stack([self._nearest_other(*one) for one in zip(queries, own, strict=True)])

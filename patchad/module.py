@@ -578,9 +578,7 @@ class PatchDetector(Detector):
 
     def calibrate(self) -> None:
         """Sets the scale of each side and the threshold from the normal images, each compared with the others."""
-        held_out = self._data.held_out
-        unseen = held_out | (not self.learns)
-        self.calibrate_on(self._normal_distances(), unseen.to(self.device))
+        self.calibrate_on(self._normal_distances(), self._unseen)
 
     def calibrate_on(self, normals: Distances, unseen: Bool[Tensor, " images"]) -> None:
         """Sets scales and threshold from the distances of normal images.
@@ -594,9 +592,10 @@ class PatchDetector(Detector):
             counted = self.counted(normals.content, found, side) & unseen[:, None, None]
             values = found[counted].double()
             self.scorer.scale[number] = self._at_least(values.mean(), side)
-        alone = [self.score(one).side_scores for one in normals.each()]
-        self.scorer.measure_normals({side: torch.cat([one[side] for one in alone])[unseen] for side in alone[0]})
-        self.set_threshold(torch.cat([self.score(one).score for one in normals.each()]), unseen)
+        found = [(prediction.side_scores, prediction.score) for prediction in map(self.score, normals.each())]
+        alone = {side: torch.cat([scores[side] for scores, _ in found]) for side in self.scorer.sides}
+        self.scorer.measure_normals({side: scores[unseen] for side, scores in alone.items()})
+        self.set_threshold(self.scorer.score_again(alone, torch.cat([score for _, score in found])), unseen)
 
     def _at_least(self, scale: Tensor, side: int) -> Tensor:
         """The scale, or what keeps distances over it finite, with a warning."""

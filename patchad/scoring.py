@@ -153,6 +153,12 @@ class Scorer(Configurable, nn.Module):
         """
         return self.combine(side_scores) if self.combination == "excess" else self.score(combined, content)
 
+    def score_again(
+        self, side_scores: Mapping[int, Float[Tensor, " images"]], scores: Float[Tensor, " images"]
+    ) -> Float[Tensor, " images"]:
+        """What `scores` are after `measure_normals`, which changes the excess alone, without the maps."""
+        return self.combine(side_scores) if self.combination == "excess" else scores
+
     def score(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]
     ) -> Float[Tensor, " batch"]:

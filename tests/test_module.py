@@ -268,6 +268,15 @@ def test_normal_images_score_as_in_calibration(fitted, product, tmp_path):
         assert mean == pytest.approx(model.scorer.scale[number].item(), rel=1e-4)
 
 
+def test_the_excess_that_sets_the_threshold_is_that_which_images_are_scored_by(product, tmp_path):
+    model, data = detector(scorer=Scorer(combination="excess")), images(product)
+    trainer(tmp_path).fit(model, data)
+    with torch.inference_mode():
+        scores = torch.cat([model.eval()(one.image, one.content, one.thing).score for one in data.normal_dataloader()])
+    torch.testing.assert_close(scores, model.scorer.normals)
+    assert model.scorer.level.ne(1).all() and model.scorer.spread.ne(1).all()
+
+
 @torch.inference_mode()
 def test_an_image_of_the_bank_is_compared_with_it_as_if_it_had_never_been_in_it(product):
     model, data = detector(max_vectors=None, baseline=0.0).eval(), images(product)

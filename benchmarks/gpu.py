@@ -37,7 +37,7 @@ COMPILED: Mapping[str, Mapping[str, Any]] = {
 
 
 def main(
-    methods: Sequence[str] = ("patchad VGG16, 3 sides", "patchad Lite0, 3 sides"),
+    methods: Sequence[str] = ("learned VGG16, 3 sides", "learned Lite0, 3 sides"),
     precisions: Sequence[str] = tuple(PRECISIONS),
     batch_sizes: Sequence[int] = (1, 8, 64),
     compiled: Sequence[str] = tuple(COMPILED),

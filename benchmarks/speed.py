@@ -36,17 +36,17 @@ from patchad.timing import alternate, best_rate, measure_stages, peak_memory, st
 SIZE, BATCHES = 256, (1, 8)
 CORESET = int(0.1 * 209 * 32 * 32)
 """Vectors of PatchCore's bank: 10 % of the patches of 209 images."""
-DEFAULT_MODEL, PAPER_MODEL = (
-    yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"] for name in ("default.yaml", "paper.yaml")
+LEARNED_MODEL, PAPER_MODEL = (
+    yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"] for name in ("learned.yaml", "paper.yaml")
 )
 """The settings that these configurations give the detector."""
 OURS: Mapping[str, Callable[[], PatchDetector]] = {
-    "patchad VGG16, 3 sides": lambda: filled(VGG16(weights="none")),
-    "patchad VGG16, 2 sides": lambda: filled(VGG16(weights="none"), sides=(64, 32)),
-    "patchad Lite0, 3 sides": lambda: filled(EfficientNetLite0()),
-    "patchad Lite0, 2 sides": lambda: filled(EfficientNetLite0(), sides=(64, 32)),
-    "patchad Lite0, 3 sides, 1000 vectors": lambda: filled(EfficientNetLite0(), max_vectors=1000),
-    "patchad Lite0, 2 sides, 1000 vectors": lambda: filled(EfficientNetLite0(), sides=(64, 32), max_vectors=1000),
+    "learned VGG16, 3 sides": lambda: filled(VGG16(weights="none")),
+    "learned VGG16, 2 sides": lambda: filled(VGG16(weights="none"), sides=(64, 32)),
+    "learned Lite0, 3 sides": lambda: filled(EfficientNetLite0()),
+    "learned Lite0, 2 sides": lambda: filled(EfficientNetLite0(), sides=(64, 32)),
+    "learned Lite0, 3 sides, 1000 vectors": lambda: filled(EfficientNetLite0(), max_vectors=1000),
+    "learned Lite0, 2 sides, 1000 vectors": lambda: filled(EfficientNetLite0(), sides=(64, 32), max_vectors=1000),
 }
 PEERS = ("PaDiM ResNet18", "PatchCore ResNet18", "PatchCore WideResNet50", "EfficientAD-S")
 DEFAULT = "OpenVINO, default"
@@ -127,8 +127,8 @@ def synthetic_images(count: int) -> Tensor:
 
 
 def filled(backbone: Backbone, **settings: Any) -> PatchDetector:
-    """A detector as the default, with random vectors in its banks, as many as it keeps at most."""
-    detector = PatchDetector(backbone, baseline=DEFAULT_MODEL["baseline"], **settings).eval()
+    """A detector as `--config learned`, with random vectors in its banks, as many as it keeps at most."""
+    detector = PatchDetector(backbone, baseline=LEARNED_MODEL["baseline"], **settings).eval()
     generator = torch.Generator().manual_seed(0)
     blank = torch.zeros(1, 3, SIZE, SIZE)
     for side, values in detector.embed(blank, content(blank)).items():

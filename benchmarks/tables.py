@@ -110,7 +110,7 @@ def main(
     """Prints one table, row by row.
 
     Args:
-        table: which: default, windows, 1 (sizes and times, no data), 2, 3, 4, 5, losses, scores, beyond, precision.
+        table: which: default, 1 (sizes and times, no data), 2, 3, 4, 5, losses, precision.
         data: folder of each data set by name; `magnetic_tile` is tested by both its splits.
         seeds: of everything; rows of ablations take the first.
         weights: folder of files of ImageNet weights.

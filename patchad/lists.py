@@ -13,7 +13,7 @@ from patchad.nearest import list_count, search, search_index
 FIRST, SHARE, SECOND = 2, 0.05, 32
 """Lists that every patch looks into; the share of an image's patches, those that are then farthest, that look again;
 the lists that these look into."""
-AT_ONCE = 128
+AT_ONCE = 512
 """Lists whose vectors are held at once for each image: 2.6 MB where 80 vectors of 64 numbers make a list."""
 SAMPLED, ITERATIONS = 32, 5
 """Vectors per list, at least, that K-means finds centres of, and its iterations."""

@@ -259,7 +259,7 @@ class PatchDetector(Detector):
         """The combined map, scores and verdicts from the maps of the sides."""
         combined = self.scorer.combine(maps)
         side_scores = {side: self.scorer.score(side_map, content) for side, side_map in maps.items()}
-        scores = self.scorer.score_images(side_scores, combined, content)
+        scores = self.scorer.score(combined, content)
         shown = self.scorer.show(maps, combined, content)
         return Prediction(scores, scores > self.scorer.threshold, shown, side_scores, maps)
 
@@ -592,10 +592,10 @@ class PatchDetector(Detector):
             counted = self.counted(normals.content, found, side) & unseen[:, None, None]
             values = found[counted].double()
             self.scorer.scale[number] = self._at_least(values.mean(), side)
-        found = [(prediction.side_scores, prediction.score) for prediction in map(self.score, normals.each())]
-        alone = {side: torch.cat([scores[side] for scores, _ in found]) for side in self.scorer.sides}
-        self.scorer.measure_normals({side: scores[unseen] for side, scores in alone.items()})
-        self.set_threshold(self.scorer.score_again(alone, torch.cat([score for _, score in found])), unseen)
+        alone = [self.score(one).side_scores for one in normals.each()]
+        by_side = {side: torch.cat([scores[side] for scores in alone]) for side in self.scorer.sides}
+        self.scorer.measure_normals({side: scores[unseen] for side, scores in by_side.items()})
+        self.set_threshold(torch.cat([self.score(one).score for one in normals.each()]), unseen)
 
     def _at_least(self, scale: Tensor, side: int) -> Tensor:
         """The scale, or what keeps distances over it finite, with a warning."""

@@ -30,9 +30,10 @@ class Scorer(Configurable, nn.Module):
 
     Args:
         combination: `sum`; `product`: ranked as the product of the maps, on the scale of their sum; or `excess`: each
-            side counts by how far it exceeds normal images, in units of how these differ: the sum of
+            side counts by how far it exceeds normal images, in units of how these differ: the sum of the squares of
             `log(1 + exp((value - level) / spread))`, of level and spread of the scores that normal images have by that
-            side alone. A side that normal images vary on, or that does not see a defect, then hides no other one.
+            side alone. Squares, since these add where deviations are independent. A side that normal images vary on,
+            or that does not see a defect, then hides no other one.
         image_score: `max` takes the highest pixel, as in the paper, `top_fraction` the mean of the highest pixels: one
             bad pixel on a normal image counts less.
         top_fraction: share of the pixels that `top_fraction` averages.
@@ -85,9 +86,9 @@ class Scorer(Configurable, nn.Module):
     def normal_level(self) -> float:
         """What the combined map has where nothing is unusual: on the mean of normal images each side counts 1.
 
-        An excess counts log 2 on the mean of the scores of normal images.
+        An excess counts log(2)^2 on the mean of the scores of normal images.
         """
-        return len(self.score_sides) * (math.log(2) if self.combination == "excess" else 1.0)
+        return len(self.score_sides) * (math.log(2) ** 2 if self.combination == "excess" else 1.0)
 
     def combine(self, maps: Mapping[int, Float[Tensor, "batch *pixels"]]) -> Float[Tensor, "batch *pixels"]:
         """One map of the sides' maps, or one score of their scores, each over its scale."""
@@ -103,7 +104,7 @@ class Scorer(Configurable, nn.Module):
             return scaled.sum(0)
         if self.combination == "excess":
             units = zip(scaled, self.level[numbers], self.spread[numbers], strict=True)
-            return torch.stack([F.softplus((one - level) / spread) for one, level, spread in units]).sum(0)
+            return torch.stack([F.softplus((one - level) / spread) for one, level, spread in units]).square().sum(0)
         return len(scaled) * scaled.clamp(min=NOISE).prod(0).pow(1 / len(scaled))
 
     def show(
@@ -137,27 +138,6 @@ class Scorer(Configurable, nn.Module):
             scaled = scores[side].double() / self.scale[number]
             self.level[number] = scaled.mean()
             self.spread[number] = scaled.std(correction=0).clamp(min=NOISE * float(scaled.mean()))
-
-    def score_images(
-        self,
-        side_scores: Mapping[int, Float[Tensor, " batch"]],
-        combined: Float[Tensor, "batch height width"],
-        content: Int[Tensor, "batch 2"],
-    ) -> Float[Tensor, " batch"]:
-        """One score per image: the excess of the sides' scores, or that of the combined map.
-
-        Args:
-            side_scores: of each side's own map.
-            combined: what `combine` made of the maps.
-            content: height x width of each map's content, top left, in pixels.
-        """
-        return self.combine(side_scores) if self.combination == "excess" else self.score(combined, content)
-
-    def score_again(
-        self, side_scores: Mapping[int, Float[Tensor, " images"]], scores: Float[Tensor, " images"]
-    ) -> Float[Tensor, " images"]:
-        """What `scores` are after `measure_normals`, which changes the excess alone, without the maps."""
-        return self.combine(side_scores) if self.combination == "excess" else scores
 
     def score(
         self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]

@@ -65,11 +65,10 @@ def test_the_hash_of_a_configuration_is_that_of_the_method_and_not_of_the_place(
 
 
 def test_a_row_is_run_once_and_its_weights_may_be_absent(product, tmp_path, monkeypatch, capsys):
-    small = ["--config=training_free", "--data.image_size=[64,64]", "--data.metric_size=[64,64]"]
-    small += ["--data.num_workers=0"]
+    small = ["--data.image_size=[64,64]", "--data.metric_size=[64,64]", "--data.num_workers=0"]
     absent = ["--model.backbone=patchad.models.VGG16", "--model.backbone.weights=imagenet"]
     few, fewer = ({"options": [*small, f"--model.max_vectors={count}"]} for count in (50, 40))
-    both = {"name": "both", "options": ["--config=ensemble", *small[1:4]], "members": [few, fewer]}
+    both = {"name": "both", "options": ["--config=ensemble", *small], "members": [few, fewer]}
     rows = [{"name": "small", **few}, both, {"name": "absent", "options": [*few["options"], *absent]}]
     monkeypatch.setitem(tables.TABLES, "tried", rows)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -105,7 +104,7 @@ def candidate(product, tmp_path, monkeypatch) -> dict:
     """What measures a small detector on a small development set."""
     monkeypatch.setattr("sys.argv", ["patchad"])
     monkeypatch.setattr(products, "HALVES", {"confirming": {"part": product.name}})
-    options = ("--config=training_free", "--data.image_size=[64,64]", "--data.num_workers=0", "--model.max_vectors=50")
+    options = ("--data.image_size=[64,64]", "--data.num_workers=0", "--model.max_vectors=50")
     place = {"data": product.parent, "folder": tmp_path / "runs", "results": tmp_path / "results.csv"}
     return {"candidate": "small", "half": "confirming", "options": options, **place}
 

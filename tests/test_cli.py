@@ -24,7 +24,7 @@ SMALL = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 ]
-LITE = ["--config", "backbone/efficientnet_lite0", "--config", "training_free", "--model.max_vectors=500"]
+LITE = ["--config", "backbone/efficientnet_lite0", "--model.max_vectors=500"]
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_configs_compose_and_print(here, capsys):
 
 
 EXTEND = Path(__file__).parent.parent / "docs" / "extend.md"
-LEARN = ["--config=backbone/efficientnet_lite0", "--model.max_vectors=100", "--model.clusters=8", *SMALL]
+LEARN = ["--config=learned", "--config=backbone/efficientnet_lite0", "--model.max_vectors=100", "--model.clusters=8", *SMALL]
 FEW = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--data.pyramids_per_image=32"]
 OWN = {
     "a loss appended": ["--model.losses+=mine.Spread", "--model.losses.weight=0.1"],

@@ -13,6 +13,7 @@ from wandb.proto import wandb_internal_pb2
 
 BLOCK, FILE_HEADER, CHUNK_HEADER = 32768, 7, 7
 SMALL = [
+    "--config=learned",
     "--config=backbone/efficientnet_lite0",
     "--data.image_size=[96,96]",
     "--data.metric_size=[96,96]",

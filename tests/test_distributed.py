@@ -11,7 +11,6 @@ from patchad.data.synthetic import write_synthetic
 
 OPTIONS = [
     "--config=backbone/efficientnet_lite0",
-    "--config=training_free",
     "--model.max_vectors=400",
     "--data.image_size=[96,96]",
     "--data.metric_size=[96,96]",

@@ -26,18 +26,26 @@ def slow_windows(features: torch.Tensor, encoder: WindowEncoder, step: int) -> t
     for top in range(0, features.shape[2] - window + 1, step):
         for left in range(0, features.shape[3] - window + 1, step):
             cut = features[:, :, top : top + window, left : left + window]
-            rows.append(nn.functional.adaptive_avg_pool2d(cut, cells).flatten(1) @ encoder.projection.flatten(1).T)
+            kept = nn.functional.adaptive_avg_pool2d(cut, cells).flatten(1)
+            rows.append(kept if encoder.projection is None else kept @ encoder.projection.flatten(1).T)
     return torch.stack(rows, dim=2)
 
 
-@pytest.mark.parametrize("cells", [1, 2, 4])
+@pytest.mark.parametrize(("cells", "dim"), [(1, 5), (2, 5), (4, 5), (1, None), (2, None)])
 @pytest.mark.parametrize("step", [1, 2])
-def test_windows_equal_a_loop_that_cuts_each_of_them(cells, step):
-    encoder = WindowEncoder(side=16, tap=TAP, cells=cells, dim=5)
+def test_windows_equal_a_loop_that_cuts_each_of_them(cells, dim, step):
+    encoder = WindowEncoder(side=16, tap=TAP, cells=cells, dim=dim)
+    assert (encoder.projection is None) == (cells == 1 and dim is None)
     features = torch.randn(2, 6, 11, 9)
+    assert encoder(features, step).shape[1] == encoder.dim == (dim or 6 * cells**2)
     torch.testing.assert_close(
         encoder(features, step).flatten(2), slow_windows(features, encoder, step), rtol=1e-4, atol=1e-5
     )
+
+
+def test_windows_of_many_channels_are_projected_without_being_asked():
+    encoder = WindowEncoder(side=16, tap=Tap(0, 4, 200))
+    assert encoder(torch.zeros(1, 200, 4, 4), 1).shape == (1, 128, 1, 1) == (1, encoder.dim, 1, 1)
 
 
 def slow_textures(features: torch.Tensor, encoder: TextureEncoder, step: int) -> torch.Tensor:
@@ -115,7 +123,7 @@ def pyramid(backbone=EfficientNetLite0, **settings) -> DenseEncoder:
 
 
 def test_patches_are_scored_every_8_pixels_or_as_far_apart_as_the_tap_asks():
-    assert pyramid(VGG16).strides == {64: 16, 32: 8, 16: 8}
+    assert pyramid(VGG16).strides == {64: 16, 32: 16, 16: 8}
     assert pyramid().strides == {64: 16, 32: 16, 16: 8}
 
 
@@ -124,7 +132,8 @@ def test_each_side_has_an_embedding_at_every_position(size):
     encoder = pyramid()
     embeddings = encoder(torch.rand(2, 3, *size))
     for side in encoder.sides:
-        assert embeddings[side].shape == (2, 64, *encoder.grid(size, side))
+        channels = encoder.backbone.tap(encoder.tap_names[side]).channels
+        assert embeddings[side].shape == (2, channels, *encoder.grid(size, side))
 
 
 def test_one_backbone_pass_feeds_all_sides():
@@ -153,7 +162,8 @@ def test_a_finer_scoring_stride_contains_the_coarser_positions():
     image = torch.rand(1, 3, 96, 96)
     factory = partial(WindowEncoder, cells=2)
     backbone = EfficientNetLite0(weights="none")
-    fine, coarse = (DenseEncoder(backbone, factory, (16,), scoring_strides={16: stride}).eval() for stride in (4, 8))
+    made = partial(DenseEncoder, backbone, factory, (16,), taps={16: "stage2"})
+    fine, coarse = (made(scoring_strides={16: stride}).eval() for stride in (4, 8))
     torch.testing.assert_close(fine(image)[16][:, :, ::2, ::2], coarse(image)[16], rtol=1e-4, atol=1e-5)
 
 
@@ -210,7 +220,7 @@ def test_the_shortcut_adds_the_training_free_embedding_to_what_is_learned():
     with torch.no_grad():
         last.weight.zero_(), last.bias.zero_()
         found = encoder(features, 2)
-    torch.testing.assert_close(found, (64 / 6) ** 0.5 * WindowEncoder(16, TAP)(features, 2))
+    torch.testing.assert_close(found, (64 / 6) ** 0.5 * WindowEncoder(16, TAP, dim=64)(features, 2))
     assert LearnedEncoder(16, TAP, shortcut=False)(100 * features, 2).abs().max() <= 1
 
 
@@ -231,7 +241,7 @@ def test_any_other_window_is_brought_to_one_cell(window):
 
 def test_a_patch_has_the_same_embedding_wherever_its_window_is_cut_out():
     """Training picks patches from windows of a tap; scoring reads the whole tap."""
-    encoder, image = learned(DenseEncoder), torch.rand(2, 3, 128, 128)
+    encoder, image = learned(DenseEncoder, taps={16: "stage2"}), torch.rand(2, 3, 128, 128)
     whole = encoder.encoders["16"](encoder.features(image)[16], 1)
     corners = {32: torch.tensor([[0, 0], [16, 16]]), 16: torch.tensor([[4, 8], [40, 64]])}
     windows = encoder.windows(image, corners)
@@ -249,7 +259,7 @@ def test_sliding_embeds_each_patch_as_if_it_were_an_image_of_its_own():
     assert found.shape == (2, 64, *encoder.grid((64, 80), 16))
     for row, column in ((0, 0), (3, 5), (6, 8)):
         patch = image[:, :, 8 * row : 8 * row + 16, 8 * column : 8 * column + 16]
-        alone = encoder.encoders["16"](encoder.backbone(patch, ["stage2"])["stage2"], 1)[:, :, 0, 0]
+        alone = encoder.encoders["16"](encoder.backbone(patch, ["stage3"])["stage3"], 1)[:, :, 0, 0]
         torch.testing.assert_close(found[:, :, row, column], alone, rtol=1e-3, atol=1e-5)
 
 

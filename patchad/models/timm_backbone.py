@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from patchad.errors import PatchadError
-from patchad.models.backbones import Backbone, Tap
+from patchad.models.backbones import Backbone, Tap, side_taps_by_depth
 from patchad.pyramid import pad_to_multiple
 
 
@@ -196,21 +196,3 @@ def taps_by_depth(maps: list[Tap]) -> dict[str, Tap]:
         return {f"stage{number}": tap for number, tap in enumerate(maps, 1)}
     quarters = sorted({math.ceil(quarter * len(maps) / 4) for quarter in range(1, 5)})
     return {f"block{number}": maps[number - 1] for number in quarters}
-
-
-def side_taps_by_depth(taps: Mapping[str, Tap]) -> dict[int, str]:
-    """Which tap each side reads, the same rule for each network.
-
-    Sides 64 and 32 read the deepest tap with a stride of at most 16 pixels, side 16 the deepest with one of at most 4;
-    the first of all where there is none. Sides are rounded down to a multiple of the tap's stride.
-
-    Example:
-        >>> side_taps_by_depth({"stage1": Tap(0, 4, 64), "stage2": Tap(1, 16, 128), "stage3": Tap(2, 32, 256)})
-        {64: 'stage2', 32: 'stage2', 16: 'stage1'}
-    """
-    chosen = {}
-    for side, most in ((64, 16), (32, 16), (16, 4)):
-        name = next((name for name in reversed(list(taps)) if taps[name].stride <= most), next(iter(taps)))
-        stride = taps[name].stride
-        chosen[max(stride, side // stride * stride)] = name
-    return chosen

@@ -106,13 +106,17 @@ def main(
     results = results or RESULTS[half]
     for product in products or tuple(HALVES[half]):
         for seed in seeds:
-            if not any((row.candidate, row.product, row.seed) == (candidate, product, seed) for row in read(results)):
-                row = measure(candidate, product, data / HALVES[half][product], seed, folder, options)
+            if not any((row.candidate, row.product, row.seed) == (candidate, product, seed) for row in ended(results)):
+                try:
+                    row = measure(candidate, product, data / HALVES[half][product], seed, folder, options)
+                except Exception:
+                    append(results, failed(candidate, product, seed))  # so that every look at the half is counted
+                    raise
                 if half == "confirming":
-                    refuse_another(row, read(results))
+                    refuse_another(row, ended(results))
                 append(results, row)
                 print(row.markdown(), flush=True)
-    print(*table([row for row in read(results) if row.candidate == candidate]), sep="\n")
+    print(*table([row for row in ended(results) if row.candidate == candidate]), sep="\n")
 
 
 def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, options: Sequence[str]) -> Row:
@@ -125,9 +129,7 @@ def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, o
     normals = sum(sample.split == "test" and sample.defect == NORMAL for sample in samples)
     return Row(
         date=str(datetime.date.today()),
-        commit=subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=PLACE
-        ).stdout.strip(),
+        commit=commit(),
         candidate=candidate,
         configuration=digest(without_place(fitted.config)),
         product=product,
@@ -145,6 +147,19 @@ def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, o
     )
 
 
+def commit() -> str:
+    """Of the code."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=PLACE).stdout.strip()
+
+
+def failed(candidate: str, product: str, seed: int) -> Row:
+    """A run that ended before it was measured: its rates are nan."""
+    none = math.nan
+    date = str(datetime.date.today())
+    return Row(date, commit(), candidate, "failed", product, seed, none, none, none, none, 0, 0, none, none, none, none)
+
+
 def refuse_another(row: Row, earlier: Sequence[Row]) -> None:
     """Ends where a candidate of that name was confirmed with another configuration."""
     for one in earlier:
@@ -159,6 +174,11 @@ def read(results: Path) -> list[Row]:
     kinds = Row.__annotations__
     with results.open(newline="") as file:
         return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def ended(results: Path) -> list[Row]:
+    """The rows of a CSV that were measured."""
+    return [row for row in read(results) if not math.isnan(row.detection)]
 
 
 def append(results: Path, row: Row) -> None:

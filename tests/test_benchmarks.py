@@ -123,6 +123,16 @@ def test_a_candidate_is_measured_once_and_printed_from_its_file_afterwards(candi
     assert capsys.readouterr().out.splitlines() == printed[1:]  # the line of the run itself comes first
 
 
+def test_a_run_that_fails_is_written_down_and_tried_again(candidate, capsys):
+    with pytest.raises(RuntimeError, match="image_size"):
+        products.main(**{**candidate, "options": ("--data.image_size=0",)})
+    products.main(**candidate)
+    first, second = products.read(candidate["results"])
+    assert first.configuration == "failed" and first.detection != first.detection
+    assert products.ended(candidate["results"]) == [second]
+    assert "nan" not in capsys.readouterr().out
+
+
 def row(**different) -> products.Row:
     names = {"date": "", "commit": "", "candidate": "a", "configuration": "1", "product": "a", "seed": 0}
     counts = {"normals": 10, "false_alarms": 0, "milliseconds": 1.0, "fit_seconds": 1.0, "test_seconds": 1.0}

@@ -186,7 +186,13 @@ def test_configs_compose_and_print(here, capsys):
 
 
 EXTEND = Path(__file__).parent.parent / "docs" / "extend.md"
-LEARN = ["--config=learned", "--config=backbone/efficientnet_lite0", "--model.max_vectors=100", "--model.clusters=8", *SMALL]
+LEARN = [
+    "--config=learned",
+    "--config=backbone/efficientnet_lite0",
+    "--model.max_vectors=100",
+    "--model.clusters=8",
+    *SMALL,
+]
 FEW = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--data.pyramids_per_image=32"]
 OWN = {
     "a loss appended": ["--model.losses+=mine.Spread", "--model.losses.weight=0.1"],

@@ -45,7 +45,7 @@ def run(product, tmp_path_factory) -> Path:
     assert finished.returncode == 0, finished.stderr
     assert "next:       patchad test --ckpt_path runs/version_0/checkpoints/last.ckpt" in finished.stdout
     assert "is read as MVTecAD" in finished.stderr
-    assert "memory bank, side 64: 108 of 108 vectors x 128, 0.1 MB" in finished.stderr
+    assert "memory bank, side 64: 108 of 108 vectors x 112, 0.0 MB" in finished.stderr
     assert "false-positive rate promised at most 0.0769, asked for 0.05" in finished.stderr
     return folder / "runs" / "version_0"
 
@@ -344,7 +344,7 @@ MISTAKES = {
     "runs among images": (runs_among_images, r"parts has the config\.yaml of a run of patchad"),
     "a run folder that cannot be": (unwritable, r"Not a directory: .*file/runs"),
     "what is no checkpoint": (no_checkpoint, r"--ckpt_path other\.ckpt is not a checkpoint of patchad's: "),
-    "an unknown config": (lambda *_: ["fit", "--config", "fast"], r"--config fast is neither a file nor one of"),
+    "an unknown config": (lambda *_: ["fit", "--config", "quick"], r"--config quick is neither a file nor one of"),
     "a side too large": (
         lambda _, product: ["fit", f"--data.root={product}", *LITE, *SMALL, "--data.image_size=[32,32]"],
         r"side 64 does not fit an image of 32 x 32 pixels",

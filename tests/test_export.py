@@ -37,7 +37,6 @@ from patchad.runtime import ExportedDetector
 from patchad.runtime import fit as fit_array
 from patchad.scoring import Scorer, SplitScorer
 
-
 PAPER_TAPS = {32: "relu3_3", 16: "relu2_2"}
 """Random weights of VGG's deeper layers hardly tell patches apart, and standardising them would magnify rounding."""
 

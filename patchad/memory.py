@@ -21,7 +21,8 @@ CANDIDATES = 100_000
 """Vectors, drawn at random, among which `kcenter` and `kmeans` choose; 51 MB of 128 numbers each."""
 
 REDUCING_ITERATIONS = 3
-"""Of K-means where it reduces a bank; 10 of them take 3 times as long for the same AUROC (docs/benchmarks.md)."""
+"""Of K-means where it reduces a bank; 10 of them take 3 times as long
+for the same AUROC (docs/benchmarks_learned.md)."""
 SAMPLED = 20_000
 """Candidates at most whose distances give the local levels of a bank."""
 AROUND, PRIOR = 10, 5

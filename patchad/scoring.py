@@ -172,7 +172,8 @@ class SplitScorer(Scorer):
     """Scores images by some sides and shows the map of others; not in the paper.
 
     The size that detects a defect need not be the one that outlines it: small patches find hairlines and holes, which
-    broad ones average away, and broad patches tell a change of texture from its surroundings (docs/benchmarks.md).
+    broad ones average away, and broad patches tell a change of texture from its surroundings
+    (docs/benchmarks_learned.md).
 
     Args:
         score_sides: sides in pixels whose maps give the score.

@@ -258,10 +258,15 @@ class PatchDetector(Detector):
     ) -> Prediction:
         """The combined map, scores and verdicts from the maps of the sides."""
         combined = self.scorer.combine(maps)
-        side_scores = {side: self.scorer.score(side_map, content) for side, side_map in maps.items()}
         scores = self.scorer.score(combined, content)
         shown = self.scorer.show(maps, combined, content)
-        return Prediction(scores, scores > self.scorer.threshold, shown, side_scores, maps)
+        return Prediction(scores, scores > self.scorer.threshold, shown, self.side_scores(maps, content), maps)
+
+    def side_scores(
+        self, maps: Mapping[int, Float[Tensor, "batch height width"]], content: Int[Tensor, "batch 2"]
+    ) -> dict[int, Float[Tensor, " batch"]]:
+        """The score of each side alone, from its map."""
+        return {side: self.scorer.score(side_map, content) for side, side_map in maps.items()}
 
     def detect(
         self,
@@ -592,9 +597,8 @@ class PatchDetector(Detector):
             counted = self.counted(normals.content, found, side) & unseen[:, None, None]
             values = found[counted].double()
             self.scorer.scale[number] = self._at_least(values.mean(), side)
-        alone = [self.score(one).side_scores for one in normals.each()]
-        by_side = {side: torch.cat([scores[side] for scores in alone]) for side in self.scorer.sides}
-        self.scorer.measure_normals({side: scores[unseen] for side, scores in by_side.items()})
+        alone = [self.side_scores(self.side_maps(one), one.content) for one in normals.each()]
+        self.scorer.measure_normals({side: torch.cat([one[side] for one in alone])[unseen] for side in alone[0]})
         self.set_threshold(torch.cat([self.score(one).score for one in normals.each()]), unseen)
 
     def _at_least(self, scale: Tensor, side: int) -> Tensor:

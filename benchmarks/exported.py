@@ -1,46 +1,80 @@
-"""How long an exported file takes for each image of a folder, one at a time, in ONNX Runtime, as Markdown.
+"""How long an exported file takes for each image of a folder, beside a peer on the same images, as Markdown.
 
+pip install ".[bench]"
 patchad export --ckpt_path runs/version_0/checkpoints/last.ckpt --output screw.patchad
 python -m benchmarks.exported --file screw.patchad --images screw/test
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from jsonargparse import auto_cli
+from torch import Tensor
+from torch.nn import functional as F
 
 import patchad
+from benchmarks.speed import SIZE, exported_ways, peer, quiet
 from patchad.data.images import read_image
 from patchad.data.layouts import images_below
-from patchad.runtime import ExportedDetector
 from patchad.timing import CPU, Clock
 
+PEER = "PaDiM ResNet18"
+Way = Callable[[Tensor], object]
 
-def main(file: Path, images: Path, every: int = 6, warm: int = 3) -> None:
-    """Prints one row: the size of the file, and milliseconds from an array in memory to its score.
+
+def main(file: Path, images: Path, every: int = 6, warm: int = 3, beside: bool = True) -> None:
+    """Prints what the file holds and the milliseconds of one score, from an image in memory.
+
+    Each image is scored by all in turn, one image at a time.
 
     Args:
         file: what `patchad export` wrote.
         images: a folder.
         every: only each so many of its images.
         warm: runs before the first that counts.
+        beside: whether PaDiM with ResNet18 runs in turns with it, on the images at its own 256 x 256.
     """
+    quiet()
     detector = patchad.load(file)
-    arrays = [read_image(path).permute(1, 2, 0).numpy() for path in images_below(images)[::every]]
-    times = [timed(detector, array) for array in (*arrays[:1] * warm, *arrays)][warm:]
-    vectors = ", ".join(map(str, detector.metadata["vectors"].values()))
-    median, slow, slowest = np.median(times), np.percentile(times, 95), max(times)
-    print("| vectors per side | file, MB | images | median ms | 95th percentile | slowest |\n|---|---|---|---|---|---|")
-    print(
-        f"| {vectors} | {file.stat().st_size / 1e6:.0f} | {len(arrays)} | {median:.1f} | {slow:.1f} | {slowest:.1f} |"
-    )
+    ways: dict[str, Way] = {file.name: lambda image: detector(image.permute(1, 2, 0).numpy())}
+    if beside:
+        ways |= peer_ways()
+    taken = [read_image(path) for path in images_below(images)[::every]]
+    times = timed(ways, [*taken[:1] * warm, *taken])
+    print(f"{file.stat().st_size / 1e6:.0f} MB; vectors per side {detector.metadata['vectors']}; {len(taken)} images\n")
+    print("| | median ms | 95th percentile | slowest |\n|---|---|---|---|")
+    for name, found in times.items():
+        median, slow, slowest = np.median(found[warm:]), np.percentile(found[warm:], 95), max(found[warm:])
+        print(f"| {name} | {median:.1f} | {slow:.1f} | {slowest:.1f} |")
 
 
-def timed(detector: ExportedDetector, array: np.ndarray) -> float:
-    """Milliseconds of one score."""
-    clock = Clock(CPU)
-    detector(array)
-    return clock()
+def peer_ways() -> dict[str, Way]:
+    """The peer's exported file in each runtime; its resizing is not in its time, as ours is."""
+    image = torch.zeros(1, 3, SIZE, SIZE)
+    array = image.numpy()
+    ways = exported_ways(peer(PEER), image)
+
+    def run(way: str) -> Way:
+        def score(image: Tensor) -> object:
+            array[:] = F.interpolate(image[None], (SIZE, SIZE)).numpy()
+            return ways[way]()
+
+        return score
+
+    return {f"{PEER}, {way}": run(way) for way in ways}
+
+
+def timed(ways: Mapping[str, Way], images: list[Tensor]) -> dict[str, list[float]]:
+    """Milliseconds of each image by each way, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for image in images:
+        for name, way in ways.items():
+            clock = Clock(CPU)
+            way(image)
+            times[name].append(clock())
+    return times
 
 
 if __name__ == "__main__":

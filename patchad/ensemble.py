@@ -14,6 +14,7 @@ from patchad.data import PyramidDataModule
 from patchad.detector import Detector
 from patchad.errors import PatchadError
 from patchad.module import PatchDetector, without_weights
+from patchad.pyramid import at_pixels
 from patchad.scoring import Scorer
 from patchad.spec import hyperparameters, spec
 from patchad.types import Prediction
@@ -114,9 +115,10 @@ class Ensemble(Detector):
         thing: Int[Tensor, " batch"] | None = None,
     ) -> Prediction:
         """The product (or sum) of the members' maps, with its scores and verdicts; members alone are not measured."""
-        scored, shown = {}, {}
+        scored, shown, size = {}, {}, (image.shape[2], image.shape[3])
         for number, one in enumerate(self._detectors):
-            maps = one.side_maps(one.distances(image, content, thing))
+            cells = one.side_maps(one.distances(image, content, thing))
+            maps = {side: at_pixels(values, one.cell, size) for side, values in cells.items()}
             scored[number], shown[number] = one.scorer.combine(maps), one.scorer.outline(maps)
         combined = self.scorer.combine(scored)
         scores = self.scorer.score(combined, content)

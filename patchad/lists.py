@@ -6,42 +6,51 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from patchad.clustering import kmeans
-from patchad.nearest import list_count, search, search_index
+from patchad.nearest import search, search_index
 
-FIRST, SHARE, SECOND = 2, 0.05, 32
-"""Lists that every patch looks into; the share of an image's patches, those that are then farthest, that look again;
-the lists that these look into."""
-AT_ONCE = 512
-"""Lists whose vectors are held at once for each image: 2.6 MB where 80 vectors of 64 numbers make a list."""
+FIRST, SHARE, SECOND = 2, 0.05, 16
+"""Lists, and parts of them, that every patch looks into; the share of an image's patches, those that are then farthest,
+that look again; the lists, and parts of them, that these look into (benchmarks/products.md)."""
+PART = 40
+"""Vectors that a part holds, about."""
+AT_ONCE = 2048
+"""Parts whose vectors are held at once for each image: 13 MB where 40 vectors of 40 numbers make a part."""
 SAMPLED, ITERATIONS = 32, 5
 """Vectors per list, at least, that K-means finds centres of, and its iterations."""
 
 
-def divide(vectors: Float[Tensor, "vectors dim"], seed: int = 0) -> Int[Tensor, "lists length"]:
-    """The numbers of vectors that lie together, in lists of one length; a list that is too short repeats its members.
+def divide(vectors: Float[Tensor, "vectors dim"], seed: int = 0) -> Int[Tensor, "lists parts length"]:
+    """The numbers of vectors that lie together, in lists of one length, each in parts that lie closer together.
 
-    K-means finds 4 sqrt(vectors) centres and each vector goes to the nearest; what is longer than the mean is cut into
-    equal parts.
+    K-means finds sqrt(vectors) centres and each vector goes to the nearest; what is longer than the mean is cut into
+    equal lists. A list is halved across the direction in which it is longest until its parts hold about `PART` vectors.
+    A list that is too short repeats its members.
 
     Args:
         vectors: all that are to be found.
         seed: of the first centres.
 
     Example:
-        >>> divide(torch.tensor([[0.0], [9.0], [0.1], [9.1]])).sort(dim=0).values.tolist()
-        [[0], [1], [2], [3]]
+        >>> divide(torch.tensor([[0.0], [9.0], [0.1], [9.1]])).flatten(1).sort(dim=0).values.tolist()
+        [[0, 2], [1, 3]]
     """
-    count = min(list_count(len(vectors)), len(vectors))
+    count = round(len(vectors) ** 0.5)
     step = max(1, len(vectors) // (SAMPLED * count))
     centres = kmeans(vectors[::step], count, iterations=ITERATIONS, seed=seed)
     home = search(search_index(centres, exact_most=count), vectors, 1)[:, 0]
-    parts = home.argsort(stable=True).split(home.bincount(minlength=count).tolist())
+    together = home.argsort(stable=True).split(home.bincount(minlength=count).tolist())
     longest = math.ceil(len(vectors) / count)
-    lists = [one for part in parts if len(part) for one in cut(part, vectors[part], longest)]
-    places = torch.arange(max(map(len, lists)), device=vectors.device)
-    return torch.stack([one[places % len(one)] for one in lists])
+    lists = [one for members in together if len(members) for one in cut(members, vectors[members], longest)]
+    halvings = max(0, round(math.log2(longest / PART)))
+    length = 2**halvings * math.ceil(max(map(len, lists)) / 2**halvings)
+    places = torch.arange(length, device=vectors.device)
+    parts = torch.stack([one[places % len(one)] for one in lists])
+    for _ in range(halvings):
+        parts = halve(parts, vectors[parts])
+    return parts.unflatten(0, (len(lists), -1))
 
 
 def cut(
@@ -52,45 +61,54 @@ def cut(
     return members[vectors[:, axis].argsort(stable=True)].tensor_split(math.ceil(len(members) / longest))
 
 
+def halve(parts: Int[Tensor, "parts length"], vectors: Float[Tensor, "parts length dim"]) -> Int[Tensor, "halves half"]:
+    """Each part in two, at the median along its principal axis."""
+    vectors = vectors - vectors.mean(1, keepdim=True)
+    longest = torch.linalg.eigh(vectors.mT @ vectors).eigenvectors[..., -1:]
+    order = (vectors @ longest)[..., 0].argsort(stable=True, dim=1)
+    return parts.gather(1, order).unflatten(1, (2, -1)).flatten(0, 1)
+
+
 class Lists(NamedTuple):
-    """A bank as its search takes it: a product with a query, plus the offset, is a squared distance.
+    """A bank as its search takes it: weights times a query and 1 are squared distances, but for the query's own square.
 
     Attributes:
-        members: numbers of the vectors of each list, `[lists, length]`.
         middle: of all vectors, which is subtracted from queries, `[dim]`.
-        centres: weights of the lists' centres, `[lists, own]`.
-        weights: of the vectors, list by list, `[lists, length, own]`.
-        offset: of all centres, then all vectors, `[lists + vectors]`.
-        rest: their weights for what the queries of an image share, `[lists + vectors, shared]`.
+        centres: weights of the centres of lists, `[lists, dim + 1]`.
+        part_centres: weights of the centres of parts, `[lists, parts, dim + 1]`.
+        weights: of the vectors of each part, list by list, `[lists * parts, length, dim + 1]`.
+        members: their numbers, `[lists * parts, length]`.
     """
 
-    members: Tensor
     middle: Tensor
     centres: Tensor
+    part_centres: Tensor
     weights: Tensor
-    offset: Tensor
-    rest: Tensor
+    members: Tensor
 
 
 def as_lists(
-    vectors: Float[Tensor, "vectors dim"],
-    known: Float[Tensor, " vectors"],
-    members: Int[Tensor, "lists length"],
-    shared: int = 0,
+    vectors: Float[Tensor, "vectors dim"], known: Float[Tensor, " vectors"], members: Int[Tensor, "lists parts length"]
 ) -> Lists:
     """A bank in the lists that `divide` found.
 
     Args:
         vectors: of the bank.
         known: what is subtracted from the squared distance to each.
-        members: of each list.
-        shared: how many of the last numbers the queries of an image share.
+        members: of each part of each list.
     """
-    middle, own, count = vectors.mean(0), vectors.shape[1] - shared, len(members)
-    every = torch.cat([vectors[members].mean(1), vectors]) - middle
-    offset = every.square().sum(1) - torch.cat([known[members].mean(1), known])
-    weights = -2 * every
-    return Lists(members, middle, weights[:count, :own], weights[count:, :own][members], offset, weights[:, own:])
+    middle = vectors.mean(0)
+    values = torch.cat([vectors - middle, known[:, None]], 1)
+    parts = values[members].mean(2)
+    return Lists(
+        middle, weigh(parts.mean(1)), weigh(parts), weigh(values)[members.flatten(0, 1)], members.flatten(0, 1)
+    )
+
+
+def weigh(values: Float[Tensor, "*places known"]) -> Float[Tensor, "*places known"]:
+    """What a query and 1 are multiplied by: -2 times the vector, and its square less what is known of it."""
+    vectors, known = values[..., :-1], values[..., -1:]
+    return torch.cat([-2 * vectors, vectors.square().sum(-1, keepdim=True) - known], -1)
 
 
 def nearest_in_lists(
@@ -98,9 +116,9 @@ def nearest_in_lists(
 ) -> Int[Tensor, "images patches"]:
     """The number of the vector nearest to each query, or of one nearly as near, coarse to fine.
 
-    What a query finds in the few lists whose centres are nearest bounds its distance: where that is small, the patch is
+    What a query finds in the few parts whose centres are nearest bounds its distance: where that is small, the patch is
     normal, whatever else is in the bank. So only the `SHARE` of an image's queries that are then farthest, which decide
-    its score, look into more lists.
+    its score, look into more of them.
 
     Args:
         queries: embeddings of the patches of each image.
@@ -108,35 +126,50 @@ def nearest_in_lists(
         passed: vectors that each image's queries pass over; they get one all the same where they find nothing else.
     """
     queries = queries - lists.middle
-    own = lists.weights.shape[2]
-    offset = lists.offset + queries[:, 0, own:] @ lists.rest.T
-    if passed is not None:
-        offset[:, len(lists.members) :].masked_fill_(passed, torch.inf)
-    queries = queries[..., :own]
-    least, nearest = look(queries, lists, offset, FIRST)
-    farthest = (least + queries.square().sum(2)).topk(math.ceil(SHARE * queries.shape[1]), 1).indices
-    queries = queries.gather(1, farthest[..., None].expand(-1, -1, own))
-    return nearest.scatter(1, farthest, look(queries, lists, offset, SECOND)[1])
+    squares, queries = queries.square().sum(2), F.pad(queries, (0, 1), value=1.0)
+    least, nearest = look(queries, lists, FIRST, passed)
+    farthest = (least + squares).topk(math.ceil(SHARE * queries.shape[1]), 1).indices
+    queries = queries.gather(1, farthest[..., None].expand(-1, -1, queries.shape[2]))
+    return nearest.scatter(1, farthest, look(queries, lists, SECOND, passed)[1])
 
 
 def look(
-    queries: Float[Tensor, "images patches own"],
+    queries: Float[Tensor, "images patches weights"],
     lists: Lists,
-    offset: Float[Tensor, "images added"],
     probes: int,
+    passed: Bool[Tensor, "images vectors"] | None,
 ) -> tuple[Float[Tensor, "images patches"], Int[Tensor, "images patches"]]:
-    """The least product plus offset that each query finds in the lists with the nearest centres, and whose it is."""
-    count, found = len(lists.members), []
-    probes, coarse, fine = min(probes, count), offset[:, None, :count], offset[:, count:]
-    for part in queries.split(max(1, AT_ONCE // probes), 1):
-        probed = (part @ lists.centres.T + coarse).topk(probes, 2, largest=False).indices
-        members = rows(lists.members, probed).flatten(2)
-        products = (rows(lists.weights, probed) @ part[:, :, None, :, None])[..., 0].flatten(2)
-        products = products + fine.gather(1, members.flatten(1)).unflatten(1, members.shape[1:])
+    """The least product that each query finds in that many parts of that many lists, and whose it is."""
+    found = []
+    for some in queries.split(max(1, AT_ONCE // probes), 1):
+        parts = nearest_parts(some, lists, probes)
+        members = rows(lists.members, parts).flatten(2)
+        products = multiply(rows(lists.weights, parts).flatten(2, 3), some)
+        if passed is not None:
+            over = passed.gather(1, members.flatten(1)).unflatten(1, members.shape[1:])
+            products = products.masked_fill(over, torch.inf)
         least, place = products.min(2, keepdim=True)
-        found.append((least[..., 0], members.gather(2, place)[..., 0]))
-    least, nearest = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        found.append((least.squeeze(2), members.gather(2, place).squeeze(2)))
+    least, nearest = (torch.cat(some, 1) for some in zip(*found, strict=True))
     return least, nearest
+
+
+def nearest_parts(
+    queries: Float[Tensor, "images patches weights"], lists: Lists, probes: int
+) -> Int[Tensor, "images patches probes"]:
+    """The numbers of the parts whose centres are nearest to each query, of the lists whose centres are."""
+    count, parts = lists.part_centres.shape[:2]
+    near = (queries @ lists.centres.T).topk(min(probes, count), 2, largest=False).indices
+    products = multiply(rows(lists.part_centres, near).flatten(2, 3), queries)
+    best = products.topk(min(probes, products.shape[2]), 2, largest=False).indices
+    return near.gather(2, best // parts) * parts + best % parts
+
+
+def multiply(
+    weights: Float[Tensor, "images patches vectors weights"], queries: Float[Tensor, "images patches weights"]
+) -> Float[Tensor, "images patches vectors"]:
+    """The product of each query with vectors of its own."""
+    return (weights @ queries[..., None]).squeeze(-1)
 
 
 def rows(values: Tensor, numbers: Int[Tensor, "images patches probes"]) -> Tensor:

@@ -53,8 +53,8 @@ class MemoryBank(nn.Module):
         things: number of what the image of each vector shows, int64 `[vectors]`.
         levels: how far normal patches of things that the bank does not know are to be expected from each vector,
             float32 `[vectors]`; see `local_levels`. 0 without a baseline.
-        lists: numbers of the vectors that lie together, int64 `[lists, length]`; see `divide`. Empty in a bank that is
-            searched whole.
+        lists: numbers of the vectors that lie together, int64 `[lists, parts, length]`; see `divide`. Empty in a bank
+            that is searched whole.
     """
 
     exact_most = 10_000
@@ -87,14 +87,14 @@ class MemoryBank(nn.Module):
         self.register_buffer("keys", torch.empty(0, 2, dtype=torch.int64))
         self.register_buffer("things", torch.empty(0, dtype=torch.int64))
         self.register_buffer("levels", torch.empty(0))
-        self.register_buffer("lists", torch.empty(0, 0, dtype=torch.int64))
+        self.register_buffer("lists", torch.empty(0, 0, 0, dtype=torch.int64))
         self._draws = np.empty(0)
         self._forget()
 
     def _forget(self) -> None:
         """What searches prepared is of other vectors."""
         self._index: faiss.Index | None = None
-        self._prepared: dict[tuple[int, torch.device], Lists] = {}
+        self._prepared: dict[torch.device, Lists] = {}
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -142,7 +142,7 @@ class MemoryBank(nn.Module):
 
     def _set(self, keys: Tensor, vectors: Tensor) -> None:
         self.keys, self.things, self.vectors = keys, keys[:, 0], vectors
-        self.levels, self.lists = torch.zeros(len(vectors), device=vectors.device), keys[:0, :0]
+        self.levels, self.lists = torch.zeros(len(vectors), device=vectors.device), keys[:0, :0, None]
         self._forget()
 
     def finish(self, things: Int[Tensor, " images"] | None = None, progress: bool = False) -> None:
@@ -200,7 +200,7 @@ class MemoryBank(nn.Module):
             queries: embeddings; exported files take them as `[images, patches, dim]`. The patches of an image, which a
                 large bank needs to know, are those of the last axis but one.
             shared: how many of the last numbers are the same for all patches of an image, which spares exported files
-                and large banks most of their products.
+                most of their products in a bank that is searched whole.
             own: number of what each image shows, of queries `[images, patches, dim]`: vectors of the same thing are
                 passed over. An image that is in the bank is so compared with the others alone.
 
@@ -212,7 +212,7 @@ class MemoryBank(nn.Module):
         if own is not None and not torch.isin(own, self.things).any():
             own = None  # of images that are none of the bank's nothing is passed over
         if len(self.lists):
-            nearest = self._search_lists(queries, shared, own)
+            nearest = self._search_lists(queries, own)
         elif torch.compiler.is_compiling():
             nearest = nearest_by_product(queries, self.vectors, self._known, shared)
         elif own is None:
@@ -247,14 +247,14 @@ class MemoryBank(nn.Module):
             parts = queries.float().split(max(1, TABLE // len(self)))
             return torch.cat([torch.addmm(offset, part, self.vectors.T, alpha=-2).argmin(1) for part in parts])
 
-    def _search_lists(self, queries: Tensor, shared: int, own: Tensor | None) -> Tensor:
+    def _search_lists(self, queries: Tensor, own: Tensor | None) -> Tensor:
         images = queries.reshape(-1, *queries.shape[-2:])
         if torch.compiler.is_compiling():
-            return nearest_in_lists(images, as_lists(self.vectors, self._known, self.lists, shared))
-        key = (shared, self.vectors.device)
+            return nearest_in_lists(images, as_lists(self.vectors, self._known, self.lists))
+        key = self.vectors.device
         with torch.autocast(queries.device.type, enabled=False):  # distances would lose digits
             if key not in self._prepared:
-                self._prepared[key] = as_lists(self.vectors, self._known, self.lists, shared)
+                self._prepared[key] = as_lists(self.vectors, self._known, self.lists)
             passed = None if own is None else own[:, None] == self.things
             nearest = nearest_in_lists(images.float(), self._prepared[key], passed)
         if own is not None:  # where the lists hold nothing else

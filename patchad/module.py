@@ -21,7 +21,7 @@ from patchad.memory import MemoryBank, Reduction
 from patchad.models.backbones import Backbone
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, LearnedEncoder
-from patchad.pyramid import covered, fits_pyramids, fold, inside, positions, window_size
+from patchad.pyramid import at_pixels, covered, fits_pyramids, fold, inside, positions, window_size
 from patchad.scoring import Scorer
 from patchad.spec import hyperparameters
 from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan, painted_view
@@ -240,33 +240,37 @@ class PatchDetector(Detector):
         assert isinstance(bank, MemoryBank)
         return bank
 
-    def side_maps(self, distances: Distances) -> dict[int, Float[Tensor, "batch height width"]]:
-        """The anomaly map of each side at the pixels of the image."""
+    @property
+    def cell(self) -> int:
+        """Height and width in pixels of what has one value in the map of every side."""
+        return math.gcd(*self.encoder.strides.values())
+
+    def side_maps(self, distances: Distances) -> dict[int, Float[Tensor, "batch rows columns"]]:
+        """The anomaly map of each side, one value for each `cell` of the image."""
+        rows, columns = -(-distances.height // self.cell), -(-distances.width // self.cell)
         maps = {}
         for side, values in distances.sides.items():
             counted = self.counted(distances.content, values, side)
-            folded = fold(values, counted, side, self.encoder.strides[side])
-            maps[side] = folded[:, : distances.height, : distances.width]
+            maps[side] = fold(values, counted, side, self.encoder.strides[side], self.cell)[:, :rows, :columns]
         return maps
 
     def score(self, distances: Distances) -> Prediction:
         """Maps, scores and verdicts from distances."""
-        return self.score_maps(self.side_maps(distances), distances.content)
+        return self.score_maps(self.side_maps(distances), distances)
 
-    def score_maps(
-        self, maps: dict[int, Float[Tensor, "batch height width"]], content: Int[Tensor, "batch 2"]
-    ) -> Prediction:
-        """The combined map, scores and verdicts from the maps of the sides."""
-        combined = self.scorer.combine(maps)
-        scores = self.scorer.score(combined, content)
-        shown = self.scorer.show(maps, combined, content)
-        return Prediction(scores, scores > self.scorer.threshold, shown, self.side_scores(maps, content), maps)
+    def score_maps(self, maps: dict[int, Float[Tensor, "batch rows columns"]], distances: Distances) -> Prediction:
+        """The combined map, scores and verdicts from the maps of the sides, and the distances that these are of."""
+        combined, content, size = self.scorer.combine(maps), distances.content, (distances.height, distances.width)
+        scores = self.scorer.score(combined, content, self.cell)
+        shown = at_pixels(self.scorer.show(maps, combined, content, self.cell), 1, size)
+        pixels = {side: at_pixels(one, self.cell, size) for side, one in maps.items()}
+        return Prediction(scores, scores > self.scorer.threshold, shown, self.side_scores(maps, content), pixels)
 
     def side_scores(
-        self, maps: Mapping[int, Float[Tensor, "batch height width"]], content: Int[Tensor, "batch 2"]
+        self, maps: Mapping[int, Float[Tensor, "batch rows columns"]], content: Int[Tensor, "batch 2"]
     ) -> dict[int, Float[Tensor, " batch"]]:
         """The score of each side alone, from its map."""
-        return {side: self.scorer.score(side_map, content) for side, side_map in maps.items()}
+        return {side: self.scorer.score(side_map, content, self.cell) for side, side_map in maps.items()}
 
     def detect(
         self,

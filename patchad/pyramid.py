@@ -168,9 +168,13 @@ def spread(values: Float[Tensor, "batch rows columns"], width: int) -> Float[Ten
 
 
 def fold(
-    values: Float[Tensor, "batch rows columns"], counted: Bool[Tensor, "batch rows columns"], side: int, stride: int
+    values: Float[Tensor, "batch rows columns"],
+    counted: Bool[Tensor, "batch rows columns"],
+    side: int,
+    stride: int,
+    cell: int = 1,
 ) -> Float[Tensor, "batch height width"]:
-    """Per pixel, the mean value of the counted patches that cover it; 0 where none does.
+    """Per cell of pixels, the mean value of the counted patches that cover it; 0 where none does.
 
     Source: supplement of Tsai et al. (WACV 2022); patch distances are averaged where patches overlap.
 
@@ -178,11 +182,22 @@ def fold(
         values: one number per patch position.
         counted: the patches that take part, see `inside`.
         side: side of a patch in pixels, a multiple of the stride.
-        stride: distance between patches in pixels.
+        stride: distance between patches in pixels, a multiple of the cell.
+        cell: height and width in pixels of what has one value; all pixels of a stride are covered alike.
     """
     weight, width = counted.to(values.dtype), side // stride
-    cells = spread(values * weight, width) / spread(weight, width).clamp(min=1)
-    return F.interpolate(cells[:, None], scale_factor=float(stride))[:, 0]  # all pixels of a cell are covered alike
+    means = spread(values * weight, width) / spread(weight, width).clamp(min=1)
+    return enlarge(means, stride // cell)
+
+
+def enlarge(maps: Float[Tensor, "batch rows columns"], times: int) -> Float[Tensor, "batch more_rows more_columns"]:
+    """Each value that many times in each direction."""
+    return F.interpolate(maps[:, None], scale_factor=float(times))[:, 0] if times > 1 else maps
+
+
+def at_pixels(maps: Float[Tensor, "batch rows columns"], cell: int, size: Size) -> Float[Tensor, "batch height width"]:
+    """Maps of cells of that height and width at the pixels of images of that size, whose edge cells may cross."""
+    return enlarge(maps, cell)[:, : size[0], : size[1]]
 
 
 def covered(

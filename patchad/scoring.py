@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchad.conformal import conformal_threshold, p_values
 from patchad.errors import PatchadError
+from patchad.pyramid import enlarge
 from patchad.spec import Configurable
 
 NOISE = 0.01
@@ -109,9 +110,10 @@ class Scorer(Configurable, nn.Module):
 
     def show(
         self,
-        maps: Mapping[int, Float[Tensor, "batch height width"]],
-        combined: Float[Tensor, "batch height width"],
+        maps: Mapping[int, Float[Tensor, "batch rows columns"]],
+        combined: Float[Tensor, "batch rows columns"],
         content: Int[Tensor, "batch 2"],
+        cell: int = 1,
     ) -> Float[Tensor, "batch height width"]:
         """The map that is shown, written and measured, on the scale of the one that scores come from.
 
@@ -119,18 +121,19 @@ class Scorer(Configurable, nn.Module):
             maps: of the sides.
             combined: what `combine` made of them.
             content: height x width of each map's content, top left, in pixels.
+            cell: height and width in pixels of what has one value in these maps.
         """
-        return self.smooth(combined if self.map_sides == self.score_sides else self.outline(maps), content)
+        return self.smooth(combined if self.map_sides == self.score_sides else self.outline(maps), content, cell)
 
-    def outline(self, maps: Mapping[int, Float[Tensor, "batch height width"]]) -> Float[Tensor, "batch height width"]:
+    def outline(self, maps: Mapping[int, Float[Tensor, "batch rows columns"]]) -> Float[Tensor, "batch rows columns"]:
         """The map that is shown, before it is smoothed, of the maps of the sides."""
         return len(self.score_sides) / len(self.map_sides) * self.combine_sides(maps, self.map_sides)
 
     def smooth(
-        self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]
+        self, maps: Float[Tensor, "batch rows columns"], content: Int[Tensor, "batch 2"], cell: int = 1
     ) -> Float[Tensor, "batch height width"]:
-        """Maps after the Gaussian."""
-        return gaussian(maps, content, self.smoothing) if self.smoothing else maps
+        """Maps at pixels after the Gaussian, of maps at cells of that height and width."""
+        return gaussian(maps, content, self.smoothing, cell) if self.smoothing else enlarge(maps, cell)
 
     def measure_normals(self, scores: Mapping[int, Float[Tensor, " images"]]) -> None:
         """Sets level and spread of each side, from the scores that normal images have by it alone."""
@@ -140,14 +143,14 @@ class Scorer(Configurable, nn.Module):
             self.spread[number] = scaled.std(correction=0).clamp(min=NOISE * float(scaled.mean()))
 
     def score(
-        self, maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"]
+        self, maps: Float[Tensor, "batch rows columns"], content: Int[Tensor, "batch 2"], cell: int = 1
     ) -> Float[Tensor, " batch"]:
-        """One score per image, from the pixels of its content."""
-        on_content = content_mask(content, maps.shape[1], maps.shape[2])
-        pixels = maps.masked_fill(~on_content, -torch.inf).flatten(1)
+        """One score per image, from the pixels of its content, of maps at cells of that height and width."""
+        pixels = content_pixels(content, maps.shape[1], maps.shape[2], cell)
+        values = maps.masked_fill(pixels == 0, -torch.inf)
         if self.image_score == "max":
-            return pixels.amax(1)
-        return top_mean(pixels, content.prod(1), self.top_fraction)
+            return values.flatten(1).amax(1)
+        return top_mean(values, pixels, self.top_fraction, cell)
 
     def set_threshold(self, normals: Float[Tensor, " images"]) -> float:
         """Sets the threshold from scores of normal images, and keeps them; returns the promised false-positive rate."""
@@ -210,16 +213,27 @@ class SplitScorer(Scorer):
         return f"score_sides={self.chosen['score_sides']}, {super().extra_repr()}"
 
 
-def content_mask(content: Int[Tensor, "batch 2"], height: int, width: int) -> Bool[Tensor, "batch height width"]:
-    """True on the content of each image, False on its padding."""
-    rows, columns = torch.arange(height, device=content.device), torch.arange(width, device=content.device)
-    return (rows < content[:, :1])[:, :, None] & (columns < content[:, 1:])[:, None, :]
+def content_pixels(
+    content: Int[Tensor, "batch 2"], rows: int, columns: int, cell: int = 1
+) -> Int[Tensor, "batch rows columns"]:
+    """How many pixels of each cell lie on the content of each image, not on its padding.
+
+    Example:
+        >>> content_pixels(torch.tensor([[3, 2]]), rows=2, columns=2, cell=2)
+        tensor([[[4, 0],
+                 [2, 0]]])
+    """
+    lengths = [
+        (length[:, None] - cell * torch.arange(count, device=content.device)).clamp(0, cell)
+        for length, count in zip(content.T, (rows, columns), strict=True)
+    ]
+    return lengths[0][:, :, None] * lengths[1][:, None, :]
 
 
 def gaussian(
-    maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"], deviation: float
+    maps: Float[Tensor, "batch rows columns"], content: Int[Tensor, "batch 2"], deviation: float, cell: int = 1
 ) -> Float[Tensor, "batch height width"]:
-    """The content of each map, smoothed as if nothing lay around it; 0 on the padding.
+    """The content of each map at pixels, smoothed as if nothing lay around it; 0 on the padding.
 
     As products of matrices, which a CPU does sooner than the convolution of maps of usual sizes.
 
@@ -227,6 +241,7 @@ def gaussian(
         maps: to be smoothed.
         content: height x width of each map's content, top left, in pixels.
         deviation: of the Gaussian, in pixels.
+        cell: height and width in pixels of what has one value in the maps.
 
     Example:
         >>> spot = torch.zeros(1, 5, 5)
@@ -234,12 +249,23 @@ def gaussian(
         >>> gaussian(spot, torch.tensor([[5, 5]]), deviation=1.0)[0, 2].round(decimals=2)
         tensor([0.0300, 0.1000, 0.1600, 0.1000, 0.0300])
     """
-    on_content = content_mask(content, maps.shape[1], maps.shape[2])
-    rows, columns = (bell(length, deviation, maps.device) for length in maps.shape[1:])
+    height, width = cell * maps.shape[1], cell * maps.shape[2]
     with torch.autocast(maps.device.type, enabled=False):  # reduced precision would round the map
-        weighted = rows @ (maps.float() * on_content) @ columns
-        weights = (on_content.any(2).float() @ rows)[:, :, None] * (on_content.any(1).float() @ columns)[:, None]
-    return (weighted / weights).where(on_content, 0)
+        rows, columns = (
+            averages(length, on_content, deviation, cell)
+            for length, on_content in zip((height, width), content.T, strict=True)
+        )
+        smoothed = rows @ maps.float() @ columns.mT
+    return smoothed.where(content_pixels(content, height, width) > 0, 0)
+
+
+def averages(
+    length: int, on_content: Int[Tensor, " batch"], deviation: float, cell: int
+) -> Float[Tensor, "batch length cells"]:
+    """How much each cell in a row counts at each pixel: the share of the Gaussian's weight there, on the content."""
+    weights = bell(length, deviation, on_content.device)
+    weights = weights * (torch.arange(length, device=on_content.device) < on_content[:, None])[:, None]
+    return weights.unflatten(2, (-1, cell)).sum(3) / weights.sum(2, keepdim=True)
 
 
 def bell(length: int, deviation: float, device: torch.device) -> Float[Tensor, "length length"]:
@@ -249,11 +275,23 @@ def bell(length: int, deviation: float, device: torch.device) -> Float[Tensor, "
 
 
 def top_mean(
-    pixels: Float[Tensor, "batch pixels"], count: Int[Tensor, " batch"], fraction: float
+    values: Float[Tensor, "batch rows columns"],
+    pixels: Int[Tensor, "batch rows columns"],
+    fraction: float,
+    cell: int = 1,
 ) -> Float[Tensor, " batch"]:
-    """The mean of the highest `fraction` of each row's `count` finite values (at least one of them)."""
-    most = max(1, math.ceil(pixels.shape[1] * fraction))
-    top = (count * fraction).ceil().long().clamp(1, most)
-    highest = pixels.topk(most, dim=1).values
-    among = torch.arange(most, device=pixels.device) < top[:, None]
-    return (highest.where(among, 0).double().sum(1) / top).to(pixels.dtype)
+    """The mean of the highest `fraction` of each map's pixels (at least one of them).
+
+    Args:
+        values: of cells, finite where there is a pixel.
+        pixels: how many each cell counts for.
+        fraction: of all that count.
+        cell: height and width in pixels of a cell; all hold this many but those at the edges of the content.
+    """
+    top = (pixels.sum((1, 2)) * fraction).ceil().clamp(min=1)[:, None]
+    at_edges = values.shape[1] + values.shape[2] if cell > 1 else 0
+    most = min(math.ceil(values[0].numel() * fraction) + at_edges, values[0].numel())
+    highest, places = values.flatten(1).topk(most, dim=1)
+    counts = pixels.flatten(1).gather(1, places)
+    counts = torch.minimum(counts, top - (counts.cumsum(1) - counts)).clamp(min=0).double()
+    return ((highest.where(counts > 0, 0) * counts).sum(1) / top[:, 0]).to(values.dtype)

@@ -85,7 +85,7 @@ def time_stages(
     search = clock()
     maps = detector.side_maps(distances)
     fold = clock()
-    detector.score_maps(maps, content)
+    detector.score_maps(maps, distances)
     return dict(zip(STAGES, (backbone.total, embedding - backbone.total, search, fold, clock()), strict=True))
 
 

@@ -3,7 +3,7 @@ import io
 import pytest
 import torch
 
-from patchad.lists import divide
+from patchad.lists import PART, divide, halve
 from patchad.memory import MemoryBank
 
 DIM = 8
@@ -36,12 +36,24 @@ def whole() -> MemoryBank:
     return bank(clustered(4000), exact_most=4000)
 
 
-@pytest.mark.parametrize("count", [3, 50, 1999])
+@pytest.mark.parametrize("count", [3, 50, 1999, 9000])
 def test_lists_hold_every_vector_and_nothing_else(count):
     lists = divide(clustered(count))
     assert torch.equal(lists.unique(), torch.arange(count))
-    assert lists.shape[1] <= -(-count // min(count, 4 * round(count**0.5)))
+    longest = -(-count // round(count**0.5))
+    assert lists.shape[1] * lists.shape[2] < longest + lists.shape[1]
+    assert lists.shape[2] < 2 * PART
     assert torch.equal(lists, divide(clustered(count)))
+
+
+def test_parts_of_a_list_are_halves_across_its_longest_direction():
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(1, 80, DIM, generator=generator) * torch.tensor([1.0] * 7 + [9.0])
+    turned = vectors @ torch.linalg.qr(torch.randn(DIM, DIM, generator=generator)).Q
+    halves = halve(torch.arange(80)[None], turned)
+    below = (vectors[0, halves[0], -1] < vectors[0, :, -1].median()).float().mean()
+    assert halves.shape == (2, 40) and torch.equal(halves.unique(), torch.arange(80))
+    assert max(below, 1 - below) > 0.9
 
 
 def test_lists_of_vectors_of_which_few_differ_hold_all_of_them():

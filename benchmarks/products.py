@@ -4,7 +4,7 @@ python -m benchmarks.products --candidate default --half choosing --data ../shar
 
 The sets stand in benchmarks/products.yaml, in a half on which settings are compared and one that a candidate for a
 default sees once. Each row of the CSV is one fit and one test; a table that was stopped goes on where it was, and a
-finished one is printed from its CSV. The confirming half refuses a candidate that has been there with another
+finished one is printed from its CSV; without a half, the rows of both are. The confirming half refuses a candidate that has been there with another
 configuration: a candidate that changes gets another name, so that every look at that half is counted.
 """
 
@@ -80,7 +80,7 @@ class Row(NamedTuple):
 
 def main(
     candidate: str,
-    half: Literal["choosing", "confirming"],
+    half: Literal["choosing", "confirming"] | None = None,
     data: Path = Path("../shared/data"),
     seeds: tuple[int, ...] = (0,),
     products: tuple[str, ...] = (),
@@ -92,7 +92,7 @@ def main(
 
     Args:
         candidate: a name for the configuration, such as `default`.
-        half: which sets.
+        half: which sets; by default nothing is measured, and what both CSVs have of the candidate is printed.
         data: the folder that their paths are below.
         seeds: of everything.
         products: some of the half alone.
@@ -103,6 +103,9 @@ def main(
     Raises:
         SystemExit: if the confirming half has seen the candidate with another configuration.
     """
+    if half is None:
+        rows = [row for path in RESULTS.values() for row in ended(path)]
+        return print(*table([row for row in rows if row.candidate == candidate]), sep="\n")
     results = results or RESULTS[half]
     for product in products or tuple(HALVES[half]):
         for seed in seeds:

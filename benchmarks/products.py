@@ -4,8 +4,9 @@ python -m benchmarks.products --candidate default --half choosing --data ../shar
 
 The sets stand in benchmarks/products.yaml, in a half on which settings are compared and one that a candidate for a
 default sees once. Each row of the CSV is one fit and one test; a table that was stopped goes on where it was, and a
-finished one is printed from its CSV; without a half, the rows of both are. The confirming half refuses a candidate that has been there with another
-configuration: a candidate that changes gets another name, so that every look at that half is counted.
+finished one is printed from its CSV; without a half, the rows of both are. The confirming half refuses a candidate that
+has been there with another configuration: a candidate that changes gets another name, so that every look at that half
+is counted.
 """
 
 import csv

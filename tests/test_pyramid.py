@@ -5,6 +5,7 @@ from scipy.stats import chisquare
 
 from patchad.errors import PatchadError
 from patchad.pyramid import (
+    at_pixels,
     covered,
     crop_resize,
     cut,
@@ -54,6 +55,15 @@ def test_folding_equals_a_loop_over_patches(side, stride):
     for image in range(2):
         expected = slow_fold(values[image].numpy(), counted[image].numpy(), side, stride)
         np.testing.assert_allclose(folded[image], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", [1, 4, 8])
+def test_cells_hold_what_their_pixels_do(cell):
+    values, counted = torch.rand(2, 5, 7), torch.rand(2, 5, 7) > 0.3
+    pixels = fold(values, counted, 32, 8)
+    cells = fold(values, counted, 32, 8, cell)
+    assert cells.shape[1] * cell == pixels.shape[1]
+    assert torch.equal(at_pixels(cells, cell, (61, 50)), pixels[:, :61, :50])
 
 
 def test_folding_keeps_its_digits_at_reduced_precision():

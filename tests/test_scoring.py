@@ -5,6 +5,7 @@ from scipy.ndimage import gaussian_filter
 
 from patchad.conformal import conformal_threshold, images_needed, p_values
 from patchad.errors import PatchadError
+from patchad.pyramid import enlarge
 from patchad.scoring import Scorer, SplitScorer, bell
 
 FULL = torch.tensor([[8, 8], [8, 8]])
@@ -121,6 +122,24 @@ def test_top_fraction_is_the_mean_of_the_highest_pixels_of_each_content(fraction
         pixels = np.sort(maps[image, :height, :width].numpy().ravel())[::-1]
         expected = pixels[: max(1, int(np.ceil(fraction * pixels.size - 1e-9)))].mean()
         assert scores[image].item() == pytest.approx(expected, rel=1e-5)
+
+
+CUT = torch.tensor([[48, 64], [41, 33], [7, 3], [8, 64]])
+"""Height x width of content that cells of 8 pixels do not divide, and that they do."""
+
+
+@pytest.mark.parametrize("image_score", ["max", "top_fraction"])
+@pytest.mark.parametrize("fraction", [0.001, 0.03, 0.4, 1.0])
+def test_cells_score_as_their_pixels_do(fraction, image_score):
+    cells = torch.rand(4, 6, 8)
+    scorer = Scorer(image_score=image_score, top_fraction=fraction).prepare((64,))
+    torch.testing.assert_close(scorer.score(cells, CUT, cell=8), scorer.score(enlarge(cells, 8), CUT))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1.5, 8.0])
+def test_cells_are_smoothed_as_their_pixels_are(smoothing):
+    cells, scorer = torch.rand(4, 6, 8), Scorer(smoothing=smoothing)
+    torch.testing.assert_close(scorer.smooth(cells, CUT, cell=8), scorer.smooth(enlarge(cells, 8), CUT))
 
 
 @pytest.mark.parametrize(("count", "target", "rank"), [(99, 0.05, 95), (99, 0.01, 99), (19, 0.1, 18), (200, 0.01, 199)])

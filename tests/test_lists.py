@@ -66,6 +66,14 @@ def test_lists_of_vectors_of_which_few_differ_hold_all_of_them():
     assert (made.distances(queries) >= exact - 1e-5).all()
 
 
+def test_a_part_whose_vectors_are_nearly_all_the_same_is_halved():
+    vectors = torch.zeros(3, 20, DIM)
+    vectors[1, 0, 3], vectors[2, :, 0] = 1e-30, torch.arange(20.0)
+    halves = halve(torch.arange(60).reshape(3, 20).flip(1), vectors.flip(1))
+    assert halves.shape == (6, 10) and torch.equal(halves.unique(), torch.arange(60))
+    assert {int(half.max() - half.min()) for half in halves[4:]} == {9}
+
+
 def test_a_bank_up_to_the_limit_is_searched_whole(large, whole):
     assert len(whole.lists) == 0
     assert len(large.lists) > 0

@@ -262,7 +262,7 @@ class PatchDetector(Detector):
         """The combined map, scores and verdicts from the maps of the sides, and the distances that these are of."""
         combined, content, size = self.scorer.combine(maps), distances.content, (distances.height, distances.width)
         scores = self.scorer.score(combined, content, self.cell)
-        shown = at_pixels(self.scorer.show(maps, combined, content, self.cell), 1, size)
+        shown = at_pixels(self.scorer.show(maps, content, self.cell), 1, size)
         pixels = {side: at_pixels(one, self.cell, size) for side, one in maps.items()}
         return Prediction(scores, scores > self.scorer.threshold, shown, self.side_scores(maps, content), pixels)
 

@@ -109,25 +109,30 @@ class Scorer(Configurable, nn.Module):
         return len(scaled) * scaled.clamp(min=NOISE).prod(0).pow(1 / len(scaled))
 
     def show(
-        self,
-        maps: Mapping[int, Float[Tensor, "batch rows columns"]],
-        combined: Float[Tensor, "batch rows columns"],
-        content: Int[Tensor, "batch 2"],
-        cell: int = 1,
+        self, maps: Mapping[int, Float[Tensor, "batch rows columns"]], content: Int[Tensor, "batch 2"], cell: int = 1
     ) -> Float[Tensor, "batch height width"]:
         """The map that is shown, written and measured, on the scale of the one that scores come from.
 
         Args:
             maps: of the sides.
-            combined: what `combine` made of them.
             content: height x width of each map's content, top left, in pixels.
             cell: height and width in pixels of what has one value in these maps.
         """
-        return self.smooth(combined if self.map_sides == self.score_sides else self.outline(maps), content, cell)
+        return self.smooth(self.outline(maps), content, cell)
 
     def outline(self, maps: Mapping[int, Float[Tensor, "batch rows columns"]]) -> Float[Tensor, "batch rows columns"]:
-        """The map that is shown, before it is smoothed, of the maps of the sides."""
-        return len(self.score_sides) / len(self.map_sides) * self.combine_sides(maps, self.map_sides)
+        """The map that is shown, before it is smoothed, of the maps of the sides.
+
+        Broad patches glow beyond a defect, and their excesses may be a hundred times as large. Excesses are therefore
+        weighted by what the smallest side sees: of n sides it takes one share of n in a geometric mean with the sum of
+        all. Where it sees nothing it counts as a normal image does, so that what broad patches alone see stays.
+        """
+        share = 1 / len(self.map_sides)
+        combined = len(self.score_sides) * share * self.combine_sides(maps, self.map_sides)
+        if self.combination != "excess":
+            return combined
+        finest = self.combine_sides(maps, [min(self.map_sides)]) + math.log(2) ** 2
+        return combined.pow(1 - share) * (len(self.score_sides) * finest).pow(share)
 
     def smooth(
         self, maps: Float[Tensor, "batch rows columns"], content: Int[Tensor, "batch 2"], cell: int = 1
@@ -186,8 +191,7 @@ class SplitScorer(Scorer):
     Example:
         >>> scorer = SplitScorer(score_sides=(32, 16), map_sides=(64,)).prepare((64, 32, 16))
         >>> maps = {side: torch.full((1, 4, 4), float(side)) for side in (64, 32, 16)}
-        >>> combined = scorer.combine_sides(maps, [16])
-        >>> scorer.show(maps, combined, torch.tensor([[4, 4]])).unique()
+        >>> scorer.show(maps, torch.tensor([[4, 4]])).unique()
         tensor([128.])
     """
 

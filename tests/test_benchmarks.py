@@ -109,7 +109,9 @@ def candidate(product, tmp_path, monkeypatch) -> dict:
     return {"candidate": "small", "half": "confirming", "options": options, **place}
 
 
-def test_a_candidate_is_measured_once_and_printed_from_its_file_afterwards(candidate, product, monkeypatch, capsys):
+def test_a_candidate_is_measured_once_and_printed_from_its_file_afterwards(
+    candidate, product, tmp_path, monkeypatch, capsys
+):
     products.main(**candidate)
     printed = capsys.readouterr().out.splitlines()
     (one,) = products.read(candidate["results"])
@@ -121,6 +123,9 @@ def test_a_candidate_is_measured_once_and_printed_from_its_file_afterwards(candi
     monkeypatch.setattr(products, "measure", None)
     products.main(**candidate)
     assert capsys.readouterr().out.splitlines() == printed[1:]  # the line of the run itself comes first
+    monkeypatch.setattr(products, "RESULTS", {"choosing": tmp_path / "none.csv", "confirming": candidate["results"]})
+    products.main(candidate="small")
+    assert capsys.readouterr().out.splitlines() == printed[1:]
 
 
 def test_a_run_that_fails_is_written_down_and_tried_again(candidate, capsys):

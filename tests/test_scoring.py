@@ -74,7 +74,19 @@ def test_a_split_scorer_scores_as_one_of_some_sides_and_shows_the_map_of_one_of_
     combined = split.combine(maps)
     torch.testing.assert_close(combined, small.combine(maps))
     expected = 2 * broad.smooth(broad.combine(maps), FULL)  # a pixel as normal as can be has 2 in both maps
-    torch.testing.assert_close(split.show(maps, combined, FULL), expected)
+    torch.testing.assert_close(split.show(maps, FULL), expected)
+
+
+def test_excesses_are_shown_where_the_smallest_side_sees_them_and_stay_where_it_sees_nothing():
+    scorer = Scorer("excess", smoothing=0.0).prepare((64, 32, 16))
+    far, near = torch.tensor([[[5.0, 9.0, 5.0]]]), torch.tensor([[[5.0, -99.0, -99.0]]])
+    maps = {64: far, 32: far, 16: near}
+    combined, shown = scorer.combine(maps).flatten(), scorer.show(maps, FULL[:1]).flatten()
+    assert combined[1] > combined[0] and shown[0] > shown[1] > shown[2] > 1
+    level = np.log(2) ** 2
+    expected = [combined[0] ** (2 / 3) * (3 * (float(combined[0]) / 3 + level)) ** (1 / 3)]
+    expected += [one ** (2 / 3) * (3 * level) ** (1 / 3) for one in combined[1:]]
+    np.testing.assert_allclose(shown, expected, rtol=1e-5)
 
 
 def test_verdicts_depend_on_the_sides_that_score_and_not_on_those_that_are_shown():

@@ -38,7 +38,7 @@ def main(data: Path = Path("../shared/data")) -> None:
         known, new = among.min(1), cdist(test / unit, training / unit).min(1)
         medians = f"{np.median(known):.2f}, {np.median(new):.2f}"
         farther = f"{(new > known.max()).sum()} of {len(new)}"
-        print(f"| {product} | {len(known)}, {len(new)} | {medians} | {farther} | {ks_2samp(known, new).pvalue:.2g} |")
+        print(f"| {product} | {len(known)}, {len(new)} | {medians} | {farther} | {ks_2samp(known, new)[1]:.2g} |")
 
 
 def colours(root: Path, product: str, split: str) -> Float[np.ndarray, "images 6"]:

@@ -51,7 +51,7 @@ def main(file: Path, images: Path, every: int = 6, warm: int = 3, beside: bool =
 
 
 def peer_ways() -> dict[str, Way]:
-    """The peer's exported file in each runtime; its resizing is not in its time, as ours is."""
+    """The peer's exported file in each runtime; the nearest pixels at its size are taken within its time."""
     image = torch.zeros(1, 3, SIZE, SIZE)
     array = image.numpy()
     ways = exported_ways(peer(PEER), image)

@@ -6,6 +6,7 @@ An image is six numbers: mean and deviation of red, green and blue, each over it
 the nearest other training image says how unusual it is; no model, score or threshold takes part.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,8 @@ from jsonargparse import auto_cli
 from scipy.spatial.distance import cdist
 from scipy.stats import ks_2samp
 
-from benchmarks.products import HALVES
+from benchmarks.products import HALVES, good_images
 from patchad.data.images import read_image
-from patchad.data.layouts import MagneticTile, detect_layout
-from patchad.types import NORMAL
 
 
 def main(data: Path = Path("../shared/data")) -> None:
@@ -32,7 +31,7 @@ def main(data: Path = Path("../shared/data")) -> None:
         + "|"
     )
     for product, place in (HALVES["choosing"] | HALVES["confirming"]).items():
-        training, test = (colours(data / place, product, split) for split in ("train", "test"))
+        training, test = (colours(good_images(product, data / place, split)) for split in ("train", "test"))
         unit = training.std(0) + np.finfo(float).eps
         among = cdist(training / unit, training / unit) + np.diag(np.full(len(training), np.inf))
         known, new = among.min(1), cdist(test / unit, training / unit).min(1)
@@ -41,11 +40,9 @@ def main(data: Path = Path("../shared/data")) -> None:
         print(f"| {product} | {len(known)}, {len(new)} | {medians} | {farther} | {ks_2samp(known, new)[1]:.2g} |")
 
 
-def colours(root: Path, product: str, split: str) -> Float[np.ndarray, "images 6"]:
-    """Mean and deviation of each colour of the good images of a split."""
-    layout = MagneticTile(split="by_tile") if product == "magnetic_tile" else detect_layout(root)
-    samples = [one for one in layout.samples(root) if one.split == split and one.defect == NORMAL]
-    images = (read_image(one.path).flatten(1) for one in samples)
+def colours(paths: Sequence[Path]) -> Float[np.ndarray, "images 6"]:
+    """Mean and deviation of each colour of some images."""
+    images = (read_image(path).flatten(1) for path in paths)
     return np.array([np.concatenate([image.mean(1), image.std(1)]) for image in images])
 
 

@@ -128,9 +128,7 @@ def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, o
     *_, images = splits(product, root)  # of Magnetic Tile the last, by tile
     fitted = fit({}, images, seed, Path("weights"), folder, 1, options)
     found = tested({}, fitted)
-    layout = MagneticTile(split="by_tile") if product == "magnetic_tile" else detect_layout(root)
-    samples = layout.samples(root)
-    normals = sum(sample.split == "test" and sample.defect == NORMAL for sample in samples)
+    normals = len(good_images(product, root, "test"))
     return Row(
         date=str(datetime.date.today()),
         commit=commit(),
@@ -149,6 +147,12 @@ def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, o
         fit_seconds=found.seconds[0],
         test_seconds=found.seconds[1],
     )
+
+
+def good_images(product: str, root: Path, split: str) -> list[Path]:
+    """The files without a defect on one side of the split."""
+    layout = MagneticTile(split="by_tile") if product == "magnetic_tile" else detect_layout(root)
+    return [sample.path for sample in layout.samples(root) if sample.split == split and sample.defect == NORMAL]
 
 
 def commit() -> str:

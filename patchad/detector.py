@@ -1,7 +1,7 @@
 """What every detector does, whatever scores: it is calibrated, measured, saved and loaded."""
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,12 @@ class Detector(Configurable, LightningModule):
     def on_predict_start(self) -> None:
         """Says where the normal images are too few for the rate that was asked for."""
         self._note_few_normals()
+
+    def _of_normals(self, title: str, compute: Callable[[ImageBatch], Tensor]) -> Tensor:
+        """What is computed of each normal image, one row for each, whichever process saw it."""
+        batches = self._batches(self._data.normal_dataloader(), title)
+        seen = [(batch.number, compute(batch)) for batch in batches]
+        return self._everywhere(torch.cat([number for number, _ in seen]), [rows for _, rows in seen])
 
     def _everywhere(self, numbers: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """One row for each normal image, whichever process saw it."""

@@ -103,9 +103,7 @@ class Ensemble(Detector):
 
     def know_normals(self) -> None:
         """Sets the threshold from the normal images; the rest the members know."""
-        batches = self._batches(self._data.normal_dataloader(), "Calibrating")
-        seen = [(batch.number, self(batch.image, batch.content, batch.thing).score) for batch in batches]
-        scores = self._everywhere(torch.cat([number for number, _ in seen]), [score for _, score in seen])
+        scores = self._of_normals("Calibrating", lambda batch: self(batch.image, batch.content, batch.thing).score)
         self.set_threshold(scores, self._unseen)
 
     def detect(

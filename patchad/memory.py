@@ -49,7 +49,7 @@ class MemoryBank(nn.Module):
 
     Attributes:
         vectors: embeddings, float32 `[vectors, dim]`.
-        keys: number of the image and of the position within it, int64 `[vectors, 2]`, sorted.
+        keys: number of the image, or of its copy, and of the position within it, int64 `[vectors, 2]`, sorted.
         things: number of what the image of each vector shows, int64 `[vectors]`.
         levels: how far normal patches of things that the bank does not know are to be expected from each vector,
             float32 `[vectors]`; see `local_levels`. 0 without a baseline.
@@ -98,6 +98,10 @@ class MemoryBank(nn.Module):
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def has_room_for(self, count: int) -> bool:
+        """Whether it can hold that many vectors without leaving one out."""
+        return self.max_vectors is None or count <= self.max_vectors
 
     def clear(self) -> None:
         """Empties the bank."""
@@ -149,7 +153,7 @@ class MemoryBank(nn.Module):
         """Merges the banks of all processes, sorts by key and reduces: every process then holds the same bank.
 
         Args:
-            things: number of what each training image shows; by default each shows another thing.
+            things: number of what each training image, or copy, shows; by default each shows another thing.
             progress: whether a reduction by `kcenter` shows a bar.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():

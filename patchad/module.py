@@ -21,7 +21,7 @@ from patchad.memory import MemoryBank, Reduction
 from patchad.models.backbones import Backbone
 from patchad.models.cache import FeatureCache
 from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, LearnedEncoder
-from patchad.pyramid import at_pixels, covered, fits_pyramids, fold, inside, positions, window_size
+from patchad.pyramid import at_pixels, covered, fits_pyramids, fold, inside, mirror, positions, window_size
 from patchad.scoring import Scorer
 from patchad.spec import hyperparameters
 from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan, painted_view
@@ -30,6 +30,8 @@ COMPARED = ("normal", "thing", "painted", "share")
 """What a loss may need of patches with and without painted defects."""
 COLLAPSED = 0.01
 """Deviation of embeddings, whose numbers are of the order of 1, below which they tell no patch from another."""
+MIRRORS = {"left to right": (2,), "top to bottom": (1,), "both": (1, 2)}
+"""The axes along which an image `[3, height, width]` is reversed."""
 LEAST_SCALE = 1e-4
 """Mean distance of normal images over the spread of the bank's vectors, below which it is rounding or nothing."""
 
@@ -84,6 +86,8 @@ class PatchDetector(Detector):
         cache: keeps the features of a frozen backbone on disk, in dense mode; None computes them in each step.
         max_vectors: most vectors that the bank of each side keeps; None keeps all.
         reduce: how the bank chooses them: `kmeans`, `kcenter` or `random`; see `MemoryBank`.
+        mirrored: where the banks have room for as much again, mirrored normal images fill them, too, if most of those
+            pass as normal: that asks whether the product looks alike in a mirror. Not in the paper.
         scorer: combines the maps and holds the threshold.
         seed: of the vectors that the bank keeps, and of the first centroids.
 
@@ -116,6 +120,7 @@ class PatchDetector(Detector):
         cache: FeatureCache | None = None,
         max_vectors: int | None = 10_000,
         reduce: Reduction = "kmeans",
+        mirrored: bool = False,
         scorer: Scorer | None = None,
         seed: int = 0,
     ) -> None:
@@ -136,7 +141,7 @@ class PatchDetector(Detector):
         self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dims[side], seed) for side in sides})
         self.banks = nn.ModuleDict({str(side): MemoryBank(side, max_vectors, reduce, seed, baseline) for side in sides})
         self.scorer, self.measured_sides = (scorer or Scorer()).prepare(sides), self.encoder.sides
-        self.warmup, self.learning_rate, self.cache = warmup, learning_rate, cache
+        self.warmup, self.learning_rate, self.cache, self.mirrored = warmup, learning_rate, cache, mirrored
         # The loss starts from it, so that there is one where every term is off or nothing is to be learned.
         self.placeholder = nn.Parameter(torch.zeros(()))
         self.probe_batches: list[PyramidBatch] = []  # the patches that clusters are fitted on, and their labels
@@ -539,21 +544,50 @@ class PatchDetector(Detector):
     # the memory of what is normal
 
     def know_normals(self) -> None:
-        """Fills the bank and calibrates."""
+        """Fills the bank and calibrates; once more where mirrored normal images are normal, too."""
         self.fill_banks()
         self.calibrate()
+        if self.mirrored and all(bank.has_room_for(2 * len(bank)) for bank in self.memory_banks.values()):
+            self._take_in(self._normal_mirrors())
 
-    def fill_banks(self) -> None:
-        """Fills the bank of each side with the patches of the normal images, and prints its size first."""
-        self.remember(self._embedded_normals(), self._data.normal_set.things, progress=self._shows_bars)
+    def _take_in(self, mirrors: Sequence[tuple[int, ...]]) -> None:
+        if mirrors:
+            self.fill_banks(mirrors)
+            self.calibrate()
 
-    def _embedded_normals(self) -> Iterable[tuple[ImageBatch, dict[int, Tensor]]]:
-        for number, batch in enumerate(self._batches(self._data.normal_dataloader(), "Filling the memory bank")):
-            embeddings = self.embed(batch.image, batch.content)
-            check_finite(embeddings)
-            if number == 0:
-                self._announce(embeddings, len(self._data.normal_set))
-            yield batch, embeddings
+    def _normal_mirrors(self) -> list[tuple[int, ...]]:
+        """The axes along which most normal images can be reversed and pass as normal, each compared with the others."""
+        passing = {}
+        for name, axes in MIRRORS.items():
+            anomalous = self._of_normals("Mirroring", lambda batch, axes=axes: self._mirror_verdicts(batch, axes))
+            passing[name] = 1 - anomalous.float().mean().item()
+        shares = ", ".join(f"{share:.0%} {name}" for name, share in passing.items())
+        rank_zero_info(f"mirrored normal images that pass as normal: {shares}; where most do, they fill the bank, too")
+        return [MIRRORS[name] for name, share in passing.items() if share > 0.5]
+
+    def _mirror_verdicts(self, batch: ImageBatch, axes: tuple[int, ...]) -> Int[Tensor, " batch"]:
+        image = mirror(batch.image, batch.content, axes)
+        return self.detect(image, batch.content, batch.thing).anomalous.long()
+
+    def fill_banks(self, mirrors: Sequence[tuple[int, ...]] = ()) -> None:
+        """Fills the bank of each side with the patches of the normal images, and prints its size first.
+
+        Args:
+            mirrors: axes of an image `[3, height, width]` along which it is reversed and taken in once more.
+        """
+        every = [(), *mirrors]
+        things = self._data.normal_set.things.repeat(len(every))
+        self.remember(self._embedded_normals(every), things, progress=self._shows_bars)
+
+    def _embedded_normals(self, mirrors: Sequence[tuple[int, ...]]) -> Iterable[tuple[ImageBatch, dict[int, Tensor]]]:
+        count = len(self._data.normal_set)
+        for place, batch in enumerate(self._batches(self._data.normal_dataloader(), "Filling the memory bank")):
+            for copy_number, axes in enumerate(mirrors):
+                embeddings = self.embed(mirror(batch.image, batch.content, axes), batch.content)
+                check_finite(embeddings)
+                if place == copy_number == 0:
+                    self._announce(embeddings, count * len(mirrors))
+                yield batch._replace(number=batch.number + copy_number * count), embeddings
 
     def remember(
         self,

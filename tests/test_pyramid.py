@@ -14,6 +14,7 @@ from patchad.pyramid import (
     fits_pyramids,
     fold,
     inside,
+    mirror,
     pad_to_multiple,
     positions,
     sample_pyramids,
@@ -131,6 +132,16 @@ def test_maps_are_cropped_to_their_content_before_they_are_resized():
 
 SIZES = [(128, 128), (256, 256), (200, 131)]
 GRIDS = [(64, 16), (32, 4), (16, 2), (64, 1), (32, 1), (16, 1)]  # dense on VGG16, sliding
+
+
+@pytest.mark.parametrize("axes", [(), (1,), (2,), (1, 2)])
+def test_a_mirror_reverses_the_content_of_each_image_and_repeats_its_new_edge(axes):
+    images = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    content = torch.tensor([[5, 4], [3, 6]])
+    mirrored = mirror(images, content, axes).numpy()
+    for before, after, (rows, columns) in zip(images.numpy(), mirrored, content.tolist(), strict=True):
+        expected = np.flip(before[:, :rows, :columns], axes)
+        np.testing.assert_array_equal(after, np.pad(expected, ((0, 0), (0, 5 - rows), (0, 6 - columns)), mode="edge"))
 
 
 def draw(size, side, grid, images=30, content=None) -> list[Pyramid]:

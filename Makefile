@@ -26,7 +26,7 @@ docs: setup
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
 
 test: lint docs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 clean:
 	rm -rf $(VENV) build docs/_build *.egg-info

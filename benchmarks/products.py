@@ -200,21 +200,26 @@ def append(results: Path, row: Row) -> None:
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """The lines of a table: each set and seed, the mean over the sets, and all false alarms together."""
+    """The lines of a table: each set and seed; each set that has several; each seed, its false alarms together."""
     yield "| set | seed | detection / segmentation | PRO | pixel AP | false alarms | recall | ms | fit + test, s |"
     yield "|---" * 9 + "|"
     yield from (row.markdown() for row in rows)
-    detection, segmentation, pro, precision, recall = (mean(rows, name) for name in AVERAGED)
-    alarms = false_alarms(sum(row.false_alarms for row in rows), sum(row.normals for row in rows))
-    scores = f"{detection:.1f} / {segmentation:.1f} | {pro:.1f} | {precision:.1f} | {alarms} | {recall:.0f}"
-    yield f"| mean over sets, alarms pooled | | {scores} | | |"
+    for product in dict.fromkeys(row.product for row in rows):
+        of_set = [row for row in rows if row.product == product]
+        if len(of_set) > 1:
+            yield f"| {product} | mean of {len(of_set)} | {means(of_set, '')} | | |"
+    for seed in sorted({row.seed for row in rows}):
+        of_seed = [row for row in rows if row.seed == seed]
+        alarms = false_alarms(sum(row.false_alarms for row in of_seed), sum(row.normals for row in of_seed))
+        yield f"| mean of {len(of_seed)} sets | {seed} | {means(of_seed, alarms)} | | |"
 
 
-def mean(rows: Sequence[Row], name: str) -> float:
-    """The mean over sets of their means over seeds; nan of no rows."""
-    products = sorted({row.product for row in rows})
-    parts = ([getattr(row, name) for row in rows if row.product == product] for product in products)
-    return statistics.mean(map(statistics.mean, parts)) if products else math.nan
+def means(rows: Sequence[Row], alarms: str) -> str:
+    """What a line has of the means of some rows."""
+    detection, segmentation, pro, precision, recall = (
+        statistics.mean(getattr(row, name) for row in rows) for name in AVERAGED
+    )
+    return f"{detection:.1f} / {segmentation:.1f} | {pro:.1f} | {precision:.1f} | {alarms} | {recall:.0f}"
 
 
 def false_alarms(count: int, normals: int) -> str:

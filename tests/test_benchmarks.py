@@ -3,7 +3,7 @@ import re
 import pytest
 import yaml
 
-from benchmarks import large_banks, products, tables
+from benchmarks import few_images, large_banks, products, tables
 from patchad.cli import main
 
 
@@ -128,6 +128,18 @@ def test_a_candidate_is_measured_once_and_printed_from_its_file_afterwards(
     assert capsys.readouterr().out.splitlines() == printed[1:]
 
 
+def test_few_images_are_the_first_ones_and_all_of_the_test(product, tmp_path):
+    folders = ("train", "test", "ground_truth")
+    for _ in range(2):  # the second time it is there
+        place = few_images.first_images(product, tmp_path / "few", 5)
+    found, every = (
+        sorted(path.relative_to(root) for folder in folders for path in (root / folder).glob("**/*.png"))
+        for root in (place, product)
+    )
+    normals = [path for path in every if path.parts[0] == "train"]
+    assert len(normals) == 12 and found == sorted({*every} - {*normals[5:]})
+
+
 def test_a_run_that_fails_is_written_down_and_tried_again(candidate, capsys):
     with pytest.raises(RuntimeError, match="image_size"):
         products.main(**{**candidate, "options": ("--data.image_size=0",)})
@@ -151,15 +163,17 @@ def test_the_confirming_half_refuses_another_configuration_under_a_name_that_it_
         products.refuse_another(row(seed=1, configuration="2"), [row()])
 
 
-def test_means_are_over_sets_and_false_alarms_are_pooled():
+def test_sets_have_means_over_seeds_and_seeds_have_means_over_sets_and_their_false_alarms_together():
     rows = [
         row(detection=90.0, false_alarms=1),
         row(detection=80.0, seed=1),
         row(product="b", detection=65.0, normals=20, false_alarms=3),
     ]
-    assert products.mean(rows, "detection") == 75
-    assert "| 75.0 / 50.0 |" in list(products.table(rows))[-1]
-    assert "4 of 40: 10.0 % (2.8 to 23.7)" in list(products.table(rows))[-1]  # Clopper and Pearson
+    *_, of_set, first, second = products.table(rows)
+    assert of_set.startswith("| a | mean of 2 | 85.0 / 50.0 |")
+    assert first.startswith("| mean of 2 sets | 0 | 77.5 / 50.0 |")
+    assert "4 of 30: 13.3 % (3.8 to 30.7)" in first  # Clopper and Pearson
+    assert second.startswith("| mean of 1 sets | 1 | 80.0 / 50.0 |") and "0 of 10: 0.0 % (0.0 to 30.8)" in second
 
 
 @pytest.mark.data

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 """Most that scores of an exported file may differ from the checkpoint's, relative."""
 MAP_TOLERANCE = 1e-2
 """Most that a pixel may differ, over the highest pixel. Usually below 1e-4, too; but near 0 the roots that make
-distances, and products of maps, magnify rounding (docs/benchmarks_learned.md)."""
+distances, and products of maps, magnify rounding (benchmarks/learned.md)."""
 TINY = 1e-12
 """A score or a map that is nothing; differences are not divided by less."""
 

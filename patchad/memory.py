@@ -22,7 +22,7 @@ CANDIDATES = 100_000
 
 REDUCING_ITERATIONS = 3
 """Of K-means where it reduces a bank; 10 of them take 3 times as long
-for the same AUROC (docs/benchmarks_learned.md)."""
+for the same AUROC (benchmarks/learned.md)."""
 SAMPLED = 20_000
 """Candidates at most whose distances give the local levels of a bank."""
 AROUND, PRIOR = 10, 5

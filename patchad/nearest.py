@@ -13,14 +13,14 @@ KERNELS = {"AVX2": "Haswell", "AVX512": "SkylakeX"}
 
 if (capability := torch.backends.cpu.get_cpu_capability()) in KERNELS:
     # The OpenBLAS in faiss's wheels is of 2021 and takes newer Intel CPUs for one of 2004, which makes searches 2 to 5
-    # times as long (docs/benchmarks_learned.md). It looks at this when it is loaded.
+    # times as long (benchmarks/learned.md). It looks at this when it is loaded.
     os.environ.setdefault("OPENBLAS_CORETYPE", KERNELS[capability])
 
 import faiss  # noqa: E402
 import faiss.contrib.torch_utils  # noqa: E402  # indices take tensors, those of a GPU without a way through the CPU
 
 # Faiss 1.15 compares the patches of a single image with the bank one by one, not by a product of matrices, which takes
-# 2.4 times as long on few cores (docs/benchmarks_learned.md). 0 asks for the product always, as before from 20 queries
+# 2.4 times as long on few cores (benchmarks/learned.md). 0 asks for the product always, as before from 20 queries
 # on.
 faiss.cvar.distance_compute_blas_threshold = 0
 

@@ -1,6 +1,6 @@
 """An exported file -> scores of images, from files or memory. Neither torch nor Lightning is imported here.
 
-ONNX Runtime runs the graph; see docs/benchmarks_learned.md for why.
+ONNX Runtime runs the graph; see benchmarks/learned.md for why.
 """
 
 import json

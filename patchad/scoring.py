@@ -181,7 +181,7 @@ class SplitScorer(Scorer):
 
     The size that detects a defect need not be the one that outlines it: small patches find hairlines and holes, which
     broad ones average away, and broad patches tell a change of texture from its surroundings
-    (docs/benchmarks_learned.md).
+    (benchmarks/learned.md).
 
     Args:
         score_sides: sides in pixels whose maps give the score.

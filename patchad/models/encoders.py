@@ -638,7 +638,7 @@ def default_stride(side: int, tap: Tap) -> int:
     """Distance in pixels between scored patches of a side: 8, but at most half a side, and what the tap allows.
 
     The paper scores sides 64, 32 and 16 every 16, 4 and 4 pixels (`paper.yaml`); at 8 there are 4 times fewer patches
-    to search, and to fit into a bank (docs/benchmarks_learned.md has what it costs).
+    to search, and to fit into a bank (benchmarks/learned.md has what it costs).
 
     Example:
         >>> [default_stride(side, Tap(layer=3, stride=4, channels=24)) for side in (32, 20, 16, 8)]

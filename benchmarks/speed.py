@@ -29,8 +29,9 @@ from patchad import PatchDetector, PyramidDataModule
 from patchad.cli import CONFIGS
 from patchad.data.synthetic import write_synthetic
 from patchad.export import export
-from patchad.models import VGG16, EfficientNetLite0
+from patchad.models import VGG16, EfficientNetLite0, LearnedEncoder
 from patchad.models.backbones import Backbone
+from patchad.scoring import Scorer
 from patchad.timing import alternate, best_rate, measure_stages, peak_memory, stage_table
 
 SIZE, BATCHES = 256, (1, 8)
@@ -128,7 +129,9 @@ def synthetic_images(count: int) -> Tensor:
 
 def filled(backbone: Backbone, **settings: Any) -> PatchDetector:
     """A detector as `--config learned`, with random vectors in its banks, as many as it keeps at most."""
-    detector = PatchDetector(backbone, baseline=LEARNED_MODEL["baseline"], **settings).eval()
+    learned = {name: LEARNED_MODEL[name] for name in ("baseline", "context", "max_vectors", "reduce")}
+    scorer = Scorer(**LEARNED_MODEL["scorer"]["init_args"])
+    detector = PatchDetector(backbone, LearnedEncoder, scorer=scorer, **{**learned, **settings}).eval()
     generator = torch.Generator().manual_seed(0)
     blank = torch.zeros(1, 3, SIZE, SIZE)
     for side, values in detector.embed(blank, content(blank)).items():

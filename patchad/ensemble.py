@@ -51,7 +51,7 @@ class Ensemble(Detector):
             )
         self.fitted_on: dict[str, dict[str, Any]] = {}  # data settings of the members that come from a checkpoint
         self.members = nn.ModuleList(self._member(str(one)) for one in members)
-        self.scorer = (scorer or Scorer()).prepare(range(len(members)))
+        self.scorer = (scorer or Scorer(combination="product", smoothing=4.0)).prepare(range(len(members)))
         if self.scorer.combination == "excess":
             raise PatchadError("an ensemble knows no excess of its members; give combination product or sum")
         self.scorer.scale.copy_(torch.tensor([one.scorer.normal_level for one in self._detectors]))

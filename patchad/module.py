@@ -16,14 +16,14 @@ from patchad.canvas import Size
 from patchad.clustering import PseudoLabels, churn
 from patchad.detector import Detector
 from patchad.errors import PatchadError
-from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
+from patchad.losses import PatchLoss
 from patchad.memory import MemoryBank, Reduction
-from patchad.models.backbones import Backbone
+from patchad.models.backbones import Backbone, EfficientNetLite0
 from patchad.models.cache import FeatureCache
-from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, LearnedEncoder
+from patchad.models.encoders import MODES, DenseEncoder, EncoderFactory, WindowEncoder
 from patchad.pyramid import at_pixels, covered, fits_pyramids, fold, inside, mirror, positions, window_size
 from patchad.scoring import Scorer
-from patchad.spec import hyperparameters
+from patchad.spec import hyperparameters, spec
 from patchad.types import ImageBatch, PatchViews, Prediction, PyramidBatch, PyramidPlan, painted_view
 
 COMPARED = ("normal", "thing", "painted", "share")
@@ -62,10 +62,11 @@ class PatchDetector(Detector):
     WACV 2022.
 
     Args:
-        backbone: image -> feature maps.
+        backbone: image -> feature maps; None is `EfficientNetLite0`.
         encoder: makes the encoder of one side: a subclass of `PatchEncoder`, or a `functools.partial` of one; None is
-            `LearnedEncoder`.
-        losses: terms of the loss of each side; by default position, similarity and clustering, weighted 1, 1e-3, 1e-3.
+            `WindowEncoder`, which learns nothing.
+        losses: terms of the loss of each side, which an encoder that learns needs; in the paper position, similarity
+            and clustering, weighted 1, 1e-3 and 1e-3, which are their defaults.
         mode: `dense` passes each image through the backbone once, `sliding` each patch on its own, as in the paper.
         sides: sides of the patches in pixels.
         taps: name of the backbone's layer for each side; by default the backbone's own choice.
@@ -95,17 +96,15 @@ class PatchDetector(Detector):
         PatchadError: if sides, taps and strides do not fit each other, or the mode fits neither name nor cache.
 
     Example:
-        >>> from patchad.models.backbones import EfficientNetLite0
-        >>> detector = PatchDetector(EfficientNetLite0(weights="none"))
-        >>> detector.encoder.strides
+        >>> PatchDetector().encoder.strides
         {64: 16, 32: 16, 16: 8}
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | None = None,
         encoder: EncoderFactory | None = None,
-        losses: Sequence[PatchLoss] | None = None,
+        losses: Sequence[PatchLoss] = (),
         mode: Literal["dense", "sliding"] = "dense",
         sides: tuple[int, ...] = (64, 32, 16),
         taps: dict[int, str] | None = None,
@@ -113,30 +112,30 @@ class PatchDetector(Detector):
         subtract_mean_image: bool = False,
         tile: int | None = 1024,
         baseline: float = 0.0,
-        context: float = 1.0,
+        context: float = 0.0,
         clusters: int = 50,
         warmup: float = 0.1,
         learning_rate: float = 3e-4,
         cache: FeatureCache | None = None,
-        max_vectors: int | None = 10_000,
-        reduce: Reduction = "kmeans",
-        mirrored: bool = False,
+        max_vectors: int | None = 400_000,
+        reduce: Reduction = "random",
+        mirrored: bool = True,
         scorer: Scorer | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(hyperparameters(self))
+        backbone = backbone or EfficientNetLite0()
+        self.save_hyperparameters({**hyperparameters(self), "backbone": spec(backbone)})
         self.encoder = MODES[mode](
-            backbone, encoder or LearnedEncoder, sides, taps, scoring_strides, subtract_mean_image, tile
+            backbone, encoder or WindowEncoder, sides, taps, scoring_strides, subtract_mean_image, tile
         )
         if cache is not None and not isinstance(self.encoder, DenseEncoder):
             raise PatchadError(f"mode {mode} has no features to cache; set model.cache to null")
-        terms = [Position(), RelativeSimilarity(), Clustering()] if losses is None else losses
-        check_losses(terms)
+        check_losses(losses)
         if context < 0:
             raise PatchadError(f"context {context} must not be negative; 0 compares patches alone")
         self.context = context
-        self.losses = nn.ModuleDict({str(side): nn.ModuleList(map(copy.deepcopy, terms)) for side in sides})
+        self.losses = nn.ModuleDict({str(side): nn.ModuleList(map(copy.deepcopy, losses)) for side in sides})
         dims = {side: self.encoder.patch_encoder(side).dim for side in sides}
         self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dims[side], seed) for side in sides})
         self.banks = nn.ModuleDict({str(side): MemoryBank(side, max_vectors, reduce, seed, baseline) for side in sides})
@@ -164,6 +163,13 @@ class PatchDetector(Detector):
             self._warn_of_single_images()
         elif stage == "fit":
             self.losses.requires_grad_(False)  # DistributedDataParallel waits for every parameter that is trainable
+            self._warn_of_idle_losses()
+
+    def _warn_of_idle_losses(self) -> None:
+        names = [type(loss).__name__ for loss in self._losses(self.encoder.sides[0])]
+        if names:
+            encoder = type(self.encoder.patch_encoder(self.encoder.sides[0])).__name__
+            rank_zero_warn(f"losses {', '.join(names)} train nothing: {encoder} does not learn; give --config learned")
 
     def _tell_padding(self, size: Size) -> None:
         padded = self.encoder.padded(size)

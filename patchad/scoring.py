@@ -39,7 +39,8 @@ class Scorer(Configurable, nn.Module):
             bad pixel on a normal image counts less.
         top_fraction: share of the pixels that `top_fraction` averages.
         smoothing: deviation of the Gaussian that smooths the combined map, in pixels of `image_size`; scores come from
-            the map before it. 4 as in PatchCore (Roth et al., CVPR 2022, section 3.3); not in the paper: 0.
+            the map before it. 8, half of the smallest side, is what a map resolves (benchmarks/products.md); 4 in
+            PatchCore (Roth et al., CVPR 2022, section 3.3); not in the paper: 0.
         target_fpr: false-positive rate that the threshold promises on normal images.
 
     Raises:
@@ -55,10 +56,10 @@ class Scorer(Configurable, nn.Module):
 
     def __init__(
         self,
-        combination: Literal["sum", "product", "excess"] = "product",
+        combination: Literal["sum", "product", "excess"] = "excess",
         image_score: Literal["max", "top_fraction"] = "top_fraction",
         top_fraction: float = 0.01,
-        smoothing: float = 4.0,
+        smoothing: float = 8.0,
         target_fpr: float = 0.05,
     ) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ class Scorer(Configurable, nn.Module):
         for number, side in enumerate(self.sides):
             scaled = scores[side].double() / self.scale[number]
             self.level[number] = scaled.mean()
-            self.spread[number] = scaled.std(correction=0).clamp(min=NOISE * float(scaled.mean()))
+            self.spread[number] = scaled.std(correction=0).clamp(min=NOISE * max(1.0, float(scaled.mean())))
 
     def score(
         self, maps: Float[Tensor, "batch rows columns"], content: Int[Tensor, "batch 2"], cell: int = 1
@@ -189,7 +190,7 @@ class SplitScorer(Scorer):
         options: of `Scorer`.
 
     Example:
-        >>> scorer = SplitScorer(score_sides=(32, 16), map_sides=(64,)).prepare((64, 32, 16))
+        >>> scorer = SplitScorer((32, 16), map_sides=(64,), combination="sum", smoothing=0.0).prepare((64, 32, 16))
         >>> maps = {side: torch.full((1, 4, 4), float(side)) for side in (64, 32, 16)}
         >>> scorer.show(maps, torch.tensor([[4, 4]])).unique()
         tensor([128.])

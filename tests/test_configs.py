@@ -2,8 +2,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from pytorch_lightning import Trainer, seed_everything
 
+from patchad import PatchDetector, PyramidDataModule
 from patchad.cli import CONFIGS, main
 
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
@@ -41,3 +44,26 @@ def losses_of(name, capsys) -> list[str]:
 def test_the_papers_config_has_the_papers_losses_and_no_other(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["patchad"])
     assert losses_of("paper", capsys) == ["Position", "RelativeSimilarity", "Clustering"]
+
+
+def test_a_detector_made_in_python_without_options_is_that_of_the_default(product, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["patchad"])
+    main(
+        [
+            "fit",
+            f"--data.root={product}",
+            "--data.num_workers=0",
+            "--data.validate_on=none",
+            "--trainer.accelerator=cpu",
+        ]
+    )
+    seed_everything(0)
+    detector, data = PatchDetector(), PyramidDataModule(product, num_workers=0, validate_on="none")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(accelerator="cpu", max_epochs=1, limit_train_batches=1, deterministic=True, **quiet).fit(detector, data)
+    fitted = torch.load("runs/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    ours = detector.state_dict()
+    assert fitted.keys() == ours.keys()
+    assert [name for name, values in fitted.items() if not torch.equal(values, ours[name])] == []
+    assert len(detector.bank(16)) > 12 * 47 * 47  # some mirrors, too

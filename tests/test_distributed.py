@@ -69,13 +69,16 @@ import torch
 from pytorch_lightning import Trainer, seed_everything
 
 from patchad import PatchDetector, PyramidDataModule
-from patchad.models import EfficientNetLite0, FeatureCache
+from patchad.losses import Clustering, Position, RelativeSimilarity
+from patchad.models import EfficientNetLite0, FeatureCache, LearnedEncoder
 
 root, devices = sys.argv[1:]
 seed_everything(0)
 data = PyramidDataModule(root, image_size=(96, 96), batch_size=2, num_workers=0, pyramids_per_image=16,
                          held_out_fraction=0.2)
-model = PatchDetector(EfficientNetLite0(), clusters=8, warmup=0.3, cache=FeatureCache("features"), max_vectors=200)
+losses = [Position(), RelativeSimilarity(), Clustering()]
+model = PatchDetector(EfficientNetLite0(), LearnedEncoder, losses, clusters=8, warmup=0.3, max_vectors=200,
+                      cache=FeatureCache("features"), context=1.0, reduce="kmeans")
 trainer = Trainer(accelerator="cpu", devices=int(devices), strategy="ddp" if devices == "2" else "auto", max_epochs=3,
                   limit_val_batches=0, logger=False, enable_progress_bar=False, enable_checkpointing=False)
 trainer.fit(model, data)

@@ -63,7 +63,7 @@ def test_the_map_is_the_geometric_mean_of_the_members_maps_over_their_levels(mem
 @torch.inference_mode()
 def test_one_member_may_score_and_another_draw(members):
     one, other = (PatchDetector.load_from_checkpoint(path, weights_only=True).eval() for path in members)
-    found = Ensemble(members, SplitScorer((0,), (1,), smoothing=0.0, top_fraction=0.01)).eval()(image())
+    found = Ensemble(members, SplitScorer((0,), (1,), combination="product", smoothing=0.0)).eval()(image())
     torch.testing.assert_close(3 * found.score, one(image()).score)
     drawn = other.scorer.combine(other(image()).side_maps)
     torch.testing.assert_close(3 * found.map, drawn)

@@ -50,9 +50,10 @@ def unchecked():
 
 
 def detector(backbone=EfficientNetLite0, size=(96, 96), **arguments) -> PatchDetector:
-    """A detector with real banks and a threshold, of some random images."""
+    """A detector that could learn, with real banks and a threshold, of some random images."""
     torch.manual_seed(0)
-    made = PatchDetector(backbone(weights="none"), sides=(32, 16), **arguments).eval()
+    learned = {"encoder": LearnedEncoder, "context": 1.0, "scorer": Scorer(combination="product", smoothing=4.0)}
+    made = PatchDetector(backbone(weights="none"), sides=(32, 16), **{**learned, **arguments}).eval()
     with torch.inference_mode():
         images = torch.rand(3, 3, *size)
         content = torch.tensor([size] * 3)
@@ -91,7 +92,7 @@ def assert_equal(made: PatchDetector, file: ExportedDetector, array: np.ndarray,
         (EfficientNetLite0, {}),
         (EfficientNetLite0, {"encoder": WindowEncoder, "subtract_mean_image": False}),
         (EfficientNetLite0, {"scorer": Scorer(combination="sum", image_score="max")}),
-        (EfficientNetLite0, {"scorer": SplitScorer(score_sides=(16,), map_sides=(32, 16))}),
+        (EfficientNetLite0, {"scorer": SplitScorer((16,), map_sides=(32, 16), combination="product")}),
         (EfficientNetLite0, {"tile": 48}),
         (EfficientNetLite0, {"mode": "sliding"}),
         (VGG16, {"taps": PAPER_TAPS}),

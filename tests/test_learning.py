@@ -19,8 +19,9 @@ from patchad import PatchDetector, PyramidDataModule
 from patchad.callbacks import LastCheckpoint
 from patchad.data.synthetic import write_synthetic
 from patchad.errors import PatchadError
-from patchad.losses import Clustering, PatchLoss, RelativeSimilarity, Separation
+from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity, Separation
 from patchad.models import EfficientNetLite0, FeatureCache, LearnedEncoder, WindowEncoder
+from patchad.scoring import Scorer
 from patchad.types import PatchViews
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,7 +29,14 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def detector(**settings) -> PatchDetector:
     seed_everything(0, verbose=False)
-    return PatchDetector(EfficientNetLite0(), **{"max_vectors": 500, "clusters": 10, **settings})
+    learned = {
+        "encoder": LearnedEncoder,
+        "losses": [Position(), RelativeSimilarity(), Clustering()],
+        "context": 1.0,
+        "reduce": "kmeans",
+        "scorer": Scorer(combination="product", smoothing=4.0),
+    }
+    return PatchDetector(EfficientNetLite0(), **{**learned, "max_vectors": 500, "clusters": 10, **settings})
 
 
 def images(root: Path, **settings) -> PyramidDataModule:

@@ -18,14 +18,17 @@ from patchad import PatchadError, PatchDetector, PyramidDataModule
 from patchad.callbacks import Predictions, Report
 from patchad.callbacks.report import aurocs, report_page
 from patchad.data.synthetic import write_synthetic
+from patchad.losses import Clustering, Position, RelativeSimilarity
 from patchad.models import VGG16, EfficientNetLite0, WindowEncoder
 from patchad.scoring import Scorer, gaussian
+
+UNSCALED = functools.partial(WindowEncoder, standardized=False)
 
 
 def detector(**settings) -> PatchDetector:
     """Without learning, which is tested in test_learning.py."""
     return PatchDetector(
-        EfficientNetLite0(), **{"encoder": WindowEncoder, "losses": [], "max_vectors": 500, **settings}
+        EfficientNetLite0(), **{"encoder": UNSCALED, "max_vectors": 500, "context": 1.0, "mirrored": False, **settings}
     )
 
 
@@ -410,8 +413,11 @@ def test_images_that_are_all_the_same_give_finite_scores_and_a_warning(tmp_path)
 
 
 def test_losses_of_an_encoder_that_does_not_learn_are_not_trained(product, tmp_path):
-    model = detector(losses=None)
-    trainer(tmp_path).fit(model, images(product))
+    model = detector(losses=[Position(), RelativeSimilarity(), Clustering()])
+    with pytest.warns(
+        UserWarning, match="losses Position, RelativeSimilarity, Clustering train nothing: WindowEncoder"
+    ):
+        trainer(tmp_path).fit(model, images(product))
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["placeholder"]
 
 
@@ -464,11 +470,11 @@ def test_a_detector_compiles_as_one_graph_and_scores_alike(content, fitted, monk
 
 def test_maps_are_smoothed_scores_and_verdicts_are_not(fitted):
     model, image = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval(), torch.rand(2, 3, 100, 75)
-    smoothed = model(image)
+    smoothed, deviation = model(image), model.scorer.smoothing
     model.scorer.smoothing = 0.0
     plain = model(image)
     assert torch.equal(smoothed.score, plain.score) and torch.equal(smoothed.anomalous, plain.anomalous)
-    torch.testing.assert_close(smoothed.map, gaussian(plain.map, torch.tensor([[100, 75]] * 2), 4.0))
+    torch.testing.assert_close(smoothed.map, gaussian(plain.map, torch.tensor([[100, 75]] * 2), deviation))
 
 
 @pytest.mark.parametrize("size", [(96, 96), (100, 75), (64, 130)])

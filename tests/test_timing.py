@@ -23,8 +23,8 @@ SIZE = (96, 96)
 
 @pytest.fixture(scope="module", params=["dense", "sliding"])
 def detector(request) -> PatchDetector:
-    made = PatchDetector(EfficientNetLite0(weights="none"), WindowEncoder, sides=(32,), mode=request.param).eval()
-    made.bank(32)._set(torch.zeros(50, 2, dtype=torch.int64), torch.rand(50, 2 * 112))
+    made = PatchDetector(EfficientNetLite0(weights="none"), sides=(32,), mode=request.param).eval()
+    made.bank(32)._set(torch.zeros(50, 2, dtype=torch.int64), torch.rand(50, 112))
     return made
 
 
@@ -41,7 +41,9 @@ def test_every_stage_takes_time_and_together_they_are_the_whole(detector):
 
 def test_operations_are_counted_as_the_closed_form_says():
     encoder = partial(WindowEncoder, dim=64)
-    made = PatchDetector(EfficientNetLite0(weights="none"), encoder, sides=(16,), taps={16: "stage2"}).eval()
+    made = PatchDetector(
+        EfficientNetLite0(weights="none"), encoder, sides=(16,), taps={16: "stage2"}, context=1.0
+    ).eval()
     made.bank(16)._set(torch.zeros(50, 2, dtype=torch.int64), torch.rand(50, 128))
     counted = floating_point_operations(made, torch.rand(2, 3, *SIZE), torch.tensor([SIZE] * 2))
     positions = 11 * 11  # stride 8

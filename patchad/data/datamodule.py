@@ -293,7 +293,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         self,
         root: str | Path | None = None,
         layout: Layout | None = None,
-        image_size: tuple[int, int] = (256, 256),
+        image_size: tuple[int, int] = (384, 384),
         keep_aspect: bool = True,
         brightness: float | None = None,
         metric_size: tuple[int, int] = (256, 256),

@@ -183,7 +183,7 @@ class WindowEncoder(PatchEncoder):
     projection: Tensor | None
 
     def __init__(
-        self, side: int, tap: Tap, cells: int = 1, standardized: bool = False, dim: int | None = None, seed: int = 0
+        self, side: int, tap: Tap, cells: int = 1, standardized: bool = True, dim: int | None = None, seed: int = 0
     ) -> None:
         kept = self.numbers * tap.channels
         projected = dim is not None or cells > 1 or kept > WIDEST
@@ -307,7 +307,7 @@ class LearnedEncoder(PatchEncoder):
     def __init__(self, side: int, tap: Tap, standardized: bool = True, shortcut: bool = True, dim: int = 64) -> None:
         super().__init__(side, tap, dim)
         self.standardize = Standardize(tap.channels) if standardized else None
-        self.shortcut = WindowEncoder(side, tap, dim=dim) if shortcut else None
+        self.shortcut = WindowEncoder(side, tap, standardized=False, dim=dim) if shortcut else None
         self.shortcut_scale = (dim / tap.channels) ** 0.5  # standardised channels then give deviations of at most 1
         layers: list[nn.Module] = []
         channels = tap.channels

@@ -203,6 +203,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     """The lines of a table: each set and seed; each set that has several; each seed, its false alarms together."""
     yield "| set | seed | detection / segmentation | PRO | pixel AP | false alarms | recall | ms | fit + test, s |"
     yield "|---" * 9 + "|"
+    rows = sorted(rows, key=lambda row: (row.product, row.seed))
     yield from (row.markdown() for row in rows)
     for product in dict.fromkeys(row.product for row in rows):
         of_set = [row for row in rows if row.product == product]

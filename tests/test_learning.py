@@ -355,7 +355,8 @@ class Descent(PatchDetector):
 @pytest.mark.parametrize("given, rates", [({}, (3e-4, 0.125)), ({"learning_rate": 0.25}, (0.25, 0.25))])
 def test_a_fit_that_goes_on_keeps_the_optimizers_rate_unless_another_is_given(given, rates, product, tmp_path):
     for kind, rate in zip((PatchDetector, Descent), rates, strict=True):
-        path, settings = tmp_path / kind.__name__, {"max_vectors": 100, "losses": [RelativeSimilarity()]}
+        path = tmp_path / kind.__name__
+        settings = {"encoder": LearnedEncoder, "max_vectors": 100, "losses": [RelativeSimilarity()]}
         trainer(path, max_epochs=1).fit(kind(EfficientNetLite0(), **settings), images(product))
         goes_on, last = trainer(path / "again", max_epochs=2), path / "log/checkpoints/last.ckpt"
         goes_on.fit(kind(EfficientNetLite0(), **settings, **given), images(product), ckpt_path=last, weights_only=True)

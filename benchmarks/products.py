@@ -211,8 +211,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             yield f"| {product} | mean of {len(of_set)} | {means(of_set, '')} | | |"
     for seed in sorted({row.seed for row in rows}):
         of_seed = [row for row in rows if row.seed == seed]
-        alarms = false_alarms(sum(row.false_alarms for row in of_seed), sum(row.normals for row in of_seed))
-        yield f"| mean of {len(of_seed)} sets | {seed} | {means(of_seed, alarms)} | | |"
+        yield f"| mean of {len(of_seed)} sets | {seed} | {means(of_seed, pooled(of_seed))} | | |"
 
 
 def means(rows: Sequence[Row], alarms: str) -> str:
@@ -221,6 +220,11 @@ def means(rows: Sequence[Row], alarms: str) -> str:
         statistics.mean(getattr(row, name) for row in rows) for name in AVERAGED
     )
     return f"{detection:.1f} / {segmentation:.1f} | {pro:.1f} | {precision:.1f} | {alarms} | {recall:.0f}"
+
+
+def pooled(rows: Sequence[Row]) -> str:
+    """The false alarms of all rows together, whose images must differ for the interval to hold."""
+    return false_alarms(sum(row.false_alarms for row in rows), sum(row.normals for row in rows))
 
 
 def false_alarms(count: int, normals: int) -> str:

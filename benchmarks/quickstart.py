@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from benchmarks.products import PLACE, append, ended, measure, table
+from benchmarks.products import PLACE, append, ended, measure, pooled, table
 from patchad.data.synthetic import write_synthetic
 
 
@@ -30,7 +30,8 @@ def main(
             root = folder / f"images-{seed}"
             write_synthetic(root, seed=seed)
             append(results, measure("default", "synthetic", root, seed, folder, options))
-    print(*table(ended(results)), sep="\n")
+    rows = ended(results)
+    print(*table(rows), f"\nFalse alarms of all seeds, whose images differ: {pooled(rows)}", sep="\n")
 
 
 if __name__ == "__main__":

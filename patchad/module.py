@@ -553,11 +553,8 @@ class PatchDetector(Detector):
         """Fills the bank and calibrates; once more where mirrored normal images are normal, too."""
         self.fill_banks()
         self.calibrate()
-        if self.mirrored and all(bank.has_room_for(2 * len(bank)) for bank in self.memory_banks.values()):
-            self._take_in(self._normal_mirrors())
-
-    def _take_in(self, mirrors: Sequence[tuple[int, ...]]) -> None:
-        if mirrors:
+        room = all(bank.has_room_for(2 * len(bank)) for bank in self.memory_banks.values())
+        if self.mirrored and room and (mirrors := self._normal_mirrors()):
             self.fill_banks(mirrors)
             self.calibrate()
 

@@ -23,12 +23,11 @@ CANDIDATES = 100_000
 REDUCING_ITERATIONS = 3
 """Of K-means where it reduces a bank; 10 of them take 3 times as long
 for the same AUROC (benchmarks/learned.md)."""
-SAMPLED = 20_000
-"""Candidates at most whose distances give the local levels of a bank."""
-AROUND, PRIOR = 10, 5
-"""Vectors around one whose distances count for its level, and distances of the mean size that are added to them."""
+SAMPLED, PRIOR = 20_000, 5
+"""Candidates at most whose distances give the local levels of a bank, and distances of the mean size that are added to
+those of each list."""
 TABLE = 40_000_000
-"""Distances that are held at once when levels are measured."""
+"""Distances to all vectors of a bank that are held at once."""
 
 
 class MemoryBank(nn.Module):
@@ -52,7 +51,7 @@ class MemoryBank(nn.Module):
         keys: number of the image, or of its copy, and of the position within it, int64 `[vectors, 2]`, sorted.
         things: number of what the image of each vector shows, int64 `[vectors]`.
         levels: how far normal patches of things that the bank does not know are to be expected from each vector,
-            float32 `[vectors]`; see `local_levels`. 0 without a baseline.
+            float32 `[vectors]`, one for all that lie in one list. 0 without a baseline.
         lists: numbers of the vectors that lie together, int64 `[lists, parts, length]`; see `divide`. Empty in a bank
             that is searched whole.
     """
@@ -169,14 +168,44 @@ class MemoryBank(nn.Module):
         candidates, keys = self.vectors, self.keys
         if self.max_vectors is not None and len(self) > self.max_vectors:
             self._reduce_to(self.max_vectors, progress)
-        few = slice(None, None, math.ceil(len(candidates) / SAMPLED) or 1)
-        shown_by_patches = keys[few, 0]
+        things_of_candidates = keys[:, 0]
         if things is not None:
-            self.things, shown_by_patches = things[self.keys[:, 0]], things[shown_by_patches]
-        if self.baseline and len(self):
-            self.levels = local_levels(self.vectors, self.things, candidates[few], shown_by_patches, self.exact_most)
+            self.things, things_of_candidates = things[self.keys[:, 0]], things[things_of_candidates]
         if len(self) > self.exact_most:
             self.lists = divide(self.vectors, self.seed)
+        if self.baseline and len(self):
+            few = slice(None, None, math.ceil(len(candidates) / SAMPLED))
+            self.levels = self._local_levels(candidates[few], things_of_candidates[few])
+            self._forget()
+
+    def _local_levels(
+        self, patches: Float[Tensor, "patches dim"], things: Int[Tensor, " patches"]
+    ) -> Float[Tensor, " vectors"]:
+        """How far normal patches of things that the bank does not know are to be expected from each vector.
+
+        Each patch finds the nearest vector of another thing than its own, as patches of a new image do; the level of a
+        vector is the mean of the distances that patches of its list so have. Where normal patches differ much from one
+        thing to the next, as textures do, it is high. Comparing a distance with those of its surroundings is the idea
+        of the local outlier factor (Breunig et al., SIGMOD 2000). A bank of one thing has no levels: all are 0.
+
+        Args:
+            patches: embeddings of normal patches.
+            things: number of what the image of each patch shows.
+        """
+        lists = (self.lists if len(self.lists) else divide(self.vectors, self.seed)).flatten(1)
+        home = torch.empty_like(self.things)
+        home[lists.flatten()] = torch.arange(len(lists), device=home.device).repeat_interleave(lists.shape[1])
+        total, count = torch.zeros(2, len(lists), dtype=torch.float64, device=home.device)
+        for thing in things.unique():
+            if (self.things != thing).any():
+                queries = patches[things == thing]
+                place = home[self._nearest(queries[None])[0]]
+                nearest = self._nearest(queries[None], own=thing[None])[0]
+                distance = (queries - self.vectors[nearest]).double().norm(dim=1)
+                total.index_add_(0, place, distance)
+                count.index_add_(0, place, torch.ones_like(distance))
+        mean = total.sum() / count.sum().clamp(min=1)
+        return ((total + PRIOR * mean) / (count + PRIOR)).float()[home]
 
     def _reduce_to(self, count: int, progress: bool) -> None:
         if self.reduce == "kcenter":
@@ -215,17 +244,20 @@ class MemoryBank(nn.Module):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
         if own is not None and not torch.isin(own, self.things).any():
             own = None  # of images that are none of the bank's nothing is passed over
-        if len(self.lists):
-            nearest = self._search_lists(queries, own)
-        elif torch.compiler.is_compiling():
-            nearest = nearest_by_product(queries, self.vectors, self._known, shared)
-        elif own is None:
-            nearest = self._search(queries)
-        else:
-            nearest = torch.stack([self._nearest_other(*one) for one in zip(queries, own, strict=True)])
+        nearest = self._nearest(queries, shared, own)
         # not faiss's own distances, which lose digits where they are small
         found = (queries - self.vectors[nearest]).square().sum(-1)
         return (found - self._known[nearest]).clamp(min=0).sqrt()
+
+    def _nearest(self, queries: Tensor, shared: int = 0, own: Tensor | None = None) -> Tensor:
+        """The number of the vector nearest to each query by power distance, or of one nearly as near."""
+        if len(self.lists):
+            return self._search_lists(queries, own)
+        if torch.compiler.is_compiling():
+            return nearest_by_product(queries, self.vectors, self._known, shared)
+        if own is None:
+            return self._search(queries)
+        return torch.stack([self._nearest_other(*one) for one in zip(queries, own, strict=True)])
 
     @property
     def _known(self) -> Tensor:
@@ -274,46 +306,6 @@ class MemoryBank(nn.Module):
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.vectors.device))
         self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def local_levels(
-    vectors: Float[Tensor, "vectors dim"],
-    shown: Int[Tensor, " vectors"],
-    patches: Float[Tensor, "patches dim"],
-    shown_by_patches: Int[Tensor, " patches"],
-    exact_most: int,
-) -> Float[Tensor, " vectors"]:
-    """How far normal patches of things that the bank does not know are to be expected from each vector.
-
-    Each patch finds the nearest vector of another thing than its own, as patches of a new image do; the level of a
-    vector is the mean of the distances so found by it and the vectors around it. Where normal patches differ much from
-    one thing to the next, as textures do, it is high. Comparing a distance with those of its surroundings is the idea
-    of the local outlier factor (Breunig et al., SIGMOD 2000).
-
-    Args:
-        vectors: of the bank.
-        shown: number of what the image of each vector shows.
-        patches: embeddings of normal patches.
-        shown_by_patches: number of what the image of each patch shows.
-        exact_most: as in `search_index`.
-
-    Example:
-        >>> vectors, shown, patch = torch.tensor([[0.0], [5.0]]), torch.tensor([0, 1]), torch.tensor([[1.0]])
-        >>> local_levels(vectors, shown, patch, shown[1:], exact_most=9)
-        tensor([1., 1.])
-    """
-    total, count = torch.zeros(2, len(vectors), dtype=torch.float64, device=vectors.device)
-    rows = max(1, TABLE // len(vectors))
-    for part, own in zip(patches.split(rows), shown_by_patches.split(rows), strict=True):
-        distance, nearest = torch.cdist(part, vectors).masked_fill(own[:, None] == shown, torch.inf).min(1)
-        known = distance.isfinite()
-        total.index_add_(0, nearest[known], distance[known].double())
-        count.index_add_(0, nearest[known], torch.ones_like(distance[known], dtype=torch.float64))
-    if not count.any():
-        return torch.zeros(len(vectors), device=vectors.device)
-    around = search(search_index(vectors, exact_most), vectors, min(AROUND, len(vectors)))
-    mean = total.sum() / count.sum()
-    return ((total[around].sum(1) + PRIOR * mean) / (count[around].sum(1) + PRIOR)).float()
 
 
 def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, progress: bool = False) -> Int[Tensor, " count"]:

@@ -111,7 +111,7 @@ class PatchDetector(Detector):
         scoring_strides: dict[int, int] | None = None,
         subtract_mean_image: bool = False,
         tile: int | None = 1024,
-        baseline: float = 0.0,
+        baseline: float = 0.5,
         context: float = 0.0,
         clusters: int = 50,
         warmup: float = 0.1,

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from patchad.errors import PatchadError
+from patchad.lists import divide
 from patchad.memory import MemoryBank, kcenter, kmeans_medoids
 from patchad.nearest import nearest_by_product
 
@@ -175,25 +176,25 @@ THINGS = torch.tensor([0, 0, 1, 1, 2, 2])
 def slow_levels(bank: MemoryBank, things: torch.Tensor) -> torch.Tensor:
     """One patch after the other, all of them candidates."""
     patches, owners = embeddings().permute(0, 2, 3, 1).flatten(0, 2), things.repeat_interleave(ROWS * COLUMNS)
-    found: list[list[float]] = [[] for _ in range(len(bank))]
+    lists = divide(bank.vectors, bank.seed).flatten(1)
+    home = [int((lists == number).any(1).nonzero()) for number in range(len(bank))]
+    found: list[list[float]] = [[] for _ in lists]
     for patch, owner in zip(patches, owners, strict=True):
         distance = (bank.vectors - patch).norm(dim=1)
-        distance[things[bank.keys[:, 0]] == owner] = torch.inf
-        found[int(distance.argmin())].append(float(distance.min()))
+        other = distance.masked_fill(things[bank.keys[:, 0]] == owner, torch.inf)
+        found[home[int(distance.argmin())]].append(float(other.min()))
     mean = sum(map(sum, found)) / sum(map(len, found))
-    levels = []
-    for vector in bank.vectors:
-        around = (bank.vectors - vector).norm(dim=1).argsort()[:10].tolist()
-        values = [value for number in around for value in found[number]] + 5 * [mean]
-        levels.append(sum(values) / len(values))
-    return torch.tensor(levels)
+    return torch.tensor([(sum(found[place]) + 5 * mean) / (len(found[place]) + 5) for place in home])
 
 
+@pytest.mark.parametrize("exact_most", [10, 1000])
 @pytest.mark.parametrize("reduce", ["random", "kmeans"])
-def test_levels_are_the_distances_of_patches_of_other_things_around_each_vector(reduce, monkeypatch):
-    monkeypatch.setattr("patchad.memory.TABLE", 1000)  # in several parts
+def test_levels_are_the_distances_to_other_things_that_patches_of_each_list_have(reduce, exact_most, monkeypatch):
+    monkeypatch.setattr(MemoryBank, "exact_most", exact_most)
+    monkeypatch.setattr("patchad.lists.FIRST", 1000)  # where there are lists, all of them are looked into
     max_vectors = None if reduce == "random" else 30
     bank = filled(baseline=0.5, things=THINGS, max_vectors=max_vectors, reduce=reduce)
+    assert bank.levels.unique().numel() > 1
     torch.testing.assert_close(bank.levels, slow_levels(bank, THINGS), rtol=1e-4, atol=1e-4)
 
 

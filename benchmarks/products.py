@@ -96,7 +96,7 @@ def main(
         half: which sets; by default nothing is measured, and what both CSVs have of the candidate is printed.
         data: the folder that their paths are below.
         seeds: of everything.
-        products: some of the half alone.
+        products: some sets alone, to be measured or printed.
         folder: where runs are kept.
         results: the CSV; by default that of the half, in benchmarks/.
         options: of `patchad fit`, on top of the default.
@@ -106,7 +106,7 @@ def main(
     """
     if half is None:
         rows = [row for path in RESULTS.values() for row in ended(path)]
-        return print(*table([row for row in rows if row.candidate == candidate]), sep="\n")
+        return print(*table(chosen(rows, candidate, products)), sep="\n")
     results = results or RESULTS[half]
     for product in products or tuple(HALVES[half]):
         for seed in seeds:
@@ -120,7 +120,12 @@ def main(
                     refuse_another(row, ended(results))
                 append(results, row)
                 print(row.markdown(), flush=True)
-    print(*table([row for row in ended(results) if row.candidate == candidate]), sep="\n")
+    print(*table(chosen(ended(results), candidate, products)), sep="\n")
+
+
+def chosen(rows: Sequence[Row], candidate: str, products: Sequence[str] = ()) -> list[Row]:
+    """The rows of a candidate, of some products or, where none is named, of all."""
+    return [row for row in rows if row.candidate == candidate and (not products or row.product in products)]
 
 
 def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, options: Sequence[str]) -> Row:

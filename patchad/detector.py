@@ -23,7 +23,7 @@ from patchad.scoring import Scorer
 from patchad.spec import Configurable
 from patchad.types import ImageBatch, Prediction
 
-CHECKPOINT_FORMAT = 9
+CHECKPOINT_FORMAT = 10
 """Raised whenever checkpoints of an older patchad no longer load."""
 
 

@@ -126,6 +126,8 @@ def test_a_candidate_is_measured_once_and_printed_from_its_file_afterwards(
     monkeypatch.setattr(products, "RESULTS", {"choosing": tmp_path / "none.csv", "confirming": candidate["results"]})
     products.main(candidate="small")
     assert capsys.readouterr().out.splitlines() == printed[1:]
+    products.main(candidate="small", products=("another",))
+    assert capsys.readouterr().out.splitlines() == printed[1:3]
 
 
 def test_few_images_are_the_first_ones_and_all_of_the_test(product, tmp_path):

@@ -97,7 +97,7 @@ def assert_equal(made: PatchDetector, file: ExportedDetector, array: np.ndarray,
         (EfficientNetLite0, {"mode": "sliding"}),
         (VGG16, {"taps": PAPER_TAPS}),
         (EfficientNetLite0, {"context": 0.0}),
-        (EfficientNetLite0, {"baseline": 0.5}),
+        (EfficientNetLite0, {"baseline": 0.0}),
         (VGG16, {"encoder": WindowEncoder, "taps": PAPER_TAPS}),
         (EfficientNetLite0, {"encoder": TextureEncoder}),
         (VGG19, {"taps": {32: "relu3_4", 16: "relu2_2"}}),
@@ -116,8 +116,8 @@ def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, argum
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"baseline": 0.5}, {"context": 0.0, "scorer": Scorer(combination="excess")}],
-    ids=["baseline", "excess"],
+    [{"baseline": 0.0}, {"context": 0.0, "scorer": Scorer(combination="excess")}],
+    ids=["no baseline", "excess"],
 )
 def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr("patchad.memory.MemoryBank.exact_most", 60)

@@ -32,6 +32,7 @@ def detector(**settings) -> PatchDetector:
     learned = {
         "encoder": LearnedEncoder,
         "losses": [Position(), RelativeSimilarity(), Clustering()],
+        "baseline": 0.0,
         "context": 1.0,
         "reduce": "kmeans",
         "scorer": Scorer(combination="product", smoothing=4.0),

@@ -378,7 +378,7 @@ def test_another_rate_is_set_at_a_test_without_a_fit(fitted, product, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"scoring_strides": {16: 16}}, {"baseline": 0.5}, {"scorer": Scorer(image_score="max")}]
+    "changed", [{"scoring_strides": {16: 16}}, {"baseline": 0.0}, {"scorer": Scorer(image_score="max")}]
 )
 def test_other_settings_than_the_thresholds_are_told(changed, fitted):
     checkpoint = torch.load(fitted, weights_only=True)

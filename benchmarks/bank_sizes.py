@@ -13,12 +13,12 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from patchad import PatchDetector
+from patchad import PatchModel
 from patchad.canvas import Size
 from patchad.data import PyramidDataModule
 from patchad.memory import MemoryBank, Reduction
 from patchad.metrics import COMBINED, AnomalyMetrics
-from patchad.module import Distances
+from patchad.model import Distances
 from patchad.pyramid import crop_resize
 from patchad.types import ImageBatch
 
@@ -46,13 +46,13 @@ def main(
         metric_size: height x width of the masks in pixels; by default as fitted.
         baseline: of the banks; by default as fitted.
     """
-    detector = PatchDetector.load_from_checkpoint(ckpt_path, map_location="cpu").eval()
+    model = PatchModel.load(ckpt_path)
     data = PyramidDataModule.load_from_checkpoint(ckpt_path)
     data.metric_size = metric_size or data.metric_size
     data.setup("fit")
     loaders = data.normal_dataloader(), data.test_dataloader()
-    normals, test = (embed(detector, loader) for loader in loaders)
-    level = detector.bank(detector.encoder.sides[0]).baseline if baseline is None else baseline
+    normals, test = (embed(model, loader) for loader in loaders)
+    level = model.bank(model.sides[0]).baseline if baseline is None else baseline
     print("| vectors per side | chosen by | detection / segmentation | filling | test without embedding |")
     print("|---|---|---|---|---|")
     banks: list[tuple[int | None, Reduction]] = [(None, "random")] if everything else []
@@ -60,46 +60,46 @@ def main(
         banks.extend((size, reduction) for reduction in reductions)
     for size, reduction in banks:
         start = time.perf_counter()
-        for side in detector.encoder.sides:
-            detector.banks[str(side)] = MemoryBank(side, size, reduction, detector.bank(side).seed, level)
-        fill(detector, normals, data.normal_set.things, exactly)
+        for side in model.sides:
+            model.banks[str(side)] = MemoryBank(side, size, reduction, level, model.bank(side).seed)
+        fill(model, normals, data.normal_set.things, exactly)
         filled = time.perf_counter()
-        calibrate(detector, normals, data)
+        calibrate(model, normals, data)
         calibrated = time.perf_counter()
-        found = evaluate(detector, test, data.image_size)
+        figures = evaluate(model, test, data.image_size)
         seconds = f"{filled - start:.1f} s | {time.perf_counter() - calibrated:.1f} s"
-        aurocs = " / ".join(f"{100 * found[f'{kind}_auroc']:.2f}" for kind in ("detection", "segmentation"))
-        kept = ", ".join(str(len(detector.bank(side))) for side in detector.encoder.sides)
+        aurocs = " / ".join(f"{100 * figures[f'{kind}_auroc']:.2f}" for kind in ("detection", "segmentation"))
+        kept = ", ".join(str(len(model.bank(side))) for side in model.sides)
         name = reduction if size else "all"
         print(f"| {kept} | {name}{', searched exactly' if exactly else ''} | {aurocs} | {seconds} |", flush=True)
 
 
-def embed(detector: PatchDetector, batches: Iterable[ImageBatch]) -> Embedded:
+def embed(model: PatchModel, batches: Iterable[ImageBatch]) -> Embedded:
     """Embeddings of every image, kept without the images."""
-    return [(batch._replace(image=torch.empty(0)), detector.embed(batch.image, batch.content)) for batch in batches]
+    return [(batch._replace(image=torch.empty(0)), model.embed(batch.image)) for batch in batches]
 
 
-def fill(detector: PatchDetector, normals: Embedded, things: Tensor, exactly: bool) -> None:
+def fill(model: PatchModel, normals: Embedded, things: Tensor, exactly: bool) -> None:
     """Fills the banks."""
-    detector.remember(normals, things)
-    for side in detector.encoder.sides if exactly else ():
-        bank = detector.bank(side)
+    model.remember(normals, things)
+    for side in model.sides if exactly else ():
+        bank = model.bank(side)
         bank.lists = bank.lists[:0]
 
 
-def calibrate(detector: PatchDetector, normals: Embedded, data: PyramidDataModule) -> None:
+def calibrate(model: PatchModel, normals: Embedded, data: PyramidDataModule) -> None:
     """Sets the scales and the threshold."""
-    size, unseen = data.image_size, data.held_out | (not detector.learns)
-    parts = [detector.nearest(embeddings, batch.content, size, batch.thing) for batch, embeddings in normals]
-    sides = {side: torch.cat([part.sides[side] for part in parts]) for side in detector.encoder.sides}
-    detector.calibrate_on(Distances(sides, torch.cat([part.content for part in parts]), *size), unseen)
+    size, unseen = data.image_size, data.held_out | (not model.learns)
+    parts = [model.nearest(embeddings, batch.content, size, batch.thing) for batch, embeddings in normals]
+    sides = {side: torch.cat([part.sides[side] for part in parts]) for side in model.sides}
+    model.calibrate(Distances(sides, torch.cat([part.content for part in parts]), *size), unseen)
 
 
-def evaluate(detector: PatchDetector, images: Embedded, size: Size) -> dict[str, Tensor]:
+def evaluate(model: PatchModel, images: Embedded, size: Size) -> dict[str, Tensor]:
     """AUROCs of the combined map."""
     metrics = AnomalyMetrics(sides=())
     for batch, embeddings in images:
-        prediction = detector.score(detector.nearest(embeddings, batch.content, size))
+        prediction = model.score(model.nearest(embeddings, batch.content, size))
         resized = crop_resize(prediction.map, batch.content, (batch.mask.shape[1], batch.mask.shape[2]))
         metrics.update(prediction, batch, {COMBINED: resized})
     return metrics.compute()

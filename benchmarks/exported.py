@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import patchad
 from benchmarks.speed import SIZE, exported_ways, peer, quiet
-from patchad.data.images import read_image
 from patchad.data.layouts import images_below
+from patchad.images import read_image
 from patchad.timing import CPU, Clock
 
 PEER = "PaDiM ResNet18"

@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.speed import OURS, content, quiet, synthetic_images
-from patchad import PatchDetector
+from patchad import PatchModel
 from patchad.timing import (
     STAGES,
     Row,
@@ -59,7 +59,7 @@ def main(
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place
     images = synthetic_images(max(batch_sizes))
     for method in methods:
-        detector = OURS[method]().to(place)
+        model = OURS[method]().to(place)
         for precision in precisions:
             dtype = PRECISIONS[precision]
             with torch.autocast(place.type, dtype, enabled=dtype is not None):
@@ -67,9 +67,9 @@ def main(
                 reset_peak_memory(place)
                 print(f"\n{method}, {precision}, {name}, best rate measured {rate / 1e12:.1f} TFLOP/s")
                 for size in batch_sizes:
-                    rows = measure_stages(detector, images[:size], content(images[:size]), repeats, rate)
+                    rows = measure_stages(model, images[:size], content(images[:size]), repeats, rate)
                     if size == 1:
-                        rows += compiled_rows(detector, images[:1], compiled, repeats)
+                        rows += compiled_rows(model, images[:1], compiled, repeats)
                     print(f"\nbatch {size}\n", stage_table(rows), sep="\n")
                     rates = (
                         f"{1e3 * size / np.median(row.times):.0f} images/s {row.stage}"
@@ -78,16 +78,16 @@ def main(
                     print(f"\n{', '.join(rates)}, peak memory {peak_memory(place):.0f} MB", flush=True)
 
 
-def compiled_rows(detector: PatchDetector, image: Tensor, forms: Sequence[str], repeats: int) -> list[Row]:
-    """From memory to score in other forms of the detector."""
-    rows = []
+def compiled_rows(model: PatchModel, image: Tensor, forms: Sequence[str], repeats: int) -> list[Row]:
+    """From memory to score in other forms of the model."""
+    rows, device = [], model.scorer.scale.device
     for form in forms:
         torch.compiler.reset()
-        faster: Any = torch.compile(detector, fullgraph=True, dynamic=False, **COMPILED[form])
+        faster: Any = torch.compile(model, fullgraph=True, dynamic=False, **COMPILED[form])
         task = partial(score_from_memory, faster, image, content(image))
         for _ in range(2):  # the graph is recorded
             task()
-        rows.append(Row(f"from memory to score, {form}", alternate({form: task}, repeats, detector.device)[form]))
+        rows.append(Row(f"from memory to score, {form}", alternate({form: task}, repeats, device)[form]))
     return rows
 
 

@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import ks_2samp
 
 from benchmarks.products import HALVES, good_images
-from patchad.data.images import read_image
+from patchad.images import read_image
 
 
 def main(data: Path = Path("../shared/data")) -> None:

@@ -21,9 +21,10 @@ from typing import Literal, NamedTuple
 import yaml
 from jsonargparse import auto_cli
 
-from benchmarks.tables import digest, fit, splits, tested, without_place
+from benchmarks.tables import fit, splits, tested, without_place
 from patchad.data.layouts import MagneticTile, detect_layout
 from patchad.metrics import false_positive_rate_interval
+from patchad.spec import digest
 from patchad.types import NORMAL
 
 PLACE = Path(__file__).parent
@@ -132,7 +133,7 @@ def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, o
     """One fit and its test."""
     *_, images = splits(product, root)  # of Magnetic Tile the last, by tile
     fitted = fit({}, images, seed, Path("weights"), folder, 1, options)
-    found = tested({}, fitted)
+    result = tested({}, fitted)
     normals = len(good_images(product, root, "test"))
     return Row(
         date=str(datetime.date.today()),
@@ -141,16 +142,16 @@ def measure(candidate: str, product: str, root: Path, seed: int, folder: Path, o
         configuration=digest(without_place(fitted.config)),
         product=product,
         seed=seed,
-        detection=found.metrics["detection_auroc"],
-        segmentation=found.metrics["segmentation_auroc"],
-        pro=found.metrics["pro"],
-        average_precision=found.metrics["segmentation_average_precision"],
+        detection=result.metrics["detection_auroc"],
+        segmentation=result.metrics["segmentation_auroc"],
+        pro=result.metrics["pro"],
+        average_precision=result.metrics["segmentation_average_precision"],
         normals=normals,
-        false_alarms=round(found.metrics["false_positive_rate"] * normals / 100),
-        recall=found.metrics["recall"],
-        milliseconds=found.milliseconds,
-        fit_seconds=found.seconds[0],
-        test_seconds=found.seconds[1],
+        false_alarms=round(result.metrics["false_positive_rate"] * normals / 100),
+        recall=result.metrics["recall"],
+        milliseconds=result.milliseconds,
+        fit_seconds=result.seconds[0],
+        test_seconds=result.seconds[1],
     )
 
 
@@ -175,9 +176,9 @@ def failed(candidate: str, product: str, seed: int) -> Row:
 
 def refuse_another(row: Row, earlier: Sequence[Row]) -> None:
     """Ends where a candidate of that name was confirmed with another configuration."""
-    for one in earlier:
-        if one.candidate == row.candidate and one.configuration != row.configuration:
-            raise SystemExit(f"{row.candidate} was confirmed as {one.configuration}; name this one otherwise")
+    for known in earlier:
+        if known.candidate == row.candidate and known.configuration != row.configuration:
+            raise SystemExit(f"{row.candidate} was confirmed as {known.configuration}; name this one otherwise")
 
 
 def read(results: Path) -> list[Row]:

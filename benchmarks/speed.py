@@ -25,10 +25,12 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 import patchad
-from patchad import PatchDetector, PyramidDataModule
+from patchad import PatchModel, PyramidDataModule
+from patchad.canvas import Canvas
 from patchad.cli import CONFIGS
 from patchad.data.synthetic import write_synthetic
 from patchad.export import export
+from patchad.memory import MemoryBank
 from patchad.models import VGG16, EfficientNetLite0, LearnedEncoder
 from patchad.models.backbones import Backbone
 from patchad.scoring import Scorer
@@ -41,7 +43,7 @@ LEARNED_MODEL, PAPER_MODEL = (
     yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"] for name in ("learned.yaml", "paper.yaml")
 )
 """The settings that these configurations give the detector."""
-OURS: Mapping[str, Callable[[], PatchDetector]] = {
+OURS: Mapping[str, Callable[[], PatchModel]] = {
     "learned VGG16, 3 sides": lambda: filled(VGG16(weights="none")),
     "learned VGG16, 2 sides": lambda: filled(VGG16(weights="none"), sides=(64, 32)),
     "learned Lite0, 3 sides": lambda: filled(EfficientNetLite0()),
@@ -87,11 +89,11 @@ def main(
         return print(memory(memory_of, images))
     rate = best_rate(torch.device("cpu"))
     print(f"best float32 rate measured: {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads\n")
-    detectors = {name: make() for name, make in OURS.items() if name in methods}
-    for name, detector in detectors.items():
+    models = {name: make() for name, make in OURS.items() if name in methods}
+    for name, model in models.items():
         for batch in BATCHES:
-            print_stages(name, detector, images[:batch], repeats, rate)
-    makers = {name: partial(ours, name, detector) for name, detector in detectors.items()}
+            print_stages(name, model, images[:batch], repeats, rate)
+    makers = {name: partial(ours, name, model) for name, model in models.items()}
     makers |= {name: partial(theirs, name) for name in PEERS if name in methods}
     tasks: Tasks = {}
     for make in makers.values():
@@ -100,7 +102,7 @@ def main(
         print(f"round {number + 1}\n")
         times = alternate(tasks, repeats)
         print_times(times)
-        print_ratios({form: float(np.median(found)) for form, found in times.items()})
+        print_ratios({form: float(np.median(runs)) for form, runs in times.items()})
     tasks.clear()
     for make in makers.values():  # one method at a time: together they do not fit into the memory of small machines
         print_times(alternate(make(images[:8]), max(3, repeats // 3)))
@@ -127,20 +129,32 @@ def synthetic_images(count: int) -> Tensor:
         return torch.stack([data.test_set[number].image for number in range(count)])
 
 
-def filled(backbone: Backbone, **settings: Any) -> PatchDetector:
-    """A detector as `--config learned`, with random vectors in its banks, as many as it keeps at most."""
-    learned = {name: LEARNED_MODEL[name] for name in ("baseline", "context", "max_vectors", "reduce")}
-    scorer = Scorer(**LEARNED_MODEL["scorer"]["init_args"])
-    detector = PatchDetector(backbone, LearnedEncoder, scorer=scorer, **{**learned, **settings}).eval()
+def filled(backbone: Backbone, max_vectors: int | None = None, **settings: Any) -> PatchModel:
+    """A model as `--config learned`, with random vectors in its banks, as many as it keeps at most.
+
+    Args:
+        backbone: image -> feature maps.
+        max_vectors: most vectors per side; by default as in that configuration.
+        settings: further ones of the model.
+    """
+    given = {} if max_vectors is None else {"max_vectors": max_vectors}
+    bank = partial(MemoryBank, **{**LEARNED_MODEL["bank"]["init_args"], **given})
+    scorer = partial(Scorer, **LEARNED_MODEL["scorer"]["init_args"])
+    model = PatchModel(backbone, LearnedEncoder, bank=bank, scorer=scorer, **settings).eval()
+    model.canvas = Canvas((SIZE, SIZE))
+    fill(model)
+    return model
+
+
+def fill(model: PatchModel) -> None:
+    """Random vectors for the banks."""
     generator = torch.Generator().manual_seed(0)
-    blank = torch.zeros(1, 3, SIZE, SIZE)
-    for side, values in detector.embed(blank, content(blank)).items():
-        bank = detector.bank(side)
+    for side, values in model.embed(torch.zeros(1, 3, SIZE, SIZE)).items():
+        bank = model.bank(side)
         count, dim = bank.max_vectors or 10_000, values.shape[1]
         bank.vectors = torch.rand(count, dim, generator=generator) * 2 - 1
         bank.keys = torch.zeros(count, 2, dtype=torch.int64)
         bank.levels = torch.rand(count, generator=generator)
-    return detector
 
 
 def content(images: Tensor) -> Tensor:
@@ -148,24 +162,24 @@ def content(images: Tensor) -> Tensor:
     return torch.tensor(images.shape[2:]).expand(len(images), 2)
 
 
-def print_stages(name: str, detector: PatchDetector, images: Tensor, repeats: int, rate: float) -> None:
-    """The stages of one detector, eager."""
-    rows = measure_stages(detector, images, content(images), repeats, rate)
+def print_stages(name: str, model: PatchModel, images: Tensor, repeats: int, rate: float) -> None:
+    """The stages of one model, eager."""
+    rows = measure_stages(model, images, content(images), repeats, rate)
     print(f"{name}, batch {len(images)}, eager\n", stage_table(rows), "", sep="\n")
 
 
-def ours(name: str, detector: PatchDetector, images: Tensor) -> Tasks:
-    """A detector of patchad on a batch: eager, its encoders compiled, and the file that `patchad export` writes."""
+def ours(name: str, model: PatchModel, images: Tensor) -> Tasks:
+    """A model of patchad on a batch: eager, its encoders compiled, and the file that `patchad export` writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.patchad"
-        export(detector, path, PyramidDataModule(folder, image_size=(SIZE, SIZE)))
+        export(model, path)
         exported, graph = patchad.load(path), path.read_bytes()
     arrays, everything = list(images.permute(0, 2, 3, 1).numpy()), content(images)
-    compiled = copy.deepcopy(detector)
+    compiled = copy.deepcopy(model)
     compiled.encoder.forward = torch.compile(compiled.encoder.forward)
     inputs = {"image": images.numpy(), "content": everything.numpy()}
     ways = {
-        "eager": partial(detector, images, everything),
+        "eager": partial(model, images, everything),
         "torch.compile": partial(compiled, images, everything),
         "ONNX Runtime": partial(exported.score, arrays),
         **in_openvino(graph, inputs),
@@ -228,8 +242,8 @@ def exported_ways(model: Any, images: Tensor) -> dict[str, Callable[[], object]]
 def print_times(times: Mapping[Form, list[float]]) -> None:
     """One row per method, way and batch."""
     print("\n| method | runs in | batch | median ms | 95th percentile ms | images/s |\n|---|---|---|---|---|---|")
-    for form, found in times.items():
-        median, slow = np.median(found), np.percentile(found, 95)
+    for form, runs in times.items():
+        median, slow = np.median(runs), np.percentile(runs, 95)
         rate = 1e3 * form.batch / median
         print(f"| {form.method} | {form.way} | {form.batch} | {median:.1f} | {slow:.1f} | {rate:.1f} |")
 
@@ -270,9 +284,9 @@ def print_memory(names: list[str]) -> None:
 
 def print_sliding(name: str, image: Tensor, runs: int, **settings: Any) -> None:
     """Sliding beside dense, eager, in turns."""
-    detectors = {mode: filled(VGG16(weights="none"), mode=mode, **settings) for mode in ("dense", "sliding")}
-    times = alternate({mode: partial(one, image, content(image)) for mode, one in detectors.items()}, runs)
-    dense, sliding = (float(np.median(times[mode])) for mode in detectors)
+    models = {mode: filled(VGG16(weights="none"), mode=mode, **settings) for mode in ("dense", "sliding")}
+    times = alternate({mode: partial(model, image, content(image)) for mode, model in models.items()}, runs)
+    dense, sliding = (float(np.median(times[mode])) for mode in models)
     print(f"{name}, eager: dense {dense:.0f} ms, sliding {sliding:.0f} ms, {sliding / dense:.0f} times")
 
 

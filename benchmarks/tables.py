@@ -8,7 +8,6 @@ the code: after a change that fits or scores differently, give another `--folder
 """
 
 import csv
-import hashlib
 import json
 import statistics
 import subprocess
@@ -24,14 +23,16 @@ import yaml
 from jsonargparse import auto_cli
 from torch import nn
 
-import patchad.ensemble  # so that checkpoints of ensembles load
 import patchad.models
 from benchmarks.speed import filled
-from patchad.detector import Detector
+from patchad.model import ScoringModel
+from patchad.spec import digest
 from patchad.timing import alternate
 
 TABLES: dict[str, list[dict[str, Any]]] = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text())
 SPLITS = ("published", "by_tile")
+SEEDED = ("bank", "learning")
+"""Options of the model that have a seed."""
 COLUMNS = (
     "row",
     "data",
@@ -78,7 +79,7 @@ class Fitted(NamedTuple):
         return self.home / "checkpoints" / "last.ckpt"
 
 
-class Found(NamedTuple):
+class Result(NamedTuple):
     """What one seed of a row gave.
 
     Attributes:
@@ -127,8 +128,8 @@ def main(
             chosen = seeds if row.get("seeds") == "all" else seeds[:1]
             try:
                 fits = (fit(row, images, seed, weights, folder, validations, options) for seed in chosen)
-                found = [tested(row, fitted) for fitted in fits]
-                print(markdown(row, images, found), flush=True)
+                results = [tested(row, fitted) for fitted in fits]
+                print(markdown(row, images, results), flush=True)
             except NoWeightsError:
                 print(
                     f"| {row['name']} | {images.name} | not run: no weights |" + " |" * (len(COLUMNS) - 3), flush=True
@@ -137,18 +138,18 @@ def main(
 
 @torch.inference_mode()
 def print_models(names: Sequence[str]) -> None:
-    """Size, depth and time of each backbone up to its deepest tap, and of the whole detector, with random weights."""
+    """Size, depth and time of each backbone up to its deepest tap, and of the whole model, with random weights."""
     print("| backbone | convolutions | its parameters | those of the encoders | its ms per image | all ms per image |")
     print("|---|---|---|---|---|---|")
-    detectors = {name: filled(getattr(patchad.models, name)(weights="none")) for name in names}
+    scoring = {name: filled(getattr(patchad.models, name)(weights="none")) for name in names}
     image, tasks = torch.rand(1, 3, 256, 256), {}
-    for name, detector in detectors.items():
-        taps = sorted(set(detector.encoder.tap_names.values()))
-        tasks[name, "backbone"] = partial(detector.encoder.backbone, image, taps)
-        tasks[name, "all"] = partial(detector, image)
-    times = {task: statistics.median(found) for task, found in alternate(tasks, repeats=10).items()}
-    for name, detector in detectors.items():
-        encoder = detector.encoder
+    for name, model in scoring.items():
+        taps = sorted(set(model.encoder.tap_names.values()))
+        tasks[name, "backbone"] = partial(model.encoder.backbone, image, taps)
+        tasks[name, "all"] = partial(model, image)
+    times = {task: statistics.median(runs) for task, runs in alternate(tasks, repeats=10).items()}
+    for name, model in scoring.items():
+        encoder = model.encoder
         used = encoder.backbone.until(encoder.tap_names.values())
         depth = sum(isinstance(layer, nn.Conv2d) for layer in used.modules())
         sizes = f"{millions(used)} | {millions(encoder.encoders)}"
@@ -166,7 +167,7 @@ def splits(name: str, root: Path) -> Iterator[Images]:
         yield Images(name, ["--data.root", str(root)])
         return
     for split in SPLITS:
-        layout = ["--config", "data/magnetic_tile", "--data.layout.split", split]
+        layout = ["--data.layout", "MagneticTile", "--data.layout.split", split]
         yield Images(f"{name}, {split}", [*layout, "--data.root", str(root)])
 
 
@@ -187,29 +188,34 @@ def fit(
     given = [*row.get("options", []), *options]
     if "weights" in row and (weights / row["weights"]).is_file():
         given += ["--model.backbone.weights", str(weights / row["weights"])]
-    members = [fit(one, images, seed, weights, folder, validations, options) for one in row.get("members", [])]
+    members = [fit(member, images, seed, weights, folder, validations, options) for member in row.get("members", [])]
     if members:
-        given += ["--model.members", json.dumps([str(one.checkpoint) for one in members])]
-    seeded = ["--seed_everything", str(seed), "--data.seed", str(seed)]
-    seeded += [] if members else ["--model.seed", str(seed)]
+        given += ["--model.members", json.dumps([str(member.checkpoint) for member in members])]
     resolved = yaml.safe_load(run_patchad("fit", *given, *images.options, "--print_config"))
     key = f"{digest(without_place(resolved))}-{digest([images.options, validations])}-{seed}"
     epochs = resolved["trainer"]["max_epochs"]
     watched = ["--data.validate_on", "test" if validations > 1 else "none"]
     watched += ["--trainer.check_val_every_n_epoch", str(max(1, epochs // validations))]
     place = ["--trainer.logger.save_dir", str(folder), "--trainer.logger.version", key]
-    seconds = once(folder / key / "fit.json", lambda: timed("fit", *given, *images.options, *seeded, *watched, *place))
-    return Fitted(folder / key, resolved, seconds + sum(one.seconds for one in members))
+    command = ["fit", *given, *images.options, *seeds(resolved, seed), *watched, *place]
+    seconds = once(folder / key / "fit.json", lambda: timed(*command))
+    return Fitted(folder / key, resolved, seconds + sum(member.seconds for member in members))
 
 
-def tested(row: dict[str, Any], fitted: Fitted) -> Found:
+def seeds(config: dict[str, Any], seed: int) -> list[str]:
+    """The options that seed all that a resolved configuration has."""
+    seeded = [f"model.{part}" for part in SEEDED if config["model"]["init_args"].get(part)]
+    return ["--seed_everything", str(seed), *(f"--{part}.seed={seed}" for part in ("data", *seeded))]
+
+
+def tested(row: dict[str, Any], fitted: Fitted) -> Result:
     """Tests what was fitted, unless that was done before."""
     home, checkpoint, resolved = fitted.home, fitted.checkpoint, fitted.config
     version = f"{home.name}-test-{digest(row.get('test', []))}"
     place = ["--trainer.logger.save_dir", str(home.parent), "--trainer.logger.version", version]
     test = ["--ckpt_path", str(checkpoint), *row.get("test", []), *place]
     seconds = once(home.with_name(version) / "test.json", lambda: timed("test", *test))
-    return Found(
+    return Result(
         metrics=measured(home.with_name(version) / "metrics.csv", "test/")[-1],
         best=best_epoch(home / "metrics.csv"),
         milliseconds=once(home / "milliseconds.json", lambda: milliseconds(checkpoint, resolved)),
@@ -257,22 +263,18 @@ def without_place(config: dict[str, Any]) -> dict[str, Any]:
         config.pop(name, None)
     for name in ("root", "layout", "seed", "num_workers", "validate_on"):
         config["data"]["init_args"].pop(name, None)
-    for name in ("logger", "check_val_every_n_epoch"):
+    for name in ("logger", "check_val_every_n_epoch", "default_root_dir"):
         config["trainer"].pop(name, None)
-    config["trainer"]["default_root_dir"] = None  # not left out: it was null when the hashes in docs were printed
     model = config["model"]["init_args"]
-    model.pop("seed", None)
+    for part in SEEDED:
+        if model.get(part):
+            model[part]["init_args"].pop("seed", None)
     if "members" in model:  # each by the hash of its own configuration, with which its folder's name begins
-        model["members"] = [Path(one).parent.parent.name[:8] for one in model["members"]]
+        model["members"] = [Path(member).parent.parent.name[:8] for member in model["members"]]
     else:
         backbone = model["backbone"]["init_args"]
         backbone["weights"] = "none" if backbone["weights"] == "none" else "imagenet"
     return config
-
-
-def digest(value: Any) -> str:
-    """The first eight hexadecimal digits of the SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def measured(path: Path, prefix: str) -> list[dict[str, float]]:
@@ -294,30 +296,32 @@ def best_epoch(path: Path) -> dict[str, float] | None:
 
 @torch.inference_mode()
 def milliseconds(checkpoint: Path, config: dict[str, Any]) -> float:
-    """Median time per image of the fitted detector, eager, batch 1."""
-    detector = Detector.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    """Median time per image of the fitted model, eager, batch 1."""
+    model = ScoringModel.load(checkpoint)
     image = torch.rand(1, 3, *config["data"]["init_args"]["image_size"])
-    return statistics.median(alternate({"detector": lambda: detector(image)}, repeats=5)["detector"])
+    return statistics.median(alternate({"model": lambda: model(image)}, repeats=5)["model"])
 
 
 def budget(checkpoint: Path, config: dict[str, Any]) -> str:
-    """Epochs, steps, and whether features were cached."""
+    """Epochs, which there are none of where nothing is learned, steps, and whether features were cached."""
     steps = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
-    cached = "cached" if config["model"]["init_args"].get("cache") else "not cached"
-    return f"{config['trainer']['max_epochs']} epochs, {steps} steps, {cached}"
+    epochs = config["trainer"]["max_epochs"] if steps else 0
+    learning = config["model"]["init_args"].get("learning")
+    cached = "cached" if learning and learning["init_args"].get("cache") else "not cached"
+    return f"{epochs} epochs, {steps} steps, {cached}"
 
 
-def markdown(row: dict[str, Any], images: Images, found: Sequence[Found]) -> str:
+def markdown(row: dict[str, Any], images: Images, results: Sequence[Result]) -> str:
     """One line."""
-    first = found[0]
+    first = results[0]
     parts = [name.removeprefix(AUROCS[0]) for name in first.metrics if name.startswith(f"{AUROCS[0]}_")]
-    apart = [f"{part.split('_', 2)[2]} {pair([one.metrics for one in found], part)}" for part in parts]
-    best = [one.best for one in found if one.best]
-    fit, test = (statistics.mean(one.seconds[number] for one in found) for number in range(2))
+    apart = [f"{part.split('_', 2)[2]} {pair([result.metrics for result in results], part)}" for part in parts]
+    best = [result.best for result in results if result.best]
+    fit, test = (statistics.mean(result.seconds[number] for result in results) for number in range(2))
     cells = [
         row["name"],
         images.name,
-        pair([one.metrics for one in found]) + (f" ({len(found)} seeds)" if len(found) > 1 else ""),
+        pair([result.metrics for result in results]) + (f" ({len(results)} seeds)" if len(results) > 1 else ""),
         pair(best) if best else "-",
         row.get("paper", "-"),
         ", ".join(apart),
@@ -331,7 +335,7 @@ def markdown(row: dict[str, Any], images: Images, found: Sequence[Found]) -> str
 
 def pair(metrics: Sequence[dict[str, float]], suffix: str = "") -> str:
     """Detection / segmentation: the mean over seeds, with its standard deviation where there are several."""
-    return " / ".join(spread([one[name + suffix] for one in metrics]) for name in AUROCS)
+    return " / ".join(spread([figures[name + suffix] for figures in metrics]) for name in AUROCS)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints of the last epoch."""
 
+from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Trainer
@@ -11,12 +12,16 @@ from patchad.detector import Detector
 class LastCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint after each validation; it also saves the end of a fit that no validation followed.
 
-    So the last epoch is saved where `max_epochs` is no multiple of `check_val_every_n_epoch`, and an untrained detector
-    with `max_epochs: 0`. Nothing is chosen by a metric. Ctrl-C and errors leave a checkpoint, too, but not one of nan.
+    So the last epoch is saved where `max_epochs` is no multiple of `check_val_every_n_epoch`, and what was fitted
+    where nothing is learned. Nothing is chosen by a metric. Ctrl-C and errors leave a checkpoint, too, but not one of
+    nan.
+
+    Args:
+        dirpath: the folder; by default `checkpoints` in that of the run.
     """
 
-    def __init__(self) -> None:
-        super().__init__(filename="last", enable_version_counter=False, save_on_exception=True)
+    def __init__(self, dirpath: str | Path | None = None) -> None:
+        super().__init__(dirpath, filename="last", enable_version_counter=False, save_on_exception=True)
         self.saved_at: int | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Detector, checkpoint: dict[str, Any]) -> None:

@@ -13,15 +13,29 @@ from patchad.runtime import load
 if TYPE_CHECKING:
     from patchad.data import PyramidDataModule
     from patchad.ensemble import Ensemble
+    from patchad.learning import Learning
+    from patchad.model import PatchModel
     from patchad.module import PatchDetector
     from patchad.types import ImageBatch, Prediction
 
-__all__ = ["Ensemble", "ImageBatch", "PatchDetector", "PatchadError", "Prediction", "PyramidDataModule", "load"]
+__all__ = [
+    "Ensemble",
+    "ImageBatch",
+    "Learning",
+    "PatchDetector",
+    "PatchModel",
+    "PatchadError",
+    "Prediction",
+    "PyramidDataModule",
+    "load",
+]
 
 HOMES = {
     "Ensemble": "patchad.ensemble",
     "ImageBatch": "patchad.types",
+    "Learning": "patchad.learning",
     "PatchDetector": "patchad.module",
+    "PatchModel": "patchad.model",
     "Prediction": "patchad.types",
     "PyramidDataModule": "patchad.data",
 }

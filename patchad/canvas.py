@@ -1,9 +1,37 @@
 """How images are fitted to the size and light that a detector reads: arithmetic alone, without torch."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 Size = tuple[int, int]
 """Height x width in pixels."""
 DARKEST = 1 / 255
 """Mean of an image below which it is not made brighter still: there is nothing to see in it."""
+
+
+class Canvas(NamedTuple):
+    """What images of any size and light are brought to before a detector reads them.
+
+    Attributes:
+        image_size: height x width in pixels.
+        keep_aspect: pad the right or bottom edge; otherwise distort.
+        brightness: mean to which the pixels of each image are scaled; None leaves them.
+    """
+
+    image_size: Size
+    keep_aspect: bool = True
+    brightness: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> "Canvas":
+        """The canvas of what JSON or a checkpoint keeps of one.
+
+        Example:
+            >>> Canvas.of([[256, 128], True, None])
+            Canvas(image_size=(256, 128), keep_aspect=True, brightness=None)
+        """
+        (height, width), keep_aspect, brightness = values
+        return cls((height, width), keep_aspect, brightness)
 
 
 def content_size(native: Size, size: Size, keep_aspect: bool) -> Size:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,8 +18,9 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from patchad.commands import DetectorTrainer
 from patchad.data.datamodule import PyramidDataModule
-from patchad.detector import Detector, check_format
+from patchad.detector import Detector
 from patchad.errors import PatchadError
+from patchad.model import read_checkpoint
 
 CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
@@ -27,7 +29,6 @@ LIGHTNINGS_WORDS = ("best", "last", "hpc", "null")
 
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen backbones are meant to be
-    r"`LightningModule.configure_optimizers` returned `None`",  # of an ensemble, which learns nothing
     r"The dirpath has changed",  # a test has a run folder of its own
     r".*configure_optimizers` will be overridden",  # by --optimizer, as the user asked
     r"Total length of `list` across ranks is zero",  # data.validate_on none, as the user asked
@@ -77,7 +78,9 @@ class PatchadCLI(LightningCLI):
         self.trainer.predict(**{**settings, "return_predictions": False})
 
     def after_fit(self) -> None:
-        """Says where everything is and what comes next."""
+        """Validates what had no epochs to do it in; says where everything is and what comes next."""
+        if not self.model.learns:
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if checkpoint and self.trainer.is_global_zero:
             print(f"checkpoint: {checkpoint}\nnext:       patchad test --ckpt_path {checkpoint}")
@@ -95,9 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a file may have a name that the terminal cannot show
     sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder
     try:
-        sys.argv[1:] = with_checkpoint_settings(
-            resolve_configs(name_exported(given))
-        )  # Lightning starts further processes from these
+        resolved = resolve_configs(nest_nulls(name_exported(given)))
+        sys.argv[1:] = with_checkpoint_settings(resolved)  # Lightning starts further processes from these
         PatchadCLI(
             Detector,
             PyramidDataModule,
@@ -124,6 +126,24 @@ def name_exported(arguments: list[str]) -> list[str]:
     if arguments[:1] == ["verify"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         return ["verify", "--exported", *arguments[1:]]
     return arguments
+
+
+def nest_nulls(arguments: Iterable[str]) -> list[str]:
+    """The arguments with `--model.bank.max_vectors null` as `--model.bank {max_vectors: null}`.
+
+    Of an option of a class that is given by class_path, jsonargparse 4.53 takes null for the word None.
+
+    Example:
+        >>> nest_nulls(["fit", "--model.bank.max_vectors", "null", "--model.tile=null"])
+        ['fit', '--model.bank={max_vectors: null}', '--model.tile=null']
+    """
+    nested: list[str] = []
+    for argument in arguments:
+        option = nested.pop() if argument == "null" and nested and nested[-1].startswith("--") else ""
+        whole = f"{option}=null" if option else argument
+        match = re.fullmatch(r"(--\w+\.\w+)\.(\w+)=null", whole)
+        nested += [f"{match[1]}={{{match[2]}: null}}"] if match else filter(None, [option, argument])
+    return nested
 
 
 def resolve_configs(arguments: Iterable[str]) -> list[str]:
@@ -199,13 +219,7 @@ def read_settings(path: Path, with_weights: bool = False) -> dict[str, dict]:
     Raises:
         PatchadError: if the checkpoint is missing, not readable, or of another format.
     """
-    check_exists(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        told = str(error).strip().partition("\n")[0]
-        raise PatchadError(f"--ckpt_path {path} is not a checkpoint of patchad's: {told}") from error
-    check_format(checkpoint, path)
+    checkpoint = read_checkpoint(path, "--ckpt_path")
     keys = {
         "model": Detector.CHECKPOINT_HYPER_PARAMS_KEY,
         "data": PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY,

@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from pytorch_lightning import Trainer
+from torch import Tensor
 
-from patchad.data.datamodule import ImageDataset, PyramidDataModule
+from patchad.data.datamodule import PyramidDataModule
+from patchad.data.datasets import ImageDataset
 from patchad.detector import Detector
 from patchad.errors import PatchadError
 from patchad.export import MAP_TOLERANCE, TOLERANCE, compare, export
-from patchad.module import PatchDetector
+from patchad.model import PatchModel, ScoringModel, read_checkpoint
 from patchad.runtime import load
 from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, reset_peak_memory, stage_table
-from patchad.types import ImageBatch
 
 
 class DetectorTrainer(Trainer):
@@ -35,7 +36,7 @@ class DetectorTrainer(Trainer):
             ckpt_path: what patchad fit wrote.
             output: the file.
         """
-        export(restored(model, datamodule, ckpt_path), output, datamodule, ckpt_path)
+        export(restored(model, datamodule, ckpt_path), output, ckpt_path)
         megabytes = output.stat().st_size / 1e6
         print(f"exported: {output} ({megabytes:.1f} MB)\nnext:     patchad.load({str(output)!r})(image)")
 
@@ -61,21 +62,22 @@ class DetectorTrainer(Trainer):
         """
         if images < 1:
             raise PatchadError(f"--images {images} shows nothing; give at least 1")
-        detector, runtime = restored(model, datamodule, ckpt_path), load(exported)
+        scoring, runtime = restored(model, datamodule, ckpt_path), load(exported)
         datamodule.setup("predict")
-        batches = spread(datamodule.predict_set, images)
         print("| image | score | map | verdict |\n|---|---|---|---|")
-        differences = [compare(detector, runtime, batch) for batch in batches]
-        for one in differences:
-            print(f"| {one.path} | {one.score:.1e} | {one.map:.1e} | {'same' if one.same_verdict else 'DIFFERENT'} |")
-        score, pixel = max(one.score for one in differences), max(one.map for one in differences)
-        told = f"largest relative difference of a score {score:.1e}, of a pixel over the highest {pixel:.1e}"
-        if not all(one.score <= TOLERANCE and one.map <= MAP_TOLERANCE for one in differences):  # nan is not, either
-            raise PatchadError(f"{exported} differs from {ckpt_path}, {told}; export it again")
-        if not np.isclose(runtime.threshold, float(detector.scorer.threshold), rtol=TOLERANCE):
-            thresholds = f"{runtime.threshold:.4g}, not {float(detector.scorer.threshold):.4g} as {ckpt_path}"
+        paths = [datamodule.predict_set.samples[number].path for number in spread(datamodule.predict_set, images)]
+        differences = [compare(scoring, runtime, path) for path in paths]
+        for found in differences:
+            verdict = "same" if found.same_verdict else "DIFFERENT"
+            print(f"| {found.path} | {found.score:.1e} | {found.map:.1e} | {verdict} |")
+        score, pixel = max(found.score for found in differences), max(found.map for found in differences)
+        largest = f"largest relative difference of a score {score:.1e}, of a pixel over the highest {pixel:.1e}"
+        if not all(found.score <= TOLERANCE and found.map <= MAP_TOLERANCE for found in differences):  # nor is nan
+            raise PatchadError(f"{exported} differs from {ckpt_path}, {largest}; export it again")
+        if not np.isclose(runtime.threshold, float(scoring.scorer.threshold), rtol=TOLERANCE):
+            thresholds = f"{runtime.threshold:.4g}, not {float(scoring.scorer.threshold):.4g} as {ckpt_path}"
             raise PatchadError(f"{exported} has the threshold {thresholds}; export it again")
-        print(f"{told}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
+        print(f"{largest}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
 
     def benchmark(
         self,
@@ -95,8 +97,8 @@ class DetectorTrainer(Trainer):
             repeats: timed runs.
         """
         device, threads = self.strategy.root_device, torch.get_num_threads()
-        detector = restored(model, datamodule, ckpt_path).to(device)
-        if not isinstance(detector, PatchDetector):
+        scoring = restored(model, datamodule, ckpt_path).to(device)
+        if not isinstance(scoring, PatchModel):
             raise PatchadError(
                 f"benchmark times the stages of one detector; {ckpt_path} is of several: give a member's"
             )
@@ -107,31 +109,37 @@ class DetectorTrainer(Trainer):
             where = f"at precision {self.precision} on {device}, {threads} threads"
             print(f"best rate measured: {rate / 1e9:.0f} GFLOP/s {where}")
             for size in batch_sizes:
-                decode = partial(spread, datamodule.predict_set, size)
+                decode = partial(decoded, datamodule.predict_set, size)
                 batches, decoding = decode(), alternate({"decode": decode}, repeats)["decode"]
-                image, content = torch.cat([one.image for one in batches]), torch.cat([one.content for one in batches])
-                rows = measure_stages(detector, image, content, repeats, rate)
+                image, content = (torch.cat(parts) for parts in zip(*batches, strict=True))
+                rows = measure_stages(scoring, image, content, repeats, rate)
                 print(f"\nbatch {size}\n", stage_table([Row("decode (in the workers)", decoding), *rows]), sep="\n")
                 images_per_second = 1e3 * size / np.median(rows[-1].times)
                 print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
 
 
-def restored(model: Detector, datamodule: PyramidDataModule, ckpt_path: Path | None) -> Detector:
-    """The detector with the checkpoint's weights, in eval mode; warns where options differ from what was fitted.
+def restored(detector: Detector, datamodule: PyramidDataModule, ckpt_path: Path | None) -> ScoringModel:
+    """The model with the checkpoint's weights, in eval mode; warns where options differ from what was fitted.
 
     Raises:
         PatchadError: if there is no checkpoint, or one of another format.
     """
     if ckpt_path is None:
         raise PatchadError("no detector: give --ckpt_path, the checkpoint that patchad fit wrote")
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-    model.on_load_checkpoint(checkpoint)
+    checkpoint = read_checkpoint(ckpt_path, "--ckpt_path")
+    detector.on_load_checkpoint(checkpoint)
     datamodule.load_state_dict(checkpoint.get(type(datamodule).__qualname__, {}))
-    model.load_state_dict(checkpoint["state_dict"])
-    return model.eval()
+    detector.load_state_dict(checkpoint["state_dict"])
+    detector.model.canvas = datamodule.canvas
+    return detector.model.eval()
 
 
-def spread(dataset: ImageDataset, count: int) -> list[ImageBatch]:
-    """Batches of one image each, `count` of them spread evenly over the dataset."""
-    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    return [torch.utils.data.default_collate([dataset[number]]) for number in chosen]
+def spread(dataset: ImageDataset, count: int) -> list[int]:
+    """Numbers of images, `count` of them spread evenly over the dataset."""
+    return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+
+
+def decoded(dataset: ImageDataset, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Images `[1, 3, height, width]` and their content, `count` of them spread evenly over the dataset."""
+    images = [dataset[number] for number in spread(dataset, count)]
+    return [(image.image[None], image.content[None]) for image in images]

@@ -1,43 +1,63 @@
-"""What every detector does, whatever scores: it is calibrated, measured, saved and loaded."""
+"""What Lightning asks of every detector, whatever model scores: it is fitted, measured, saved and loaded."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from patchad.canvas import Canvas
 from patchad.conformal import images_needed
+from patchad.data.datamodule import PyramidDataModule
 from patchad.errors import PatchadError
-from patchad.memory import MemoryBank
+from patchad.learning import Learning
 from patchad.metrics import AnomalyMetrics
+from patchad.model import CHECKPOINT_FORMAT, ScoringModel, check_format
 from patchad.pyramid import crop_resize
 from patchad.scoring import Scorer
-from patchad.spec import Configurable
+from patchad.spec import Configurable, spec
 from patchad.types import ImageBatch, Prediction
 
-CHECKPOINT_FORMAT = 10
-"""Raised whenever checkpoints of an older patchad no longer load."""
+Model = TypeVar("Model", bound=ScoringModel)
 
 
-class Detector(Configurable, LightningModule):
-    """Scores images. A subclass says how (`detect`), and what it must know of normal images first (`know_normals`).
+class Detector(Configurable, LightningModule, Generic[Model]):
+    """The Lightning side of a `ScoringModel`. A subclass says how it gets to know what is normal (`know_normals`).
 
     Before each validation and each checkpoint of `fit` it gets to know what is normal. All of that are buffers: a
-    checkpoint alone tests and predicts.
+    checkpoint alone tests and predicts. Where nothing is learned, a fit has no epochs: it knows what is normal, and
+    that is all.
+
+    Attributes:
+        model: scores images.
+        learning: trains what the model embeds with; None where nothing is learned.
     """
 
-    scorer: Scorer
-    measured_sides: Sequence[int] = ()
-    """Sides in pixels whose own maps are measured, too."""
+    model: Model
+    learning: Learning | None
     _known_at: int | None = None  # the step whose weights know what is normal
+    _lends: bool = False  # whether its first parameter only seems to be trained
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learning = None  # not on the class, where it would hide the submodule
+
+    @property
+    def learns(self) -> bool:
+        """Whether a fit trains anything."""
+        return self.learning is not None
+
+    @property
+    def scorer(self) -> Scorer:
+        """Holds the threshold."""
+        return self.model.scorer
 
     def setup(self, stage: str) -> None:
         """Makes the metrics, which know the defect types of the test set.
@@ -53,7 +73,16 @@ class Detector(Configurable, LightningModule):
             raise PatchadError(f"--trainer.precision {precision} would round distances, too; give {mixed}")
         if stage != "predict":
             defects = self._data.defects if stage == "test" else []
-            self.metrics = AnomalyMetrics(self.measured_sides, stage == "test", defects, progress=self._shows_bars)
+            self.metrics = AnomalyMetrics(self.model.sides, stage == "test", defects, progress=self._shows_bars)
+        if stage == "fit" and not self.learns:
+            self.trainer.fit_loop.max_epochs = 0
+
+    def configure_model(self) -> None:
+        """Lends a parameter to DistributedDataParallel, which is made next and refuses a model that trains nothing."""
+        parameters = list(self.parameters())
+        self._lends = self._fitting and bool(parameters) and not any(each.requires_grad for each in parameters)
+        if self._lends:
+            parameters[0].requires_grad_(True)
 
     def forward(
         self,
@@ -61,37 +90,35 @@ class Detector(Configurable, LightningModule):
         content: Int[Tensor, "batch 2"] | None = None,
         thing: Int[Tensor, " batch"] | None = None,
     ) -> Prediction:
-        """Scores images.
+        """Scores images; see `ScoringModel.forward`."""
+        return self.model(image, content, thing)
 
-        Args:
-            image: RGB in [0, 1], of the size and light that the datamodule gave those of the fit: what
-                `patchad.data.images.fit` makes of them with its `image_size`, `keep_aspect` and `brightness`.
-            content: height x width of each image's content, top left, in pixels; by default the whole image.
-            thing: number of what each image shows, as in `ImageBatch`, which it is then not compared with; by default
-                every image is new.
-
-        Raises:
-            PatchadError: if a bank is empty, or a side does not fit the image.
-        """
-        if content is None:
-            lengths = (torch.full((len(image),), length, device=image.device) for length in image.shape[2:])
-            content = torch.stack(list(lengths), dim=1)
-        return self.detect(image, content, thing)
-
-    def detect(
-        self,
-        image: Float[Tensor, "batch 3 height width"],
-        content: Int[Tensor, "batch 2"],
-        thing: Int[Tensor, " batch"] | None = None,
-    ) -> Prediction:
-        """`forward`, with the content named."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Never runs where nothing is learned: there are no epochs."""
         raise NotImplementedError
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """None where nothing is learned."""
+        return []
 
     # what is normal
 
     def on_fit_start(self) -> None:
         """Knows nothing yet: another fit of this model may take as many steps, and has images of its own."""
-        self._known_at = None
+        self._known_at, self.model.canvas = None, self._data.canvas
+        if self._lends:
+            next(self.parameters()).requires_grad_(False)
+            self._lends = False
+
+    def on_fit_end(self) -> None:
+        """Knows what is normal also where no epoch and no checkpoint asked for it."""
+        self.remember_normals()
+        checkpoint = self.trainer.checkpoint_callback
+        if checkpoint is not None and not self.learns and not getattr(checkpoint, "best_model_path", ""):
+            rank_zero_info(
+                f"{type(checkpoint).__name__} saved nothing, for there were no epochs: take "
+                "patchad.callbacks.LastCheckpoint, or trainer.save_checkpoint(path)"
+            )
 
     def know_normals(self) -> None:
         """Learns from the normal images of the datamodule what scores and verdicts need, in eval mode."""
@@ -110,32 +137,21 @@ class Detector(Configurable, LightningModule):
         self._known_at = self.global_step  # only now: a fit that ends in between starts over
 
     @property
-    def learns(self) -> bool:
-        """Whether anything learns from the training images."""
-        raise NotImplementedError
-
-    @property
     def _unseen(self) -> Bool[Tensor, " images"]:
         """Of each normal image, whether nothing learned from it."""
-        return (self._data.held_out | (not self.learns)).to(self.device)
+        return (self._data.held_out | (not self.model.learns)).to(self.device)
 
-    def set_threshold(self, scores: Float[Tensor, " images"], unseen: Bool[Tensor, " images"]) -> None:
-        """Sets the threshold from normal images, each scored without itself, and says what it promises.
-
-        Embeddings of images that encoders learned from lie closer together than those of new ones. Their scores are
-        therefore raised by the ratio of the medians, where that of the unseen ones is higher.
+    def announce_threshold(self, promised: float, ratio: float) -> None:
+        """Says what the threshold promises.
 
         Args:
-            scores: of the normal images.
-            unseen: whether encoders did not learn from an image; all True where nothing was learned.
+            promised: the false-positive rate.
+            ratio: how many times as high the scores of images were that were not learned from; 1 if there are none.
         """
-        if not unseen.all():
-            ratio = scores[unseen].median() / scores[~unseen].median().clamp(min=torch.finfo(scores.dtype).tiny)
-            scores = torch.where(unseen, scores, scores * ratio.clamp(min=1))
-            rank_zero_info(f"images that were not learned from score {float(ratio):.3g} times as high as the others")
-        promised = self.scorer.set_threshold(scores)
+        if ratio != 1:
+            rank_zero_info(f"images that were not learned from score {ratio:.3g} times as high as the others")
         rank_zero_info(
-            f"threshold {float(self.scorer.threshold):.4g} from {len(scores)} normal images: "
+            f"threshold {float(self.scorer.threshold):.4g} from {len(self.scorer.normals)} normal images: "
             f"false-positive rate promised at most {promised:.3g}, asked for {self.scorer.target_fpr:.3g}"
         )
         self._note_few_normals()
@@ -199,7 +215,7 @@ class Detector(Configurable, LightningModule):
         prediction = self(batch.image, batch.content, batch.thing)
         size = (batch.mask.shape[1], batch.mask.shape[2])
         maps = {"combined": prediction.map, **prediction.side_maps}
-        resized = {name: crop_resize(one, batch.content, size) for name, one in maps.items()}
+        resized = {name: crop_resize(values, batch.content, size) for name, values in maps.items()}
         self.metrics.update(prediction, batch, resized)
         return prediction
 
@@ -211,44 +227,35 @@ class Detector(Configurable, LightningModule):
     # checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what is normal, and marks the format."""
+        """Adds what is normal, what `ScoringModel.load` needs, and marks the format."""
         self.remember_normals()
         checkpoint["state_dict"] = self.state_dict()
-        checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self.scored_by
+        checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self.model.scored_by
+        checkpoint["patchad_model"] = spec(self.model)
+        checkpoint["patchad_canvas"] = None if self.model.canvas is None else list(self.model.canvas)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format; warns where its threshold is another score's."""
         check_format(checkpoint)
-        now, fitted = self.scored_by, checkpoint["patchad_scored_by"]
-        self.check_fitted(fitted)
-        told = [f"{name} {value}, not {now[name]}" for name, value in fitted.items() if now[name] != value]
-        if told and not self._fitting:
-            settings = "; ".join(told)
+        now, fitted = self.model.scored_by, checkpoint["patchad_scored_by"]
+        self.model.check_fitted(fitted)
+        if checkpoint["patchad_canvas"] is not None:
+            self.model.canvas = Canvas.of(checkpoint["patchad_canvas"])
+        changed = [f"{name} {value}, not {now[name]}" for name, value in fitted.items() if now[name] != value]
+        if changed and not self._fitting:
+            settings = "; ".join(changed)
             rank_zero_warn(f"the threshold was set with {settings}: verdicts do not hold; fit for one of its own")
-
-    def check_fitted(self, fitted: dict[str, Any]) -> None:
-        """Raises PatchadError where this detector cannot take over what was fitted, whose `scored_by` is given."""
-
-    @property
-    def scored_by(self) -> dict[str, Any]:
-        """What scores, and so the threshold, depend on, of all that may be given another value after a fit."""
-        return {"scorer": repr(self.scorer)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Torch's, with PatchadError where the state is another model's: settings differ from those of the fit."""
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            told = textwrap.shorten(str(error).partition("\n")[2], 150, placeholder=" ...")
+            reason = textwrap.shorten(str(error).partition("\n")[2], 150, placeholder=" ...")
             raise PatchadError(
-                f"the checkpoint does not fit this detector: {told}; leave out model options that the fit did "
+                f"the checkpoint does not fit this detector: {reason}; leave out model options that the fit did "
                 "not have, or fit again"
             ) from error
-
-    @property
-    def memory_banks(self) -> dict[str, MemoryBank]:
-        """Every bank that is searched, by its side, and by its member where there are several detectors."""
-        return {name.replace("banks.", ""): one for name, one in self.named_modules() if isinstance(one, MemoryBank)}
 
     # what Lightning gives
 
@@ -262,24 +269,15 @@ class Detector(Configurable, LightningModule):
         return self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
 
     @property
-    def _data(self) -> Any:
+    def _data(self) -> PyramidDataModule:
         datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, LightningDataModule):
+        if not isinstance(datamodule, PyramidDataModule):
             name = type(self).__name__
             raise PatchadError(f"{name} needs a PyramidDataModule: call trainer.fit(model, datamodule=...)")
         return datamodule
 
     def _batches(self, loader: DataLoader, title: str) -> Iterable[Any]:
-        for batch in track(loader, title, disable=not self._shows_bars, transient=True):
-            yield self.trainer.strategy.batch_to_device(batch, self.device)
+        return self._on_device(track(loader, title, disable=not self._shows_bars, transient=True))
 
-
-def check_format(checkpoint: Mapping[str, Any], path: str | Path = "") -> None:
-    """Raises PatchadError unless this patchad can load the checkpoint."""
-    found = checkpoint.get("patchad_format")
-    if found != CHECKPOINT_FORMAT:
-        told = "is not one of patchad's" if found is None else f"has format {found}"
-        raise PatchadError(
-            f"checkpoint {path} {told}; this patchad reads format {CHECKPOINT_FORMAT}: fit again, or install the "
-            "patchad that wrote it"
-        )
+    def _on_device(self, batches: Iterable[Any]) -> Iterable[Any]:
+        return (self.trainer.strategy.batch_to_device(batch, self.device) for batch in batches)

@@ -13,13 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from patchad.data.images import read_image
-from patchad.detector import Detector
 from patchad.errors import PatchadError
 from patchad.files import check_writable, write_whole
-from patchad.pyramid import crop_resize
+from patchad.model import ScoringModel
 from patchad.runtime import EXPORT_FORMAT, ExportedDetector
-from patchad.types import ImageBatch
+from patchad.spec import spec
 
 TOLERANCE = 1e-4
 """Most that scores of an exported file may differ from the checkpoint's, relative."""
@@ -34,39 +32,40 @@ class ScoringGraph(nn.Module):
     """What the file computes, from a fitted image to its score and map.
 
     Args:
-        detector: a fitted detector.
+        model: a fitted one.
     """
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, model: ScoringModel) -> None:
         super().__init__()
-        self.detector = detector
+        self.model = model
 
     def forward(
         self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch height width"]]:
-        """Scores and maps, by the detector's own code."""
-        prediction = self.detector(image, content)
+        """Scores and maps, by the model's own code."""
+        prediction = self.model(image, content)
         return prediction.score, prediction.map
 
 
-def export(detector: Detector, output: Path, data: Any, ckpt_path: Path | None = None) -> None:
-    """Writes a fitted detector as one ONNX file: normalisation, backbone, encoders, banks, fold and score.
+def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None) -> None:
+    """Writes a fitted model as one ONNX file: normalisation, backbone, encoders, banks, fold and score.
 
     Args:
-        detector: in eval mode, on the CPU.
+        model: in eval mode, on the CPU; its canvas goes into the file.
         output: the file, which is replaced only when the new one is complete.
-        data: the datamodule, of which `image_size`, `keep_aspect` and `brightness` go into the file.
         ckpt_path: noted as provenance.
 
     Raises:
-        PatchadError: if the banks are empty, or the output is a folder.
+        PatchadError: if the model was never fitted, or the output is a folder.
         OSError: if the output cannot be written.
     """
     if output.is_dir():
         raise PatchadError(f"{output} is a folder; give a file, such as {output / 'model.patchad'}")
     check_writable(output)
-    graph = ScoringGraph(detector).eval()
-    height, width = data.image_size
+    if model.canvas is None:
+        raise PatchadError("the model knows no image_size: run patchad fit first, and export its checkpoint")
+    graph = ScoringGraph(model).eval()
+    height, width = model.canvas.image_size
     image, content = torch.zeros(2, 3, height, width), torch.tensor([[height, width]] * 2)
     batch = {0: torch.export.Dim("batch")}
     with torch.no_grad(), warnings.catch_warnings():
@@ -82,31 +81,29 @@ def export(detector: Detector, output: Path, data: Any, ckpt_path: Path | None =
             dynamic_shapes=(batch, batch),
         )
     assert program is not None
-    model = program.model_proto
-    onnx.helper.set_model_props(model, {"patchad": json.dumps(metadata(detector, data, ckpt_path))})
-    write_whole(output, lambda part: onnx.save_model(model, part))
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {"patchad": json.dumps(metadata(model, ckpt_path))})
+    write_whole(output, lambda part: onnx.save_model(proto, part))
 
 
-def metadata(detector: Detector, data: Any, ckpt_path: Path | None) -> dict[str, Any]:
+def metadata(model: ScoringModel, ckpt_path: Path | None) -> dict[str, Any]:
     """What the file says of itself."""
-    checkpoint = {"name": ckpt_path.name, "sha256": digest(ckpt_path)} if ckpt_path else None
+    checkpoint = {"name": ckpt_path.name, "sha256": file_digest(ckpt_path)} if ckpt_path else None
     return {
         "format": EXPORT_FORMAT,
         "patchad": version("patchad"),
         "torch": torch.__version__,
         "checkpoint": checkpoint,
-        "detector": json.loads(json.dumps(dict(detector.hparams), default=str)),
-        "image_size": list(data.image_size),
-        "keep_aspect": data.keep_aspect,
-        "brightness": data.brightness,
-        "threshold": float(detector.scorer.threshold),
-        "normals": detector.scorer.normals.tolist(),
-        "normal_level": detector.scorer.normal_level,
-        "vectors": {name: len(bank) for name, bank in detector.memory_banks.items()},
+        "model": spec(model),
+        "canvas": model.canvas,
+        "threshold": float(model.scorer.threshold),
+        "normals": model.scorer.normals.tolist(),
+        "normal_level": model.scorer.normal_level,
+        "vectors": {name: len(bank) for name, bank in model.memory_banks.items()},
     }
 
 
-def digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -128,23 +125,18 @@ class Difference(NamedTuple):
     same_verdict: bool
 
 
-@torch.inference_mode()
-def compare(detector: Detector, exported: ExportedDetector, batch: ImageBatch) -> Difference:
-    """Scores an image file by both, as `patchad predict` and `patchad.load` do.
+def compare(model: ScoringModel, exported: ExportedDetector, path: Path) -> Difference:
+    """Scores an image file by both.
 
     Args:
-        detector: in eval mode, on the CPU.
+        model: on the CPU.
         exported: the file.
-        batch: one image.
+        path: of the image.
     """
-    prediction = detector(batch.image, batch.content)
-    size = (int(batch.size[0, 0]), int(batch.size[0, 1]))
-    expected = crop_resize(prediction.map, batch.content, size)[0].numpy()
-    found = exported(read_image(Path(batch.path[0])).permute(1, 2, 0).numpy())
-    score = float(prediction.score)
+    expected, actual = model.predict(path), exported(path)
     return Difference(
-        path=batch.path[0],
-        score=abs(found.score - score) / max(abs(score), TINY),
-        map=float(np.abs(found.map - expected).max()) / max(float(expected.max()), TINY),
-        same_verdict=found.anomalous == bool(prediction.anomalous),
+        path=str(path),
+        score=abs(actual.score - expected.score) / max(abs(expected.score), TINY),
+        map=float(np.abs(actual.map - expected.map).max()) / max(float(expected.map.max()), TINY),
+        same_verdict=actual.anomalous == expected.anomalous,
     )

@@ -1,6 +1,7 @@
 """Normal embeddings -> distance to the nearest of them, on faiss."""
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import numpy as np
@@ -40,11 +41,12 @@ class MemoryBank(nn.Module):
 
     Args:
         side: side of a patch in pixels.
-        max_vectors: most vectors to keep; None keeps all.
+        max_vectors: most vectors to keep; None keeps all. A part that lies at any angle needs more than 10 000.
         reduce: how they are chosen: `random`; `kcenter` covers all candidates as closely as it can (see `kcenter`);
             `kmeans` takes the patch nearest to each centroid.
+        baseline: how far normal patches of unseen things are to be expected around each vector is known (`levels`);
+            this share of its square is subtracted from squared distances. Not in the paper; 0 leaves it out.
         seed: of the choice.
-        baseline: share of the square of the local level that is subtracted from squared distances; 0 leaves them.
 
     Attributes:
         vectors: embeddings, float32 `[vectors, dim]`.
@@ -67,10 +69,10 @@ class MemoryBank(nn.Module):
     def __init__(
         self,
         side: int,
-        max_vectors: int | None = 10_000,
+        max_vectors: int | None = 400_000,
         reduce: Reduction = "random",
+        baseline: float = 0.5,
         seed: int = 0,
-        baseline: float = 0.0,
     ) -> None:
         super().__init__()
         if max_vectors is not None and max_vectors < 1:
@@ -217,7 +219,6 @@ class MemoryBank(nn.Module):
     def distances(
         self,
         queries: Float[Tensor, "*places dim"],
-        shared: int = 0,
         own: Int[Tensor, " images"] | None = None,
     ) -> Float[Tensor, "*places"]:
         """Distance between each query and the nearest vector of the bank, over the baseline, in one search.
@@ -232,8 +233,6 @@ class MemoryBank(nn.Module):
         Args:
             queries: embeddings; exported files take them as `[images, patches, dim]`. The patches of an image, which a
                 large bank needs to know, are those of the last axis but one.
-            shared: how many of the last numbers are the same for all patches of an image, which spares exported files
-                most of their products in a bank that is searched whole.
             own: number of what each image shows, of queries `[images, patches, dim]`: vectors of the same thing are
                 passed over. An image that is in the bank is so compared with the others alone.
 
@@ -244,17 +243,17 @@ class MemoryBank(nn.Module):
             raise PatchadError("the memory bank is empty: run patchad fit first, or give --ckpt_path")
         if own is not None and not torch.isin(own, self.things).any():
             own = None  # of images that are none of the bank's nothing is passed over
-        nearest = self._nearest(queries, shared, own)
+        nearest = self._nearest(queries, own)
         # not faiss's own distances, which lose digits where they are small
         found = (queries - self.vectors[nearest]).square().sum(-1)
         return (found - self._known[nearest]).clamp(min=0).sqrt()
 
-    def _nearest(self, queries: Tensor, shared: int = 0, own: Tensor | None = None) -> Tensor:
+    def _nearest(self, queries: Tensor, own: Tensor | None = None) -> Tensor:
         """The number of the vector nearest to each query by power distance, or of one nearly as near."""
         if len(self.lists):
             return self._search_lists(queries, own)
         if torch.compiler.is_compiling():
-            return nearest_by_product(queries, self.vectors, self._known, shared)
+            return nearest_by_product(queries, self.vectors, self._known)
         if own is None:
             return self._search(queries)
         return torch.stack([self._nearest_other(*one) for one in zip(queries, own, strict=True)])
@@ -306,6 +305,10 @@ class MemoryBank(nn.Module):
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.vectors.device))
         self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+BankFactory = Callable[[int], MemoryBank]
+"""Makes the bank of a side (pixels): `MemoryBank`, a subclass, or a `partial` of one."""
 
 
 def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, progress: bool = False) -> Int[Tensor, " count"]:

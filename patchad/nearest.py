@@ -84,40 +84,35 @@ def nearest_by_product(
     queries: Float[Tensor, "images patches dim"],
     vectors: Float[Tensor, "vectors dim"],
     known: Float[Tensor, " vectors"],
-    shared: int = 0,
 ) -> Int[Tensor, "images patches"]:
     """The number of the vector nearest to each query, by matrix products: the search that exported files run.
 
     Squared distances less what is `known` of each vector, but for the query's own square, are one product: the
-    vector's square rides along as one more number, and so does what the `shared` last numbers of an image's queries
-    add, the same for all of them. Both sides are centred first: distances stay, and less is lost where squares of
-    nearly equal numbers are subtracted. First the group that holds the nearest is found, then its place among those
-    few: where the least of many stands takes runtimes longer to find than what it is.
+    vector's square rides along as one more number. Both sides are centred first: distances stay, and less is lost
+    where squares of nearly equal numbers are subtracted. First the group that holds the nearest is found, then its
+    place among those few: where the least of many stands takes runtimes longer to find than what it is.
     """
-    centre, own = vectors.mean(0), queries.shape[2] - shared
+    centre = vectors.mean(0)
     queries, vectors = queries - centre, vectors - centre
-    offset = vectors.square().sum(1) - known - queries[:, 0, own:] @ (2 * vectors[:, own:].T)
     missing = -len(vectors) % GROUP
-    weights = F.pad(-2 * vectors[:, :own], (0, 0, 0, missing))
-    offset = F.pad(offset, (0, missing), value=torch.inf)
-    queries = queries[..., :own]
+    weights = F.pad(-2 * vectors, (0, 0, 0, missing))
+    offset = F.pad(vectors.square().sum(1) - known, (0, missing), value=torch.inf)
     members = GROUP * nearest_group(queries, weights, offset) + torch.arange(GROUP, device=queries.device)
     products = (weights[members] @ queries[..., None])[..., 0]
-    nearest = (products + offset.gather(1, members.flatten(1)).reshape(members.shape)).argmin(2, keepdim=True)
+    nearest = (products + offset[members]).argmin(2, keepdim=True)
     return members.gather(2, nearest)[..., 0]
 
 
 def nearest_group(
-    queries: Float[Tensor, "images patches own"],
-    weights: Float[Tensor, "vectors own"],
-    offset: Float[Tensor, "images vectors"],
+    queries: Float[Tensor, "images patches dim"],
+    weights: Float[Tensor, "vectors dim"],
+    offset: Float[Tensor, " vectors"],
 ) -> Int[Tensor, "images patches 1"]:
     """The number of the group of `GROUP` vectors that holds the least product with each query, plus its offset.
 
     The bank is taken in blocks, so that the table of all queries and vectors is never held whole.
     """
     queries, least = F.pad(queries, (0, 1), value=1.0), []
-    for part, added in zip(weights.split(BLOCK), offset.split(BLOCK, dim=1), strict=True):
-        factor = torch.cat([part.T.expand(offset.shape[0], -1, -1), added[:, None]], dim=1)
-        least.append((queries @ factor).unflatten(2, (-1, GROUP)).amin(3))
+    for part, added in zip(weights.split(BLOCK), offset.split(BLOCK), strict=True):
+        least.append((queries @ torch.cat([part, added[:, None]], dim=1).T).unflatten(2, (-1, GROUP)).amin(3))
     return torch.cat(least, dim=2).argmin(2, keepdim=True)

@@ -12,14 +12,17 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from patchad.canvas import Size, content_size, gain
+from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.conformal import conformal_threshold, p_values
 from patchad.decoding import read_pixels
 from patchad.errors import PatchadError
 
 AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 
-EXPORT_FORMAT = 3
+CHANNELS = (1, 3, 4)
+"""Grey, RGB, RGB and alpha."""
+
+EXPORT_FORMAT = 4
 """Raised whenever exported files of an older patchad no longer load."""
 
 
@@ -50,7 +53,7 @@ class ExportedDetector:
     Attributes:
         threshold: scores above it are anomalous; it may be set to any number.
         normals: scores of the normal images of the fit, each compared with the others.
-        image_size: height x width in pixels that images are brought to.
+        canvas: what images are brought to.
         normal_level: about the mean of a map on normal images.
         metadata: all that the file says of where it came from.
 
@@ -68,18 +71,13 @@ class ExportedDetector:
         self.normals = np.array(self.metadata["normals"], np.float32)
         self.threshold = float(self.metadata["threshold"])
         self.normal_level = float(self.metadata["normal_level"])
-        height, width = self.metadata["image_size"]
-        self.image_size: Size = (height, width)
-        self.keep_aspect = bool(self.metadata["keep_aspect"])
-        self.brightness: float | None = self.metadata["brightness"]
+        self.canvas = Canvas.of(self.metadata["canvas"])
 
     def __call__(self, image: np.ndarray | str | Path) -> Scored:
         """Scores one image.
 
         Args:
-            image: the path of a file, read as `patchad predict` reads it; or an array `[height, width]` or `[height,
-                width, 1]` (grey), `[height, width, 3]` (RGB) or `[height, width, 4]` (alpha is dropped), of any size;
-                uint8, uint16, or floating point in [0, 1].
+            image: what `to_rgb` takes.
 
         Raises:
             PatchadError: if it is anything else, or the file cannot be read.
@@ -101,14 +99,14 @@ class ExportedDetector:
         """Scores several images, which may differ in size, in one pass."""
         if not len(images):
             return []
-        arrays = [read_pixels(Path(image)) if isinstance(image, (str, Path)) else image for image in images]
-        fitted = [fit(to_rgb(image), self.image_size, self.keep_aspect, self.brightness) for image in arrays]
-        inputs = {"image": np.stack([one for one, _ in fitted]), "content": np.array([size for _, size in fitted])}
+        native = [to_rgb(image) for image in images]
+        fitted = [fit(image, *self.canvas) for image in native]
+        inputs = {"image": np.stack([image for image, _ in fitted]), "content": np.array([size for _, size in fitted])}
         scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
         shares = p_values(scores, self.normals)
         return [
-            Scored(float(score), bool(score > self.threshold), float(share), unfit(one, content, image.shape[:2]))
-            for score, share, one, (_, content), image in zip(scores, shares, maps, fitted, arrays, strict=True)
+            Scored(float(score), bool(score > self.threshold), float(share), unfit(values, content, image.shape[1:]))
+            for score, share, values, (_, content), image in zip(scores, shares, maps, fitted, native, strict=True)
         ]
 
 
@@ -152,19 +150,32 @@ def read_metadata(path: Path, session: onnxruntime.InferenceSession) -> dict[str
     return metadata
 
 
-def to_rgb(image: np.ndarray) -> np.ndarray:
+def to_rgb(image: np.ndarray | str | Path) -> np.ndarray:
     """Float32 `[3, height, width]` in [0, 1].
 
+    Args:
+        image: the path of a file, read as `patchad predict` reads it; or an array of uint8, uint16, or floating point
+            in [0, 1]: `[height, width]` (grey), `[height, width, channels]` of 1 channel (grey), 3 (RGB) or 4 (alpha is
+            dropped), or `[channels, height, width]` of 1 or 3.
+
     Raises:
-        PatchadError: if the array is no image.
+        PatchadError: if it is anything else, or the file cannot be read.
+
+    Example:
+        >>> to_rgb(np.zeros((32, 48), np.uint8)).shape, to_rgb(np.zeros((3, 32, 48), np.uint8)).shape
+        ((3, 32, 48), (3, 32, 48))
     """
-    if not isinstance(image, np.ndarray):
-        raise PatchadError(f"a {type(image).__name__} is no image; give the path of a file, or an array")
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)) or 0 in image.shape:
+    pixels = read_pixels(Path(image)) if isinstance(image, (str, Path)) else image
+    if not isinstance(pixels, np.ndarray):
+        raise PatchadError(f"a {type(pixels).__name__} is no image; give the path of a file, or an array")
+    if pixels.ndim == 3 and pixels.shape[2] not in CHANNELS and pixels.shape[0] in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in CHANNELS) or 0 in pixels.shape:
         raise PatchadError(
-            f"an array of shape {image.shape} is no image; give [height, width], or [height, width, 1, 3 or 4]"
+            f"an array of shape {pixels.shape} is no image; give [height, width], [height, width, channels] or "
+            "[channels, height, width] of 1 or 3 channels, or 4 if they come last"
         )
-    values = to_unit(image)
+    values = to_unit(pixels)
     planes = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)[:3]
     return np.broadcast_to(planes, (3, *values.shape[:2]))
 
@@ -186,7 +197,7 @@ def to_unit(image: np.ndarray) -> np.ndarray:
 
 
 def fit(image: np.ndarray, size: Size, keep_aspect: bool, brightness: float | None = None) -> tuple[np.ndarray, Size]:
-    """The image and height x width of its content, as `patchad.data.images.fit` gives them."""
+    """The image and height x width of its content, as `patchad.images.fit` gives them."""
     content = content_size((image.shape[1], image.shape[2]), size, keep_aspect)
     if content != image.shape[1:]:
         image = np.stack([resize(plane, content) for plane in image])

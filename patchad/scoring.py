@@ -1,7 +1,7 @@
 """Distances -> anomaly maps -> image scores; the threshold from normal images."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from patchad.conformal import conformal_threshold, p_values
 from patchad.errors import PatchadError
 from patchad.pyramid import enlarge
-from patchad.spec import Configurable
 
 NOISE = 0.01
 """Share of its mean on normal images below which a map counts as that: what is left there is rounding, which a
@@ -22,7 +21,7 @@ FAR = 10.0
 ten times as long for products of smaller numbers."""
 
 
-class Scorer(Configurable, nn.Module):
+class Scorer(nn.Module):
     """Combines the maps of the sides, scores images, and holds the threshold.
 
     Each map is first divided by the mean distance of its side on normal images, so that no side dominates by its
@@ -30,6 +29,7 @@ class Scorer(Configurable, nn.Module):
     asks all sides to agree.
 
     Args:
+        sides: sides in pixels whose maps are combined.
         combination: `sum`; `product`: ranked as the product of the maps, on the scale of their sum; or `excess`: each
             side counts by how far it exceeds normal images, in units of how these differ: the sum of the squares of
             `log(1 + exp((value - level) / spread))`, of level and spread of the scores that normal images have by that
@@ -56,6 +56,7 @@ class Scorer(Configurable, nn.Module):
 
     def __init__(
         self,
+        sides: Sequence[int],
         combination: Literal["sum", "product", "excess"] = "excess",
         image_score: Literal["max", "top_fraction"] = "top_fraction",
         top_fraction: float = 0.01,
@@ -70,15 +71,11 @@ class Scorer(Configurable, nn.Module):
             raise PatchadError(f"smoothing {smoothing} must not be negative; 0 leaves the map as it is")
         self.combination, self.image_score = combination, image_score
         self.top_fraction, self.smoothing, self.target_fpr = top_fraction, smoothing, target_fpr
+        self.sides = tuple(sides)
         self.register_buffer("threshold", torch.tensor(torch.inf), persistent=False)
         self.register_buffer("normals", torch.empty(0))
-
-    def prepare(self, sides: Sequence[int]) -> "Scorer":
-        """Makes a scale, a level and a spread for each side, 1 until calibrated; returns itself."""
-        self.sides = self.score_sides = self.map_sides = tuple(sides)
         for name in ("scale", "level", "spread"):
-            self.register_buffer(name, torch.ones(len(self.sides)))
-        return self
+            self.register_buffer(name, torch.ones(len(self.sides)))  # until it is calibrated
 
     def extra_repr(self) -> str:
         """What scores depend on, which smoothing and the rate asked for are not among."""
@@ -90,23 +87,24 @@ class Scorer(Configurable, nn.Module):
 
         An excess counts log(2)^2 on the mean of the scores of normal images.
         """
-        return len(self.score_sides) * (math.log(2) ** 2 if self.combination == "excess" else 1.0)
+        return len(self.sides) * (math.log(2) ** 2 if self.combination == "excess" else 1.0)
 
-    def combine(self, maps: Mapping[int, Float[Tensor, "batch *pixels"]]) -> Float[Tensor, "batch *pixels"]:
-        """One map of the sides' maps, or one score of their scores, each over its scale."""
-        return self.combine_sides(maps, self.score_sides)
-
-    def combine_sides(
-        self, maps: Mapping[int, Float[Tensor, "batch *pixels"]], sides: Sequence[int]
+    def combine(
+        self, maps: Mapping[int, Float[Tensor, "batch *pixels"]], sides: Sequence[int] | None = None
     ) -> Float[Tensor, "batch *pixels"]:
-        """One map of some sides' maps, or one score of their scores, each over its scale."""
-        numbers = [self.sides.index(side) for side in sides]
-        scaled = torch.stack([maps[side] / self.scale[number] for side, number in zip(sides, numbers, strict=True)])
+        """One map of the sides' maps, or one score of their scores, each over its scale.
+
+        Args:
+            maps: of the sides.
+            sides: those that count; all by default.
+        """
+        numbers = [self.sides.index(side) for side in sides or self.sides]
+        scaled = torch.stack([maps[self.sides[number]] / self.scale[number] for number in numbers])
         if self.combination == "sum":
             return scaled.sum(0)
         if self.combination == "excess":
             units = zip(scaled, self.level[numbers], self.spread[numbers], strict=True)
-            return torch.stack([F.softplus((one - level) / spread) for one, level, spread in units]).square().sum(0)
+            return torch.stack([F.softplus((side - level) / spread) for side, level, spread in units]).square().sum(0)
         return len(scaled) * scaled.clamp(min=NOISE).prod(0).pow(1 / len(scaled))
 
     def show(
@@ -128,12 +126,11 @@ class Scorer(Configurable, nn.Module):
         weighted by what the smallest side sees: of n sides it takes one share of n in a geometric mean with the sum of
         all. Where it sees nothing it counts as a normal image does, so that what broad patches alone see stays.
         """
-        share = 1 / len(self.map_sides)
-        combined = len(self.score_sides) * share * self.combine_sides(maps, self.map_sides)
+        combined, share = self.combine(maps), 1 / len(self.sides)
         if self.combination != "excess":
             return combined
-        finest = self.combine_sides(maps, [min(self.map_sides)]) + math.log(2) ** 2
-        return combined.pow(1 - share) * (len(self.score_sides) * finest).pow(share)
+        finest = self.combine(maps, [min(self.sides)]) + math.log(2) ** 2
+        return combined.pow(1 - share) * (len(self.sides) * finest).pow(share)
 
     def smooth(
         self, maps: Float[Tensor, "batch rows columns"], content: Int[Tensor, "batch 2"], cell: int = 1
@@ -175,47 +172,6 @@ class Scorer(Configurable, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if len(self.normals):
             self.set_threshold(self.normals)
-
-
-class SplitScorer(Scorer):
-    """Scores images by some sides and shows the map of others; not in the paper.
-
-    The size that detects a defect need not be the one that outlines it: small patches find hairlines and holes, which
-    broad ones average away, and broad patches tell a change of texture from its surroundings
-    (benchmarks/learned.md).
-
-    Args:
-        score_sides: sides in pixels whose maps give the score.
-        map_sides: sides in pixels whose maps are shown, written and measured.
-        options: of `Scorer`.
-
-    Example:
-        >>> scorer = SplitScorer((32, 16), map_sides=(64,), combination="sum", smoothing=0.0).prepare((64, 32, 16))
-        >>> maps = {side: torch.full((1, 4, 4), float(side)) for side in (64, 32, 16)}
-        >>> scorer.show(maps, torch.tensor([[4, 4]])).unique()
-        tensor([128.])
-    """
-
-    def __init__(self, score_sides: tuple[int, ...], map_sides: tuple[int, ...], **options: Any) -> None:
-        super().__init__(**options)
-        self.chosen = {"score_sides": tuple(score_sides), "map_sides": tuple(map_sides)}
-
-    def prepare(self, sides: Sequence[int]) -> "SplitScorer":
-        """Makes a scale for each side.
-
-        Raises:
-            PatchadError: if a side to be scored or shown is not among them, or none is.
-        """
-        super().prepare(sides)
-        for name, chosen in self.chosen.items():
-            if not chosen or not set(chosen) <= set(sides):
-                raise PatchadError(f"{name} {list(chosen)} must name some of the model's sides {list(sides)}")
-        self.score_sides, self.map_sides = self.chosen["score_sides"], self.chosen["map_sides"]
-        return self
-
-    def extra_repr(self) -> str:
-        """What scores and threshold depend on."""
-        return f"score_sides={self.chosen['score_sides']}, {super().extra_repr()}"
 
 
 def content_pixels(
@@ -300,3 +256,7 @@ def top_mean(
     counts = pixels.flatten(1).gather(1, places)
     counts = torch.minimum(counts, top - (counts.cumsum(1) - counts)).clamp(min=0).double()
     return ((highest.where(counts > 0, 0) * counts).sum(1) / top[:, 0]).to(values.dtype)
+
+
+ScorerFactory = Callable[[Sequence[int]], Scorer]
+"""Makes the scorer of some sides (pixels): `Scorer`, a subclass, or a `partial` of one."""

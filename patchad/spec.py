@@ -1,10 +1,14 @@
 """A live object <-> its class path and plain arguments, so that checkpoints and configs hold no pickled objects."""
 
 import functools
+import hashlib
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
 
 from patchad.errors import PatchadError
 
@@ -14,7 +18,7 @@ INSTANTIATOR = "pytorch_lightning.cli.instantiate_module"
 
 
 class Configurable:
-    """Remembers the arguments of its construction; subclasses do nothing for it.
+    """Remembers the arguments of its construction, defaults among them; subclasses do nothing for it.
 
     Example:
         >>> class Smoothing(Configurable):
@@ -31,11 +35,18 @@ class Configurable:
         self = object.__new__(cls)
         signature = inspect.signature(cls.__init__)
         given = dict(list(signature.bind_partial(self, *args, **kwargs).arguments.items())[1:])
+        given = {**defaults(cls), **given}
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # what goes on to the base class has names, too
                 given |= given.pop(name, {})
         object.__setattr__(self, "init_args", given)
         return self
+
+
+def defaults(kind: type) -> dict[str, Any]:
+    """The arguments of a class that need not be given, in its order."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
 
 
 def class_path(kind: type) -> str:
@@ -73,7 +84,7 @@ def object_spec(value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, Configurable):
         return {"class_path": class_path(type(value)), "init_args": spec(value.init_args, name)}
     if isinstance(value, type):
-        return {"class_path": class_path(value)}
+        return factory_spec(value, {}, name)
     if isinstance(value, functools.partial):
         return partial_spec(value, name)
     raise PatchadError(
@@ -91,7 +102,48 @@ def partial_spec(factory: functools.partial, name: str) -> dict[str, Any]:
     kinds = [part for part in (factory.func, *factory.args) if isinstance(part, type)]
     if len(kinds) != 1:
         raise PatchadError(f"{name} is a functools.partial of {factory.func}; give a partial of a class, by keywords")
-    return {"class_path": class_path(kinds[0]), "init_args": spec(factory.keywords, name)}
+    return factory_spec(kinds[0], factory.keywords, name)
+
+
+def factory_spec(kind: type, keywords: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`class_path` and `init_args` of a class that is called later: what is given, and its defaults.
+
+    Example:
+        >>> factory_spec(Path, {"parts": 3}, "argument")
+        {'class_path': 'pathlib.Path', 'init_args': {'parts': 3}}
+    """
+    return {"class_path": class_path(kind), "init_args": spec({**defaults(kind), **keywords}, name)}
+
+
+def made(kind: type[Kind], described: Mapping[str, Any]) -> Kind:
+    """An object of the class or of a subclass, from its `spec`.
+
+    Raises:
+        PatchadError: if there is no such subclass, or an argument does not fit.
+
+    Example:
+        >>> made(Configurable, {"class_path": "patchad.losses.Position", "init_args": {"weight": 0.5}}).weight
+        0.5
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "made", fail_untyped=False)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"made": dict(described)}))["made"]
+    except ArgumentError as error:
+        raise PatchadError(f"{described['class_path']} is no {kind.__name__} that can be made: {error}") from error
+
+
+def digest(value: Any) -> str:
+    """Eight hexadecimal digits that tell settings apart.
+
+    Args:
+        value: a `Configurable`, or plain numbers, strings, lists and dicts.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(spec(value), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def hyperparameters(configurable: Configurable) -> dict[str, Any]:

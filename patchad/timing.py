@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchad.module import PatchDetector
+from patchad.model import PatchModel
 
 STAGES = ("backbone", "encoders", "search", "fold", "score")
 """From an image in memory to its score; `encoders` is what is left of embedding without the backbone."""
@@ -68,24 +68,24 @@ class Stopwatch:
 
 @torch.inference_mode()
 def time_stages(
-    detector: PatchDetector, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+    model: PatchModel, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
 ) -> dict[str, float]:
     """Milliseconds of each of `STAGES` for one batch, in whatever mode the detector runs.
 
     Args:
-        detector: fitted, in eval mode.
-        image: RGB in [0, 1], on the detector's device.
+        model: fitted, in eval mode.
+        image: RGB in [0, 1], on the model's device.
         content: height x width of each image's content, top left, in pixels.
     """
-    backbone, clock = Stopwatch(detector.encoder.backbone, image.device), Clock(image.device)
-    embeddings = detector.embed(image, content)
+    backbone, clock = Stopwatch(model.encoder.backbone, image.device), Clock(image.device)
+    embeddings = model.embed(image)
     embedding = clock()
     backbone.remove()
-    distances = detector.nearest(embeddings, content, (image.shape[2], image.shape[3]))
+    distances = model.nearest(embeddings, content, (image.shape[2], image.shape[3]))
     search = clock()
-    maps = detector.side_maps(distances)
+    maps = model.side_maps(distances)
     fold = clock()
-    detector.score_maps(maps, distances)
+    model.score_maps(maps, distances)
     return dict(zip(STAGES, (backbone.total, embedding - backbone.total, search, fold, clock()), strict=True))
 
 
@@ -112,7 +112,7 @@ def alternate(
 
 @torch.inference_mode()
 def floating_point_operations(
-    detector: PatchDetector, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+    model: PatchModel, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
 ) -> dict[str, int]:
     """Floating-point operations that each stage cannot do without, for one batch; a multiply-add counts two.
 
@@ -120,10 +120,10 @@ def floating_point_operations(
     for the search; fold and score count nothing.
     """
     with FlopCounterMode(display=False) as counter:
-        embeddings = detector.embed(image, content)
+        embeddings = model.embed(image)
     counted = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     backbone = sum(count for name, count in counted.items() if name.endswith(".backbone"))
-    search = sum(2 * queries.numel() * len(detector.bank(side)) for side, queries in embeddings.items())
+    search = sum(2 * queries.numel() * len(model.bank(side)) for side, queries in embeddings.items())
     return {"backbone": backbone, "encoders": counted["Global"] - backbone, "search": search}
 
 
@@ -210,7 +210,7 @@ def stage_rows(measured: Iterable[Mapping[str, float]], operations: Mapping[str,
 
 
 def measure_stages(
-    detector: PatchDetector,
+    model: PatchModel,
     image: Float[Tensor, "batch 3 height width"],
     content: Int[Tensor, "batch 2"],
     repeats: int,
@@ -218,27 +218,28 @@ def measure_stages(
 ) -> list[Row]:
     """The stage table of one batch: the stages, their sum, and all of them in one go; one run of each warms up.
 
-    The stages begin on the detector's device, and each waits for the one before. In one go nothing waits; images come
+    The stages begin on the model's device, and each waits for the one before. In one go nothing waits; images come
     from the machine's memory, and scores go back there.
 
     Args:
-        detector: fitted, in eval mode, on its device.
+        model: fitted, in eval mode, on its device.
         image: RGB in [0, 1], in the machine's memory.
         content: height x width of each image's content, top left, in pixels.
         repeats: timed runs.
         rate: what `best_rate` gave.
     """
-    device = detector.device
+    device = model.scorer.scale.device
     moved = image.to(device), content.to(device)
-    runs = [time_stages(detector, *moved) for _ in range(repeats + 1)][1:]
-    rows = stage_rows(runs, floating_point_operations(detector, *moved), rate)
-    whole = alternate({"whole": partial(score_from_memory, detector, image, content)}, repeats, device)["whole"]
+    runs = [time_stages(model, *moved) for _ in range(repeats + 1)][1:]
+    rows = stage_rows(runs, floating_point_operations(model, *moved), rate)
+    whole = alternate({"whole": partial(score_from_memory, model, image, content)}, repeats, device)["whole"]
     return [*rows, Row("from memory to score", whole, rows[-1].floor)]
 
 
 @torch.inference_mode()
 def score_from_memory(
-    detector: PatchDetector, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+    model: PatchModel, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
 ) -> Float[Tensor, " batch"]:
     """The scores, in the machine's memory as the images are."""
-    return detector(image.to(detector.device), content.to(detector.device)).score.cpu()
+    device = model.scorer.scale.device
+    return model(image.to(device), content.to(device)).score.cpu()

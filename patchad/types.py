@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 from torch import Tensor
-
-Numbers = TypeVar("Numbers", int, Tensor)
 
 NORMAL = "good"
 """Name of the defect type of images without a defect (MVTec AD's own word)."""
@@ -105,16 +103,6 @@ class PyramidPlan(NamedTuple):
     grids: dict[int, int]
     cached_views: int = 0
     painted: bool = False
-
-
-def painted_view(view: Numbers) -> Numbers:
-    """The number of a view with defects painted on it, or of the view below the defects: negative ones are painted.
-
-    Example:
-        >>> painted_view(0), painted_view(-1)
-        (-1, 0)
-    """
-    return -1 - view
 
 
 class PyramidBatch(NamedTuple):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from patchad.data.synthetic import write_synthetic
 
@@ -31,4 +32,18 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic product in MVTec AD's layout: 12 training images, 4 + 6 test images of 96 x 96 pixels."""
     root = tmp_path_factory.mktemp("products") / "product"
     write_synthetic(root, train=12, test_normal=4, test_defective=7, size=96)
+    return root
+
+
+@pytest.fixture(scope="session")
+def padded_product(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `product`, of 8 training images; every third image is cut to 96 x 72 pixels, so that it is padded."""
+    root = tmp_path_factory.mktemp("products") / "padded"
+    write_synthetic(root, train=8, test_normal=4, test_defective=6, size=96)
+    for path in sorted(root.glob("t*/*/*.png"))[::3]:
+        for file in (path, root / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"):
+            if file.is_file():
+                with Image.open(file) as image:
+                    cut = image.crop((0, 0, 96, 72))
+                cut.save(file)
     return root

@@ -5,16 +5,17 @@ import yaml
 
 from benchmarks import few_images, large_banks, products, tables
 from patchad.cli import main
+from patchad.spec import digest
 
 
 def test_the_path_to_very_large_banks_finds_the_nearest_in_all_shards(capsys, monkeypatch):
     monkeypatch.setattr(large_banks, "CHUNK", 5_000)
     large_banks.main(vectors=22_000, shards=3, queries=300, probes=64, code="PQ32x4")
-    told = capsys.readouterr().out
-    row = [cell.strip() for cell in told.splitlines()[2].split("|")]
+    printed = capsys.readouterr().out
+    row = [cell.strip() for cell in printed.splitlines()[2].split("|")]
     assert row[1] == "22000"
     assert float(re.match(r"[\d.]+", row[8])[0]) > 60
-    excess = float(re.search(r"by ([\d.-]+) %", told)[1])
+    excess = float(re.search(r"by ([\d.-]+) %", printed)[1])
     assert 0 <= excess < 5
 
 
@@ -40,7 +41,7 @@ def test_chunks_are_the_same_each_time(number):
 @pytest.mark.parametrize("table", tables.TABLES)
 def test_every_row_of_the_tables_is_a_command_that_patchad_understands(table, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["patchad"])
-    rows = [one for row in tables.TABLES[table] for one in (*row.get("members", []), row)]
+    rows = [part for row in tables.TABLES[table] for part in (*row.get("members", []), row)]
     for row in rows:
         for verb in ("options", "test"):
             off = ["--model.backbone.weights=none"] if row.get("weights") else []
@@ -56,18 +57,21 @@ def test_the_hash_of_a_configuration_is_that_of_the_method_and_not_of_the_place(
     def resolved(*options: str) -> str:
         with pytest.raises(SystemExit):
             main(["fit", *options, "--print_config"])
-        return tables.digest(tables.without_place(yaml.safe_load(capsys.readouterr().out)))
+        return digest(tables.without_place(yaml.safe_load(capsys.readouterr().out)))
 
     here = resolved("--data.root=a", "--seed_everything=0")
     elsewhere = ["--data.root=b", "--data.num_workers=7", "--trainer.default_root_dir=b"]
-    assert resolved(*elsewhere, "--config=data/magnetic_tile", "--data.seed=3", "--model.seed=3") == here
-    assert resolved("--data.root=a", "--model.clusters=51") != here
+    assert resolved(*elsewhere, "--data.layout=MagneticTile", "--data.seed=3", "--model.bank.seed=3") == here
+    assert resolved("--data.root=a", "--model.bank.baseline=0.6") != here
+    learned = resolved("--config=learned", "--data.root=a")
+    assert resolved("--config=learned", *elsewhere, "--model.bank.seed=3", "--model.learning.seed=3") == learned
+    assert resolved("--config=learned", "--data.root=a", "--model.learning.clusters=51") != learned
 
 
 def test_a_row_is_run_once_and_its_weights_may_be_absent(product, tmp_path, monkeypatch, capsys):
     small = ["--data.image_size=[64,64]", "--data.metric_size=[64,64]", "--data.num_workers=0"]
     absent = ["--model.backbone=patchad.models.VGG16", "--model.backbone.weights=imagenet"]
-    few, fewer = ({"options": [*small, f"--model.max_vectors={count}"]} for count in (50, 40))
+    few, fewer = ({"options": [*small, f"--model.bank.max_vectors={count}"]} for count in (50, 40))
     both = {"name": "both", "options": ["--config=ensemble", *small], "members": [few, fewer]}
     rows = [{"name": "small", **few}, both, {"name": "absent", "options": [*few["options"], *absent]}]
     monkeypatch.setitem(tables.TABLES, "tried", rows)
@@ -104,7 +108,7 @@ def candidate(product, tmp_path, monkeypatch) -> dict:
     """What measures a small detector on a small development set."""
     monkeypatch.setattr("sys.argv", ["patchad"])
     monkeypatch.setattr(products, "HALVES", {"confirming": {"part": product.name}})
-    options = ("--data.image_size=[64,64]", "--data.num_workers=0", "--model.max_vectors=50")
+    options = ("--data.image_size=[64,64]", "--data.num_workers=0", "--model.bank.max_vectors=50")
     place = {"data": product.parent, "folder": tmp_path / "runs", "results": tmp_path / "results.csv"}
     return {"candidate": "small", "half": "confirming", "options": options, **place}
 
@@ -114,12 +118,12 @@ def test_a_candidate_is_measured_once_and_printed_from_its_file_afterwards(
 ):
     products.main(**candidate)
     printed = capsys.readouterr().out.splitlines()
-    (one,) = products.read(candidate["results"])
-    assert (one.product, one.seed, one.normals) == ("part", 0, 4)
+    (measured,) = products.read(candidate["results"])
+    assert (measured.product, measured.seed, measured.normals) == ("part", 0, 4)
     metrics = next((candidate["folder"]).glob("*-test-*/metrics.csv"))
-    found = tables.measured(metrics, "test/")[-1]
-    assert one.detection == pytest.approx(found["detection_auroc"], abs=0.01)
-    assert one.false_alarms == pytest.approx(found["false_positive_rate"] * 4 / 100)
+    figures = tables.measured(metrics, "test/")[-1]
+    assert measured.detection == pytest.approx(figures["detection_auroc"], abs=0.01)
+    assert measured.false_alarms == pytest.approx(figures["false_positive_rate"] * 4 / 100)
     monkeypatch.setattr(products, "measure", None)
     products.main(**candidate)
     assert capsys.readouterr().out.splitlines() == printed[1:]  # the line of the run itself comes first
@@ -134,12 +138,12 @@ def test_few_images_are_the_first_ones_and_all_of_the_test(product, tmp_path):
     folders = ("train", "test", "ground_truth")
     for _ in range(2):  # the second time it is there
         place = few_images.first_images(product, tmp_path / "few", 5)
-    found, every = (
+    linked, every = (
         sorted(path.relative_to(root) for folder in folders for path in (root / folder).glob("**/*.png"))
         for root in (place, product)
     )
     normals = [path for path in every if path.parts[0] == "train"]
-    assert len(normals) == 12 and found == sorted({*every} - {*normals[5:]})
+    assert len(normals) == 12 and linked == sorted({*every} - {*normals[5:]})
 
 
 def test_a_run_that_fails_is_written_down_and_tried_again(candidate, capsys):

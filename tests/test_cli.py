@@ -16,7 +16,7 @@ from PIL import Image
 from patchad import PatchDetector
 from patchad.callbacks.predictions import Row, write_scores
 from patchad.cli import main
-from patchad.data.images import read_image
+from patchad.images import read_image
 
 SMALL = [
     "--data.image_size=[96,96]",
@@ -25,7 +25,7 @@ SMALL = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 ]
-LITE = ["--config", "backbone/efficientnet_lite0", "--model.max_vectors=500"]
+LITE = ["--model.bank.max_vectors=500"]
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
     written = here / "runs/version_0/predictions"
     rows = list(csv.DictReader((written / "scores.csv").read_text().splitlines()))
     assert [row["path"] for row in rows] == ["parts/deep/same.png", "parts/same.png", "parts/wide.jpg"]
-    normals = torch.load(checkpoint(run), weights_only=True)["state_dict"]["scorer.normals"]
+    normals = torch.load(checkpoint(run), weights_only=True)["state_dict"]["model.scorer.normals"]
     threshold = normals.max().item()  # too few for another
     for row in rows:
         assert float(row["p_value"]) == pytest.approx(
@@ -182,29 +182,39 @@ class Watch(Callback):
 
 
 def test_configs_compose_and_print(here, capsys):
-    (here / "data" / "magnetic_tile").mkdir(parents=True)  # a folder is no config
+    (here / "fast").mkdir()  # a folder is no config
+    layout = ["--data.layout=MagneticTile", "--data.layout.split=by_tile", "--data.root=x"]
     with pytest.raises(SystemExit) as stop:
-        main(
-            ["fit", "--config", "data/magnetic_tile", "--data.layout.split=by_tile", "--data.root=x", "--print_config"]
-        )
+        main(["fit", "--config", "learned", "--config", "fast", *layout, "--model.backbone=VGG16", "--print_config"])
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["data"]["init_args"]["layout"]["init_args"]["split"] == "by_tile"
-    assert config["model"]["init_args"]["backbone"]["class_path"] == "patchad.models.EfficientNetLite0"
+    assert config["model"]["init_args"]["backbone"]["class_path"] == "patchad.models.VGG16"
+    assert config["model"]["init_args"]["learning"]["class_path"] == "patchad.Learning"
+
+
+def test_null_reaches_the_options_of_a_bank_and_of_learning(here, capsys):
+    nulls = ["--model.bank.max_vectors", "null", "--model.learning.cache=null", "--model.tile=null"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=learned", "--data.root=x", *nulls, "--print_config"])
+    assert stop.value.code == 0
+    model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert model["bank"]["init_args"] == {"max_vectors": None, "reduce": "kmeans", "baseline": 0.8, "seed": 0}
+    assert model["learning"]["init_args"]["cache"] is None and model["tile"] is None
+    assert len(model["learning"]["init_args"]["losses"]) == 4
 
 
 EXTEND = Path(__file__).parent.parent / "docs" / "extend.md"
 LEARN = [
     "--config=learned",
-    "--config=backbone/efficientnet_lite0",
-    "--model.max_vectors=100",
-    "--model.clusters=8",
+    "--model.bank.max_vectors=100",
+    "--model.learning.clusters=8",
     *SMALL,
 ]
 FEW = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--data.pyramids_per_image=32"]
 OWN = {
-    "a loss appended": ["--model.losses+=mine.Spread", "--model.losses.weight=0.1"],
-    "a loss that needs centroids": ["--model.losses+=mine.Compact"],
+    "a loss appended": ["--model.learning.losses+=mine.Spread", "--model.learning.losses.weight=0.1"],
+    "a loss that needs centroids": ["--model.learning.losses+=mine.Compact"],
     "a detector of their own": ["--model=mine.SmallDetector"],
     "a backbone and a layout": [
         "--model.backbone=mine.MobileNetV3",
@@ -234,7 +244,7 @@ def test_the_examples_of_docs_extend_run_and_their_checkpoints_reload(own, here,
     settings = torch.load(path, weights_only=True)["hyper_parameters"]
     assert "mine." in str(settings) or own == "a detector of their own"
     loaded = PatchDetector.load_from_checkpoint(path, weights_only=True)
-    assert 50 < len(loaded.banks["16"]) <= 100
+    assert 50 < len(loaded.model.banks["16"]) <= 100
 
 
 def test_scores_of_files_of_any_name_are_written(tmp_path):
@@ -255,10 +265,10 @@ def test_a_fit_that_goes_on_takes_options_and_leaves_a_config_to_begin_anew_by(h
     main(["fit", f"--data.root={product}", *LEARN, *FEW])
     first = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
     path = "runs/version_0/checkpoints/last.ckpt"
-    options = ["--trainer.max_epochs=3", "--model.learning_rate=0.125", "--model.max_vectors=77"]
+    options = ["--trainer.max_epochs=3", "--model.learning.learning_rate=0.125", "--model.bank.max_vectors=77"]
     main(["fit", f"--ckpt_path={path}", *FEW, *options])
     again = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)
-    assert again["epoch"] == 3 and len(again["state_dict"]["banks.16.vectors"]) == 77
+    assert again["epoch"] == 3 and len(again["state_dict"]["model.banks.16.vectors"]) == 77
     assert again["optimizer_states"][0]["param_groups"][0]["lr"] == 0.125
     second = yaml.safe_load(Path("runs/version_1/config.yaml").read_text())
     assert second["ckpt_path"] is None
@@ -269,10 +279,10 @@ def test_a_fit_that_goes_on_takes_options_and_leaves_a_config_to_begin_anew_by(h
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(run, here, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["test", "--ckpt_path", checkpoint(run), "--model.encoder=TextureEncoder"])
+        main(["test", "--ckpt_path", checkpoint(run), "--model.patch_encoder=TextureEncoder"])
     assert stop.value.code == 2
     told = capsys.readouterr().err
-    assert re.search(r"does not fit this detector: Missing key.* \.\.\.; leave out model options", told)
+    assert re.search(r"does not fit this detector: Missing key.*projection.*; leave out model options", told)
 
 
 def test_defects_of_any_name_are_tested(run, product, here):
@@ -340,7 +350,7 @@ MISTAKES = {
     "a mask of another size": (wrong_mask, r"has 96 x 90 pixels \(height x width\), its image has 96 x 96"),
     "a folder without images": (no_images, r"no images below empty/train/good"),
     "weights that do not fit": (wrong_weights, r"weights w\.pth do not fit EfficientNetLite0"),
-    "another program's checkpoint": (other_checkpoint, r"checkpoint other\.ckpt is not one of patchad's"),
+    "another program's checkpoint": (other_checkpoint, r"--ckpt_path other\.ckpt is not one of patchad's"),
     "no root": (lambda *_: ["fit", *LITE, *SMALL], r"no images: give --data\.root FOLDER"),
     "a missing root": (lambda *_: ["fit", "--data.root=nowhere", *LITE, *SMALL], r"data\.root nowhere does not exist"),
     "a missing checkpoint": (lambda *_: ["test", "--ckpt_path=no.ckpt"], r"--ckpt_path no\.ckpt does not exist"),

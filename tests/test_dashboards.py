@@ -14,12 +14,11 @@ from wandb.proto import wandb_internal_pb2
 BLOCK, FILE_HEADER, CHUNK_HEADER = 32768, 7, 7
 SMALL = [
     "--config=learned",
-    "--config=backbone/efficientnet_lite0",
     "--data.image_size=[96,96]",
     "--data.metric_size=[96,96]",
     "--data.num_workers=0",
-    "--model.clusters=8",
-    "--model.max_vectors=200",
+    "--model.learning.clusters=8",
+    "--model.bank.max_vectors=200",
     "--trainer.max_epochs=4",
     "--trainer.check_val_every_n_epoch=2",
     "--trainer.accelerator=cpu",
@@ -119,9 +118,10 @@ def test_a_montage_shows_the_patches_that_the_clusters_were_fitted_on(product, t
 
     run, model = trainer(tmp_path, max_epochs=2, check_val_every_n_epoch=2), detector()
     run.fit(model, images(product))
-    batch = model.probe_batches[0]
+    batches, data = model.learning.probe_batches, run.datamodule
+    batch = batches[0]
     pyramid, count = batch.sides[16], batch.sides[16].anchor.shape[1]
     top, left = (pyramid.window[2] + pyramid.anchor[2, 5]).tolist()
     expected = batch.image[2, 0, :, top : top + 16, left : left + 16].permute(1, 2, 0).numpy()
-    found = Clusters().patch(model, 16, 2 * count + 5)
+    found = Clusters().patch(data.pyramids, batches, 16, 2 * count + 5)
     assert np.abs(found / 255 - expected.clip(0, 1)).max() <= 0.5 / 255 + 1e-6

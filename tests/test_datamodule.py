@@ -6,8 +6,8 @@ from pytorch_lightning import Trainer
 from benchmarks.repeated import Repeated
 from patchad import PatchadError, PyramidDataModule
 from patchad.data import Folder, MVTecAD
-from patchad.data.datamodule import ImageDataset, PyramidDataset, SyntheticDefects
-from patchad.data.images import Augmentations
+from patchad.data.datasets import ImageDataset, PyramidDataset, SyntheticDefects
+from patchad.images import Augmentations
 from patchad.types import PyramidBatch, PyramidPlan
 
 

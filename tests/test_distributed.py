@@ -10,8 +10,7 @@ import torch
 from patchad.data.synthetic import write_synthetic
 
 OPTIONS = [
-    "--config=backbone/efficientnet_lite0",
-    "--model.max_vectors=400",
+    "--model.bank.max_vectors=400",
     "--data.image_size=[96,96]",
     "--data.metric_size=[96,96]",
     "--data.num_workers=0",
@@ -54,31 +53,34 @@ def test_two_processes_give_the_bank_and_the_auroc_of_one(tmp_path):
     one, metrics, rows = run(tmp_path, root)
     two, metrics_of_two, rows_of_two = run(tmp_path, root, *TWO)
     for side in (64, 32, 16):
-        assert torch.equal(one[f"banks.{side}.keys"], two[f"banks.{side}.keys"])
-        torch.testing.assert_close(one[f"banks.{side}.vectors"], two[f"banks.{side}.vectors"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(one["scorer.normals"], two["scorer.normals"], rtol=1e-5, atol=0)
+        assert torch.equal(one[f"model.banks.{side}.keys"], two[f"model.banks.{side}.keys"])
+        torch.testing.assert_close(
+            one[f"model.banks.{side}.vectors"], two[f"model.banks.{side}.vectors"], rtol=0, atol=1e-5
+        )
+    torch.testing.assert_close(one["model.scorer.normals"], two["model.scorer.normals"], rtol=1e-5, atol=0)
     assert "test/detection_auroc" in metrics and metrics_of_two == pytest.approx(metrics, abs=1e-6)
     assert [row["path"] for row in rows] == [row["path"] for row in rows_of_two] and len(rows) == 11
 
 
 LEARN = """
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from pytorch_lightning import Trainer, seed_everything
 
-from patchad import PatchDetector, PyramidDataModule
-from patchad.losses import Clustering, Position, RelativeSimilarity
+from patchad import Learning, PatchDetector, PyramidDataModule
+from patchad.memory import MemoryBank
 from patchad.models import EfficientNetLite0, FeatureCache, LearnedEncoder
 
 root, devices = sys.argv[1:]
 seed_everything(0)
 data = PyramidDataModule(root, image_size=(96, 96), batch_size=2, num_workers=0, pyramids_per_image=16,
                          held_out_fraction=0.2)
-losses = [Position(), RelativeSimilarity(), Clustering()]
-model = PatchDetector(EfficientNetLite0(), LearnedEncoder, losses, clusters=8, warmup=0.3, max_vectors=200,
-                      cache=FeatureCache("features"), context=1.0, reduce="kmeans")
+learning = partial(Learning, clusters=8, warmup=0.3, cache=FeatureCache("features"))
+model = PatchDetector(EfficientNetLite0(), LearnedEncoder, learning=learning,
+                      bank=partial(MemoryBank, max_vectors=200, reduce="kmeans"))
 trainer = Trainer(accelerator="cpu", devices=int(devices), strategy="ddp" if devices == "2" else "auto", max_epochs=3,
                   limit_val_batches=0, logger=False, enable_progress_bar=False, enable_checkpointing=False)
 trainer.fit(model, data)
@@ -99,8 +101,12 @@ def test_two_processes_learn_the_same_encoders_and_hold_the_same_centroids(tmp_p
     first, second, alone = (
         torch.load(tmp_path / f"state-{name}.pt", weights_only=True) for name in ("2-0", "2-1", "1-0")
     )
-    learned = [name for name in first if name.startswith(("encoder.encoders", "pseudo_labels", "losses"))]
-    assert first["pseudo_labels.16.ready"] and all(torch.equal(first[name], second[name]) for name in learned)
+    learned = [
+        name
+        for name in first
+        if name.startswith(("model.encoder.encoders", "learning.pseudo_labels", "learning.losses"))
+    ]
+    assert first["learning.pseudo_labels.16.ready"] and all(torch.equal(first[name], second[name]) for name in learned)
     measured = [name for name in learned if "standardize" in name]
     for name in measured:
         torch.testing.assert_close(first[name], alone[name], rtol=1e-5, atol=1e-6)

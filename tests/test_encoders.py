@@ -6,16 +6,8 @@ from torch import nn
 
 from patchad.errors import PatchadError
 from patchad.models.backbones import VGG16, EfficientNetLite0, Tap
-from patchad.models.encoders import (
-    DenseEncoder,
-    LearnedEncoder,
-    MeanImage,
-    SlidingEncoder,
-    Standardize,
-    TextureEncoder,
-    WindowEncoder,
-    convolutions,
-)
+from patchad.models.encoders import DenseEncoder, MeanImage, SlidingEncoder
+from patchad.models.patches import LearnedEncoder, Standardize, TextureEncoder, WindowEncoder, convolutions
 
 TAP = Tap(layer=0, stride=4, channels=6)
 
@@ -210,7 +202,25 @@ def test_the_papers_encoders_end_at_one_cell_of_64_numbers():
         encoder = LearnedEncoder(side, tap)
         window = side // tap.stride
         assert encoder(torch.zeros(1, tap.channels, window, window), step=1).shape == (1, 64, 1, 1)
-    assert convolutions(256, 8, 64) == ((256, 3), (128, 3), (128, 2), (64, 2), (64, 2))
+
+
+@pytest.mark.parametrize(
+    ("side", "tap", "expected"),
+    [
+        (64, Tap(29, 16, 512), [(512, 256, 2), (256, 128, 2), (128, 64, 2), (64, 64, 1)]),
+        (32, Tap(15, 4, 256), [(256, 256, 3), (256, 128, 3), (128, 128, 2), (128, 64, 2), (64, 64, 2)]),
+        (16, Tap(8, 2, 128), [(128, 128, 3), (128, 64, 3), (64, 32, 3), (32, 64, 2)]),
+    ],
+)
+def test_the_papers_encoders_are_those_of_figure_2(side, tap, expected):
+    """Channels in and out and kernel of each convolution; LeakyReLU of slope 0.1 between them, tanh at the end."""
+    encoder = LearnedEncoder(side, tap, standardized=False, shortcut=False)
+    layers = list(encoder.layers)
+    found = [(layer.in_channels, layer.out_channels, layer.kernel_size[0]) for layer in layers[::2]]
+    assert found == expected
+    assert [layer.negative_slope for layer in layers[1::2]] == [0.1] * (len(expected) - 1)
+    features = torch.randn(1, tap.channels, side // tap.stride, side // tap.stride)
+    torch.testing.assert_close(encoder(features, 1), nn.Sequential(*layers)(features).tanh())
 
 
 def test_the_shortcut_adds_the_training_free_embedding_to_what_is_learned():

@@ -15,10 +15,12 @@ from PIL import Image
 from test_cli import LITE, SMALL, here  # noqa: F401
 
 import patchad
-from patchad import PatchadError, PatchDetector, PyramidDataModule
+from patchad import PatchadError, PatchModel
+from patchad.canvas import Canvas
 from patchad.cli import main
-from patchad.data.images import fit, read_image
 from patchad.export import TOLERANCE, export
+from patchad.images import fit, read_image
+from patchad.memory import MemoryBank
 from patchad.models import (
     VGG16,
     VGG19,
@@ -35,7 +37,7 @@ from patchad.models import (
 from patchad.pyramid import crop_resize
 from patchad.runtime import ExportedDetector
 from patchad.runtime import fit as fit_array
-from patchad.scoring import Scorer, SplitScorer
+from patchad.scoring import Scorer
 
 PAPER_TAPS = {32: "relu3_3", 16: "relu2_2"}
 """Random weights of VGG's deeper layers hardly tell patches apart, and standardising them would magnify rounding."""
@@ -49,32 +51,37 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def detector(backbone=EfficientNetLite0, size=(96, 96), **arguments) -> PatchDetector:
-    """A detector that could learn, with real banks and a threshold, of some random images."""
+PRODUCT = partial(Scorer, combination="product", smoothing=4.0)
+
+
+def model(backbone=EfficientNetLite0, size=(96, 96), **arguments) -> PatchModel:
+    """A model that could learn, with real banks and a threshold, of some random images."""
     torch.manual_seed(0)
-    learned = {"encoder": LearnedEncoder, "context": 1.0, "scorer": Scorer(combination="product", smoothing=4.0)}
-    made = PatchDetector(backbone(weights="none"), sides=(32, 16), **{**learned, **arguments}).eval()
+    learned = {"patch_encoder": LearnedEncoder, "scorer": PRODUCT}
+    made = PatchModel(backbone(weights="none"), sides=(32, 16), **{**learned, **arguments}).eval()
+    made.canvas = Canvas(size)
     with torch.inference_mode():
         images = torch.rand(3, 3, *size)
         content = torch.tensor([size] * 3)
         made.encoder.observe(made.encoder.observable(images))
         for standardize in made.encoder.standardizers.values():
             standardize.finish(lambda moments: moments)
-        for side, embeddings in made.embed(images, content).items():
-            made.bank(side).add(embeddings, made.counted(content, embeddings, side), torch.arange(3))
+        for side, embeddings in made.embed(images).items():
+            made.bank(side).add(embeddings, made.encoder.counted(content, embeddings, side), torch.arange(3))
             made.bank(side).finish()
-        made.calibrate_on(made.distances(torch.rand(2, 3, *size), content[:2]), torch.tensor([True, True]))
+        made.calibrate(made.distances(torch.rand(2, 3, *size), content[:2]), torch.tensor([True, True]))
     return made
 
 
-def exported(made: PatchDetector, folder: Path, size=(96, 96), **settings) -> ExportedDetector:
-    export(made, folder / "model.patchad", PyramidDataModule(folder, image_size=size, **settings))
+def exported(made: PatchModel, folder: Path, **settings) -> ExportedDetector:
+    made.canvas = made.canvas and made.canvas._replace(**settings)
+    export(made, folder / "model.patchad")
     return patchad.load(folder / "model.patchad")
 
 
-def assert_equal(made: PatchDetector, file: ExportedDetector, array: np.ndarray, image: torch.Tensor) -> None:
+def assert_equal(made: PatchModel, file: ExportedDetector, array: np.ndarray, image: torch.Tensor) -> None:
     """The file scores an array as the detector scores the image in [0, 1] that it holds."""
-    fitted, content = fit(image, file.image_size, file.keep_aspect, file.brightness)
+    fitted, content = fit(image, *file.canvas)
     with torch.inference_mode():
         expected = made(fitted[None], torch.tensor([content]))
     expected_map = crop_resize(expected.map, torch.tensor([content]), (image.shape[1], image.shape[2]))[0].numpy()
@@ -90,23 +97,22 @@ def assert_equal(made: PatchDetector, file: ExportedDetector, array: np.ndarray,
     ("backbone", "arguments"),
     [
         (EfficientNetLite0, {}),
-        (EfficientNetLite0, {"encoder": WindowEncoder, "subtract_mean_image": False}),
-        (EfficientNetLite0, {"scorer": Scorer(combination="sum", image_score="max")}),
-        (EfficientNetLite0, {"scorer": SplitScorer((16,), map_sides=(32, 16), combination="product")}),
+        (EfficientNetLite0, {"patch_encoder": WindowEncoder}),
+        (EfficientNetLite0, {"scorer": partial(Scorer, combination="sum", image_score="max")}),
         (EfficientNetLite0, {"tile": 48}),
         (EfficientNetLite0, {"mode": "sliding"}),
         (VGG16, {"taps": PAPER_TAPS}),
-        (EfficientNetLite0, {"context": 0.0}),
-        (EfficientNetLite0, {"baseline": 0.0}),
-        (VGG16, {"encoder": WindowEncoder, "taps": PAPER_TAPS}),
-        (EfficientNetLite0, {"encoder": TextureEncoder}),
+        (EfficientNetLite0, {"subtract_mean_image": True}),
+        (EfficientNetLite0, {"bank": partial(MemoryBank, baseline=0.0)}),
+        (VGG16, {"patch_encoder": WindowEncoder, "taps": PAPER_TAPS}),
+        (EfficientNetLite0, {"patch_encoder": TextureEncoder}),
         (VGG19, {"taps": {32: "relu3_4", 16: "relu2_2"}}),
         *((backbone, {}) for backbone in (AlexNet, MobileNetV2, ResNet18, ResNet50)),
         *((partial(Timm, name), {}) for name in ("test_resnet", "test_vit")),
     ],
 )
 def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, arguments, tmp_path):
-    made = detector(backbone, **arguments)
+    made = model(backbone, **arguments)
     file = exported(made, tmp_path)
     generator = np.random.default_rng(0)
     for height, width in [(96, 96), (200, 120), (50, 70), (96, 31)]:
@@ -116,13 +122,13 @@ def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, argum
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"baseline": 0.0}, {"context": 0.0, "scorer": Scorer(combination="excess")}],
+    [{"bank": partial(MemoryBank, baseline=0.0)}, {"scorer": Scorer}],
     ids=["no baseline", "excess"],
 )
 def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr("patchad.memory.MemoryBank.exact_most", 60)
     monkeypatch.setattr("patchad.lists.PART", 5)
-    made = detector(reduce="random", **arguments)
+    made = model(**arguments)
     lists, parts, _ = made.bank(16).lists.shape
     assert lists > 16 and parts > 2
     file = exported(made, tmp_path)
@@ -138,14 +144,14 @@ def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path,
 
 
 def test_the_file_distorts_where_the_data_did(tmp_path):
-    made = detector(size=(96, 80))
-    file = exported(made, tmp_path, size=(96, 80), keep_aspect=False)
+    made = model(size=(96, 80))
+    file = exported(made, tmp_path, keep_aspect=False)
     array = np.random.default_rng(0).random((60, 130, 3), dtype=np.float32)
     assert_equal(made, file, array, torch.from_numpy(array).permute(2, 0, 1))
 
 
 def test_the_file_brings_images_to_the_light_that_the_data_had(tmp_path):
-    made = detector()
+    made = model()
     file = exported(made, tmp_path, brightness=0.4)
     dark = np.random.default_rng(0).random((60, 130, 3), dtype=np.float32) / 4
     assert_equal(made, file, dark, torch.from_numpy(dark).permute(2, 0, 1))
@@ -156,7 +162,7 @@ def test_the_file_brings_images_to_the_light_that_the_data_had(tmp_path):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> ExportedDetector:
     jaxtyping.config.update("jaxtyping_disable", True)
-    return exported(detector(), tmp_path_factory.mktemp("export"))
+    return exported(model(), tmp_path_factory.mktemp("export"))
 
 
 def test_grey_16_bit_float_and_alpha_are_read_as_from_files(file, tmp_path):
@@ -186,7 +192,7 @@ def test_another_rate_sets_the_threshold_and_a_score_has_the_p_value_that_the_de
     assert file.set_target_fpr(0.7) == pytest.approx(2 / 3) and file.threshold == normals.min()
     file.threshold = kept
     found = file(image)
-    scorer = Scorer().prepare((16,))
+    scorer = Scorer((16,))
     scorer.set_threshold(torch.from_numpy(normals))
     assert found.p_value == pytest.approx(float(scorer.p_value(torch.tensor([found.score]))))
     with pytest.raises(PatchadError, match="target_fpr 0 must lie above 0"):
@@ -244,7 +250,10 @@ def test_a_file_that_is_missing_broken_or_a_strangers_is_refused(tmp_path):
 
 
 def test_an_empty_detector_is_not_exported_and_leaves_no_file(tmp_path):
-    empty = PatchDetector(EfficientNetLite0(weights="none"), sides=(32,)).eval()
+    empty = PatchModel(EfficientNetLite0(weights="none"), sides=(32,)).eval()
+    with pytest.raises(PatchadError, match="knows no image_size"):
+        exported(empty, tmp_path)
+    empty.canvas = Canvas((96, 96))
     with pytest.raises(PatchadError, match="memory bank is empty"):
         exported(empty, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -252,13 +261,13 @@ def test_an_empty_detector_is_not_exported_and_leaves_no_file(tmp_path):
 
 def test_a_folder_is_no_file_to_export_to(tmp_path):
     with pytest.raises(PatchadError, match=r"is a folder; give a file, such as .*model\.patchad"):
-        export(detector(), tmp_path, None)
+        export(model(), tmp_path)
 
 
 def test_any_onnx_runtime_scores_the_file_without_patchad(file, tmp_path):
-    made = detector()
+    made = model()
     path = tmp_path / "model.patchad"
-    export(made, path, PyramidDataModule(tmp_path, image_size=(96, 96)))
+    export(made, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     image = np.random.default_rng(0).random((1, 3, 96, 96), dtype=np.float32)
     score, _ = session.run(["score", "map"], {"image": image, "content": np.array([[96, 96]])})
@@ -266,7 +275,7 @@ def test_any_onnx_runtime_scores_the_file_without_patchad(file, tmp_path):
 
 
 def test_scoring_from_a_file_imports_neither_torch_nor_lightning(tmp_path):
-    exported(detector(), tmp_path)
+    exported(model(), tmp_path)
     program = (
         "import sys, numpy, patchad; patchad.load('model.patchad')(numpy.zeros((50, 60), numpy.uint8));"
         "print([name for name in ('torch', 'pytorch_lightning', 'faiss') if name in sys.modules])"
@@ -280,7 +289,7 @@ def fitted(product, tmp_path_factory) -> Path:
     """A folder with two checkpoints of fits from the command line that differ in their seed, and the first's export."""
     folder = tmp_path_factory.mktemp("fitted")
     fit = [sys.executable, "-m", "patchad", "fit", f"--data.root={product}", *LITE, *SMALL]
-    for arguments in (fit, [*fit, "--model.seed=1"]):
+    for arguments in (fit, [*fit, "--model.bank.seed=1"]):
         assert subprocess.run(arguments, cwd=folder, capture_output=True).returncode == 0
     export = [sys.executable, "-m", "patchad", "export", f"--ckpt_path={CHECKPOINTS[0]}"]
     assert subprocess.run(export, cwd=folder, capture_output=True).returncode == 0
@@ -294,7 +303,7 @@ def test_the_file_says_where_it_came_from(fitted):
     metadata = patchad.load(fitted / "model.patchad").metadata
     assert metadata["checkpoint"]["name"] == "last.ckpt"
     assert metadata["checkpoint"]["sha256"] == hashlib.sha256((fitted / CHECKPOINTS[0]).read_bytes()).hexdigest()
-    assert metadata["detector"]["backbone"]["class_path"].endswith("EfficientNetLite0")
+    assert metadata["model"]["init_args"]["backbone"]["class_path"].endswith("EfficientNetLite0")
     assert metadata["vectors"] == {"64": 108, "32": 300, "16": 500}
 
 
@@ -313,7 +322,7 @@ def test_verify_tells_a_file_of_another_checkpoint(fitted, here, capsys):  # noq
 
 def test_verify_tells_a_file_of_another_threshold(fitted, here, capsys):  # noqa: F811
     checkpoint = torch.load(fitted / CHECKPOINTS[0], weights_only=True)
-    checkpoint["state_dict"]["scorer.normals"] *= 2
+    checkpoint["state_dict"]["model.scorer.normals"] *= 2
     torch.save(checkpoint, here / "other.ckpt")
     with pytest.raises(SystemExit):
         main(["verify", str(fitted / "model.patchad"), "--ckpt_path=other.ckpt", "--images=1"])
@@ -366,16 +375,16 @@ def test_predict_and_the_file_agree(fitted, product, here):  # noqa: F811
 
 def test_a_file_is_scored_as_predict_reads_it(fitted, product, tmp_path):
     """As pixels in an array it may be numbers of a palette, other colours than RGB, or lie on its side."""
-    detector, image = patchad.load(fitted / "model.patchad"), Image.open(sorted(product.glob("test/*/*.png"))[0])
-    upright = detector(np.asarray(image.convert("RGB"))).score
+    file, image = patchad.load(fitted / "model.patchad"), Image.open(sorted(product.glob("test/*/*.png"))[0])
+    upright = file(np.asarray(image.convert("RGB"))).score
     image.convert("RGB").quantize(256).save(tmp_path / "palette.png")
     image.convert("CMYK").save(tmp_path / "cmyk.tif")
     turned, orientation = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
     orientation[0x0112] = 6
     turned.save(tmp_path / "turned.png", exif=orientation)
-    found = detector.score([str(tmp_path / "palette.png"), tmp_path / "cmyk.tif", tmp_path / "turned.png"])
+    found = file.score([str(tmp_path / "palette.png"), tmp_path / "cmyk.tif", tmp_path / "turned.png"])
     read = [read_image(tmp_path / name) for name in ("palette.png", "cmyk.tif", "turned.png")]
-    assert [one.score for one in found] == [detector(one.permute(1, 2, 0).numpy()).score for one in read]
+    assert [one.score for one in found] == [file(one.permute(1, 2, 0).numpy()).score for one in read]
     assert found[1].score == pytest.approx(upright, rel=0.05)
 
 
@@ -390,7 +399,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(fitted, here, 
 
 def test_export_asks_for_a_checkpoint(product, here, capsys):  # noqa: F811
     with pytest.raises(SystemExit):
-        main(["export", f"--data.root={product}", "--config=backbone/efficientnet_lite0"])
+        main(["export", f"--data.root={product}", "--config=fast"])
     assert "give --ckpt_path" in capsys.readouterr().err
 
 
@@ -399,6 +408,6 @@ def test_the_learned_encoder_of_a_lent_class_is_exported(tmp_path):
         def forward(self, features, step):
             return super().forward(features, step) * 2
 
-    made = detector(encoder=Wider)
+    made = model(patch_encoder=Wider)
     array = np.random.default_rng(0).random((96, 96, 3), dtype=np.float32)
     assert_equal(made, exported(made, tmp_path), array, torch.from_numpy(array).permute(2, 0, 1))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from patchad.data.images import Augmentations, augment, draw_view, fit, native_size, read_image, read_mask, resize_mask
 from patchad.errors import PatchadError
+from patchad.images import Augmentations, augment, draw_view, fit, native_size, read_image, read_mask, resize_mask
 
 PIXELS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 

@@ -15,29 +15,32 @@ from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 
-from patchad import PatchDetector, PyramidDataModule
+from patchad import Learning, PatchDetector, PyramidDataModule
 from patchad.callbacks import LastCheckpoint
 from patchad.data.synthetic import write_synthetic
 from patchad.errors import PatchadError
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity, Separation
-from patchad.models import EfficientNetLite0, FeatureCache, LearnedEncoder, WindowEncoder
+from patchad.memory import MemoryBank
+from patchad.models import EfficientNetLite0, FeatureCache, LearnedEncoder
 from patchad.scoring import Scorer
 from patchad.types import PatchViews
 
 GOLDEN = Path(__file__).parent / "golden"
+LEARNING = {"losses", "clusters", "warmup", "learning_rate", "cache"}
+"""Options of `Learning`; the others are the detector's."""
 
 
 def detector(**settings) -> PatchDetector:
     seed_everything(0, verbose=False)
-    learned = {
-        "encoder": LearnedEncoder,
-        "losses": [Position(), RelativeSimilarity(), Clustering()],
-        "baseline": 0.0,
-        "context": 1.0,
-        "reduce": "kmeans",
-        "scorer": Scorer(combination="product", smoothing=4.0),
+    options = {name: settings.pop(name) for name in LEARNING & settings.keys()}
+    losses = [Position(), RelativeSimilarity(), Clustering()]  # made before the encoders, as by the command line
+    defaults = {
+        "patch_encoder": LearnedEncoder,
+        "bank": partial(MemoryBank, max_vectors=500, reduce="kmeans", baseline=0.0),
+        "scorer": partial(Scorer, combination="product", smoothing=4.0),
+        "learning": partial(Learning, **{"losses": losses, "clusters": 10, **options}),
     }
-    return PatchDetector(EfficientNetLite0(), **{**learned, "max_vectors": 500, "clusters": 10, **settings})
+    return PatchDetector(EfficientNetLite0(), **{**defaults, **settings})
 
 
 def images(root: Path, **settings) -> PyramidDataModule:
@@ -68,8 +71,8 @@ def test_a_second_fit_clusters_its_own_images(product, tmp_path):
     model = detector(warmup=0.0, cache=FeatureCache(str(tmp_path / "features")))
     trainer(tmp_path / "first", max_epochs=1).fit(model, images(product))
     trainer(tmp_path / "second", max_epochs=1).fit(model, images(tmp_path / "other"))
-    assert sum(len(batch.number) for batch in model.probe_batches) == 5  # one of six calibrates
-    assert len(model.probe_labels[16]) == 5 * 32
+    assert sum(len(batch.number) for batch in model.learning.probe_batches) == 5  # one of six calibrates
+    assert len(model.learning.probe_labels[16]) == 5 * 32
 
 
 def test_a_loss_that_compares_images_says_that_one_in_a_batch_is_too_few(product, tmp_path):
@@ -137,8 +140,8 @@ def test_training_brings_the_loss_down_and_logs_what_a_trainer_watches(fitted):
 
 def test_the_encoders_input_is_standardised_after_a_fit(fitted):
     found = state(fitted)
-    assert found["encoder.encoders.16.standardize.ready"]
-    assert found["encoder.encoders.16.standardize.deviation"].std() > 0
+    assert found["model.encoder.encoders.16.standardize.ready"]
+    assert found["model.encoder.encoders.16.standardize.deviation"].std() > 0
 
 
 def test_sides_whose_neighbours_do_not_fit_are_named_with_the_size_they_need(product, tmp_path, caplog):
@@ -193,7 +196,7 @@ def test_pseudo_labels_begin_after_the_warm_up_and_are_held_for_an_epoch(product
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            labels = pl_module.pseudo_labels["16"]
+            labels = pl_module.learning.pseudo_labels["16"]
             seen.append((trainer.current_epoch, bool(labels.ready), labels.centroids.clone()))
 
     trainer(tmp_path, Watch(), max_epochs=4, limit_val_batches=0).fit(detector(warmup=0.5), images(product))
@@ -206,9 +209,9 @@ def test_pseudo_labels_begin_after_the_warm_up_and_are_held_for_an_epoch(product
 
 def test_clustering_alone_moves_the_encoders(product, tmp_path):
     run, model = trainer(tmp_path, max_epochs=2, limit_val_batches=0), detector(losses=[Clustering(1.0)], warmup=0.0)
-    before = {name: value.clone() for name, value in model.encoder.encoders.named_parameters()}
+    before = {name: value.clone() for name, value in model.model.encoder.encoders.named_parameters()}
     run.fit(model, images(product))
-    assert all(not torch.equal(before[name], value) for name, value in model.encoder.encoders.named_parameters())
+    assert all(not torch.equal(before[name], value) for name, value in model.model.encoder.encoders.named_parameters())
 
 
 def test_separation_learns_from_cached_views_and_the_same_seed_gives_the_same_tensors(product, tmp_path):
@@ -233,9 +236,9 @@ def test_what_separation_compares_are_the_embeddings_that_are_scored(mode, produ
     view = [data.pyramids.view(int(n), int(v[0])) for n, v in zip(batch.number, batch.views, strict=True)]
     painted = [data.pyramids.painted(int(n), int(v[0]))[0] for n, v in zip(batch.number, batch.views, strict=True)]
     with torch.no_grad():
-        expected, with_defects = model.encoder(torch.stack(view)), model.encoder(torch.stack(painted))
-        for views in model.patch_views(batch):
-            counted = model.counted(batch.content, expected[views.side], views.side)
+        expected, with_defects = model.model.encoder(torch.stack(view)), model.model.encoder(torch.stack(painted))
+        for views in model.learning.patch_views(batch):
+            counted = model.model.encoder.counted(batch.content, expected[views.side], views.side)
             on_content = expected[views.side].permute(0, 2, 3, 1)[counted]
             torch.testing.assert_close(views.normal, on_content, rtol=5e-3, atol=5e-3)
             assert views.thing.tolist() == batch.thing.repeat_interleave(counted[0].sum()).tolist()
@@ -245,9 +248,11 @@ def test_what_separation_compares_are_the_embeddings_that_are_scored(mode, produ
 
 
 def test_collapse_is_said_in_words(product, tmp_path):
-    model = detector(learning_rate=0.0, sides=(16,), encoder=partial(LearnedEncoder, shortcut=False))
+    model = detector(learning_rate=0.0, sides=(16,), patch_encoder=partial(LearnedEncoder, shortcut=False))
     with torch.no_grad():
-        model.encoder.encoders["16"].layers[-1].weight.mul_(1e-3)  # every patch is embedded at nearly the same place
+        model.model.encoder.encoders["16"].layers[-1].weight.mul_(
+            1e-3
+        )  # every patch is embedded at nearly the same place
     with pytest.warns(UserWarning, match=r"embeddings of side 16 have collapsed: their deviation is \d"):
         trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, images(product))
 
@@ -276,7 +281,7 @@ def test_training_that_diverges_ends_in_words_and_leaves_the_checkpoint_before(w
 def test_zero_epochs_leave_a_checkpoint_with_a_bank(product, tmp_path):
     trainer(tmp_path, max_epochs=0).fit(detector(), images(product))
     found = state(tmp_path)
-    assert len(found["banks.16.vectors"]) == 500 and found["scorer.normals"].isfinite().all()
+    assert len(found["model.banks.16.vectors"]) == 500 and found["model.scorer.normals"].isfinite().all()
 
 
 def test_the_last_epoch_is_saved_where_no_validation_follows_it(product, tmp_path):
@@ -290,12 +295,12 @@ def test_the_last_epoch_is_saved_where_no_validation_follows_it(product, tmp_pat
 
 def test_frozen_layers_stay_as_they_are_and_trainable_ones_learn(product, tmp_path):
     model = detector()
-    model.encoder.backbone = EfficientNetLite0(trainable="stage3")
-    before = {name: value.clone() for name, value in model.encoder.backbone.state_dict().items()}
+    model.model.encoder.backbone = EfficientNetLite0(trainable="stage3")
+    before = {name: value.clone() for name, value in model.model.encoder.backbone.state_dict().items()}
     trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, images(product))
     changed = {
         name.split(".")[1]
-        for name, value in model.encoder.backbone.state_dict().items()
+        for name, value in model.model.encoder.backbone.state_dict().items()
         if not torch.equal(before[name], value)
     }
     assert changed and min(map(int, changed)) == EfficientNetLite0.taps["stage3"].layer + 1
@@ -357,18 +362,24 @@ class Descent(PatchDetector):
 def test_a_fit_that_goes_on_keeps_the_optimizers_rate_unless_another_is_given(given, rates, product, tmp_path):
     for kind, rate in zip((PatchDetector, Descent), rates, strict=True):
         path = tmp_path / kind.__name__
-        settings = {"encoder": LearnedEncoder, "max_vectors": 100, "losses": [RelativeSimilarity()]}
-        trainer(path, max_epochs=1).fit(kind(EfficientNetLite0(), **settings), images(product))
+        learning = partial(Learning, losses=[RelativeSimilarity()])
+        settings = {"patch_encoder": LearnedEncoder, "bank": partial(MemoryBank, max_vectors=100)}
+        trainer(path, max_epochs=1).fit(kind(EfficientNetLite0(), **settings, learning=learning), images(product))
         goes_on, last = trainer(path / "again", max_epochs=2), path / "log/checkpoints/last.ckpt"
-        goes_on.fit(kind(EfficientNetLite0(), **settings, **given), images(product), ckpt_path=last, weights_only=True)
+        again = kind(EfficientNetLite0(), **settings, learning=partial(learning, **given))
+        goes_on.fit(again, images(product), ckpt_path=last, weights_only=True)
         assert goes_on.optimizers[0].param_groups[0]["lr"] == rate
 
 
-def test_a_training_free_encoder_learns_nothing_and_reads_no_pyramids(product, tmp_path):
-    model = PatchDetector(EfficientNetLite0(), WindowEncoder, [], max_vectors=100)
+def test_where_nothing_is_learned_a_fit_takes_no_step(product, tmp_path):
+    model = PatchDetector(EfficientNetLite0(), bank=partial(MemoryBank, max_vectors=100))
     assert not model.learns
-    trainer(tmp_path, max_epochs=1, check_val_every_n_epoch=1).fit(model, images(product))
-    assert "val/detection_auroc" in logged(tmp_path)
+    run = trainer(tmp_path, max_epochs=7)
+    run.fit(model, images(product))
+    assert run.global_step == run.current_epoch == 0 and len(state(tmp_path)["model.banks.16.vectors"]) == 100
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    run.validate(model, images(product), verbose=False)
+    assert "val/detection_auroc" in run.callback_metrics
 
 
 @pytest.mark.parametrize("size", [(60, 100), (64, 64), (130, 70)])

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from patchad.errors import PatchadError
+from patchad.learning import check_losses
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity, Separation, nearest_distance
-from patchad.module import check_losses
 from tests.contracts import check_loss, some_views
 
 
@@ -185,3 +185,13 @@ def test_a_loss_that_needs_what_there_never_is_is_refused(needs):
 def test_position_names_both_dims_where_they_differ():
     with pytest.raises(PatchadError, match="Position has dim 32, embeddings have 64"):
         Position(dim=32)(some_views())
+
+
+def test_losses_weigh_what_the_paper_says():
+    assert [loss().weight for loss in (Position, RelativeSimilarity, Clustering, Separation)] == [1.0, 1e-3, 1e-3, 1.0]
+
+
+def test_a_patch_of_which_the_least_share_is_painted_counts():
+    views = some_views()._replace(share=torch.full((30,), 0.25))
+    assert Separation(least_share=0.25)(views) == Separation(least_share=0.0)(views) > 0
+    assert Separation(least_share=0.26)(views) == 0

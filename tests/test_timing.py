@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from patchad import PatchDetector
+from patchad import PatchModel
 from patchad.models import EfficientNetLite0, WindowEncoder
 from patchad.timing import (
     STAGES,
@@ -22,32 +22,30 @@ SIZE = (96, 96)
 
 
 @pytest.fixture(scope="module", params=["dense", "sliding"])
-def detector(request) -> PatchDetector:
-    made = PatchDetector(EfficientNetLite0(weights="none"), sides=(32,), mode=request.param).eval()
+def model(request) -> PatchModel:
+    made = PatchModel(EfficientNetLite0(weights="none"), sides=(32,), mode=request.param).eval()
     made.bank(32)._set(torch.zeros(50, 2, dtype=torch.int64), torch.rand(50, 112))
     return made
 
 
-def test_every_stage_takes_time_and_together_they_are_the_whole(detector):
+def test_every_stage_takes_time_and_together_they_are_the_whole(model):
     image, content = torch.rand(2, 3, *SIZE), torch.tensor([SIZE] * 2)
     start = time.perf_counter()
-    stages = time_stages(detector, image, content)
+    stages = time_stages(model, image, content)
     whole = 1e3 * (time.perf_counter() - start)
     assert tuple(stages) == STAGES
     assert min(stages.values()) > 0
     assert sum(stages.values()) <= whole
-    assert not detector.encoder.backbone._forward_hooks
+    assert not model.encoder.backbone._forward_hooks
 
 
 def test_operations_are_counted_as_the_closed_form_says():
     encoder = partial(WindowEncoder, dim=64)
-    made = PatchDetector(
-        EfficientNetLite0(weights="none"), encoder, sides=(16,), taps={16: "stage2"}, context=1.0
-    ).eval()
-    made.bank(16)._set(torch.zeros(50, 2, dtype=torch.int64), torch.rand(50, 128))
+    made = PatchModel(EfficientNetLite0(weights="none"), encoder, sides=(16,), taps={16: "stage2"}).eval()
+    made.bank(16)._set(torch.zeros(50, 2, dtype=torch.int64), torch.rand(50, 64))
     counted = floating_point_operations(made, torch.rand(2, 3, *SIZE), torch.tensor([SIZE] * 2))
     positions = 11 * 11  # stride 8
-    assert counted["search"] == 2 * 2 * positions * 50 * 128  # 64 numbers of the patch, 64 of its image
+    assert counted["search"] == 2 * 2 * positions * 50 * 64
     assert counted["encoders"] == 2 * 2 * positions * 24 * 64  # a projection of 24 channels to 64 numbers
     stem, first = 48 * 48 * 27 * 32, 48 * 48 * 32 * (9 + 16)
     second = 48 * 48 * 16 * 96 + 24 * 24 * 96 * (9 + 24)

@@ -190,7 +190,7 @@ def test_a_cache_is_out_of_date_when_what_its_tap_depends_on_changes(name):
 
 
 def test_a_fit_says_that_images_are_padded_and_its_checkpoint_alone_scores_the_same(product, here, caplog):  # noqa: F811
-    small = [*SMALL, "--data.image_size=[90,96]", "--model.max_vectors=100"]
+    small = [*SMALL, "--data.image_size=[90,96]", "--model.bank.max_vectors=100"]
     backbone = [
         "--model.backbone=patchad.models.Timm",
         "--model.backbone.name=test_vit",
@@ -211,5 +211,5 @@ def test_a_fit_says_that_images_are_padded_and_its_checkpoint_alone_scores_the_s
     image = torch.rand(1, 3, 90, 96)
     edges = F.pad(image, (0, 0, 0, 6), mode="replicate")
     with torch.inference_mode():
-        rounded, whole = (loaded.encoder(one) for one in (image, edges))
+        rounded, whole = (loaded.model.encoder(one) for one in (image, edges))
     assert all(torch.equal(rounded[side], whole[side]) for side in (64, 32, 16))

@@ -1,264 +1,48 @@
 """Samples -> batches: which images train, calibrate, validate and test, and how they reach the model."""
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
-from patchad.canvas import Size, content_size
-from patchad.data.images import (
-    Augmentations,
-    View,
-    augment,
-    draw_view,
-    fit,
-    native_size,
-    read_image,
-    read_mask,
-    resize_mask,
+from patchad.canvas import Canvas, content_size
+from patchad.data.datasets import (
+    PROBE_EPOCH,
+    EpochSampler,
+    ImageDataset,
+    PyramidDataset,
+    SyntheticDefects,
+    ViewDataset,
 )
+from patchad.data.defects import FORMAT, SMALLEST
 from patchad.data.layouts import Layout, detect_layout, images_below, printable
-from patchad.data.synthetic import FORMAT, SMALLEST, paint_defect, paint_defects
 from patchad.errors import PatchadError
-from patchad.pyramid import sample_pyramids
+from patchad.images import (
+    Augmentations,
+    native_size,
+)
 from patchad.spec import Configurable, hyperparameters
-from patchad.types import NORMAL, UNKNOWN, ImageBatch, PyramidBatch, PyramidPlan, Sample, painted_view
+from patchad.types import NORMAL, UNKNOWN, PyramidPlan, Sample
 
 MOST_SHIFT = 2
 """Pixels; two views then differ by at most 4, which the window of side 16's pyramids has room for."""
-PROBE_EPOCH = -1
-"""The epoch whose pyramids the clusters are fitted on; training begins with 0."""
 PROBE_IMAGES = 32
 """Most images that the clusters are fitted on, each with `pyramids_per_image` anchors."""
-
-
-class ImageDataset(Dataset[ImageBatch]):
-    """Decodes samples; an item is an `ImageBatch` without its batch axis.
-
-    Args:
-        samples: what to decode.
-        image_size: height x width in pixels.
-        keep_aspect: pad instead of distorting.
-        metric_size: height x width of masks.
-        brightness: mean to which the pixels of each image are scaled; None leaves them.
-        numbers: of what images show; what is not among them gets -1.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        image_size: Size,
-        keep_aspect: bool,
-        metric_size: Size,
-        brightness: float | None = None,
-        numbers: Mapping[str, int] = MappingProxyType({}),
-    ) -> None:
-        self.samples, self.image_size, self.keep_aspect = list(samples), image_size, keep_aspect
-        self.metric_size, self.brightness = metric_size, brightness
-        self.things: Int[torch.Tensor, " images"] = torch.tensor([numbers.get(one.thing, -1) for one in self.samples])
-        """The number of what each image shows."""
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> ImageBatch:
-        sample = self.samples[index]
-        native = read_image(sample.path)
-        size = (native.shape[1], native.shape[2])
-        image, content = fit(native, self.image_size, self.keep_aspect, self.brightness)
-        mask = torch.zeros(self.metric_size, dtype=torch.bool)
-        if sample.mask is not None:
-            mask = resize_mask(read_mask(sample.mask, size), self.metric_size)
-        return ImageBatch(
-            image=image,
-            content=torch.tensor(content),
-            size=torch.tensor(size),
-            number=torch.tensor(index),
-            thing=self.things[index],
-            label=torch.tensor({NORMAL: 0, UNKNOWN: -1}.get(sample.defect, 1)),
-            mask=mask,
-            has_mask=torch.tensor(sample.mask is not None or sample.defect == NORMAL),
-            defect=sample.defect,
-            path=str(sample.path),
-        )
-
-
-class SyntheticDefects(Dataset[ImageBatch]):
-    """Normal images and, after each, the same image with a painted defect that depends on (seed, image) alone.
-
-    At most 20 normal images are taken, so that validation costs the same time and memory for any number of them.
-
-    Args:
-        normals: the images.
-        seed: of the defects.
-    """
-
-    most = 20
-
-    def __init__(self, normals: ImageDataset, seed: int) -> None:
-        self.normals, self.seed = normals, seed
-
-    def __len__(self) -> int:
-        return 2 * min(self.most, len(self.normals))
-
-    def __getitem__(self, index: int) -> ImageBatch:
-        normal = self.normals[index // 2]._replace(number=torch.tensor(index))
-        return self._with_defect(normal, index) if index % 2 else normal
-
-    def _with_defect(self, normal: ImageBatch, index: int) -> ImageBatch:
-        height, width = normal.content.tolist()
-        image, mask = paint(normal.image, (height, width), paint_defect, (self.seed, index))
-        return normal._replace(
-            image=image,
-            label=torch.tensor(1),
-            mask=resize_mask(mask[:height, :width], self.normals.metric_size),
-            defect="synthetic",
-        )
-
-
-Painter = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
-"""Image `[height, width, 3]` and generator to the painted image and the mask of what was painted."""
-
-
-def paint(
-    image: torch.Tensor, content: Size, painter: Painter, seed: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The image `[3, height, width]` with its content (height x width in pixels) painted on, and the mask."""
-    height, width = content
-    painted, region = painter(image[:, :height, :width].permute(1, 2, 0).numpy(), np.random.default_rng(seed))
-    image, mask = image.clone(), torch.zeros(image.shape[1:], dtype=torch.bool)
-    image[:, :height, :width] = torch.from_numpy(painted).permute(2, 0, 1)
-    mask[:height, :width] = torch.from_numpy(region)
-    return image, mask
-
-
-class PyramidDataset(Dataset[PyramidBatch]):
-    """Two views of each image with pyramids of patches; an item is a `PyramidBatch` without its batch axis.
-
-    Everything about an item is a function of (seed, epoch, image), so neither workers nor processes change it.
-
-    Args:
-        images: the training images.
-        plan: which sides, on which grids, from which views.
-        count: pyramids per image and side.
-        augmentations: how far the views differ from the image.
-        seed: of all that is drawn.
-    """
-
-    def __init__(
-        self, images: ImageDataset, plan: PyramidPlan, count: int, augmentations: Augmentations, seed: int
-    ) -> None:
-        self.images, self.plan, self.count, self.augmentations, self.seed = images, plan, count, augmentations, seed
-        self._contents: dict[int, Size] = {}
-
-    def __getitem__(self, place: tuple[int, int]) -> PyramidBatch:
-        epoch, number = place
-        generator = np.random.default_rng((self.seed, epoch - PROBE_EPOCH, number))
-        views = self._views(epoch, generator)
-        first, second = (self.drawn(number, view) for view in views)
-        shift = (second.shift[0] - first.shift[0], second.shift[1] - first.shift[1])
-        size, content = self.images.image_size, self._content(number)
-        image, painted, mask = torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.bool)
-        if not self.plan.cached_views:
-            image = self._both(number, first, second)
-            if self.plan.painted:
-                painted, mask = self._painted(image[0], number, views[0])
-        return PyramidBatch(
-            number=torch.tensor(number),
-            views=torch.tensor(views),
-            thing=self.images.things[number],
-            content=torch.tensor(content),
-            image=image,
-            painted=painted,
-            mask=mask,
-            sides={
-                side: sample_pyramids(size, content, side, grid, self.count, shift, generator)
-                for side, grid in self.plan.grids.items()
-            },
-        )
-
-    def _views(self, epoch: int, generator: np.random.Generator) -> tuple[int, int]:
-        cached = self.plan.cached_views
-        if not cached:
-            return 2 * (epoch - PROBE_EPOCH), 2 * (epoch - PROBE_EPOCH) + 1
-        first, second = generator.choice(cached, 2, replace=cached < 2).tolist()
-        return first, second
-
-    def _both(self, number: int, first: View, second: View) -> torch.Tensor:
-        image = self.images[number].image
-        return torch.stack([augment(image, first), augment(image, second)])
-
-    def _content(self, number: int) -> Size:
-        if number not in self._contents:
-            native = native_size(self.images.samples[number].path)
-            self._contents[number] = content_size(native, self.images.image_size, self.images.keep_aspect)
-        return self._contents[number]
-
-    def drawn(self, number: int, view: int) -> View:
-        """How a view of an image differs from it: a function of (seed, file name, view), so that a cache stays true."""
-        return draw_view(self._seed(number, view), self.augmentations)
-
-    def _seed(self, number: int, view: int) -> tuple[int, int, int]:
-        return self.seed, zlib.crc32(self.images.samples[number].path.name.encode()), view
-
-    def view(self, number: int, view: int) -> torch.Tensor:
-        """The view itself, `[3, height, width]`."""
-        return augment(self.images[number].image, self.drawn(number, view))
-
-    def painted(self, number: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The view with defects painted on it, and the mask of them, `[height, width]`."""
-        return self._painted(self.view(number, view), number, view)
-
-    def _painted(self, image: torch.Tensor, number: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
-        seed = (*self._seed(number, view), 2)  # with 1 the noise of the view is drawn
-        return paint(image, self._content(number), paint_defects, seed)
-
-
-class ViewDataset(Dataset[tuple[int, int, torch.Tensor, torch.Tensor]]):
-    """Some views of the training images: number, view, the view itself, and the mask of what is painted on it.
-
-    Args:
-        pyramids: makes the views.
-        pairs: number and view of each item.
-    """
-
-    def __init__(self, pyramids: PyramidDataset, pairs: Sequence[tuple[int, int]]) -> None:
-        self.pyramids, self.pairs = pyramids, list(pairs)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[int, int, torch.Tensor, torch.Tensor]:
-        number, view = self.pairs[index]
-        if view < 0:
-            return number, view, *self.pyramids.painted(number, painted_view(view))
-        image = self.pyramids.view(number, view)
-        return number, view, image, torch.zeros(image.shape[1:], dtype=torch.bool)
-
-
-class EpochSampler(DistributedSampler):
-    """Images in an order that is a function of (seed, epoch), each with its epoch."""
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Epoch and number of each image."""
-        return ((self.epoch, number) for number in super().__iter__())
 
 
 class PyramidDataModule(Configurable, LightningDataModule):
     """Images of one product: normal ones to learn from, others to test.
 
     Training batches hold two views of each image and pyramids of patches of 64, 32 and 16 pixels in them; the detector
-    says which sides it wants, and on which grids (`PyramidPlan`). All training images of the layout fill the bank, and
+    hands over which sides it wants, and on which grids (`plan`). All training images of the layout fill the bank, and
     all set the threshold, each compared with the others. A seeded share of them is not learned from: it shows by how
     much scores of learned images flatter, and validation paints defects on it. Nothing is chosen on test.
 
@@ -288,6 +72,9 @@ class PyramidDataModule(Configurable, LightningDataModule):
     Example:
         >>> data = PyramidDataModule(root="images/bottle", image_size=(256, 256))
     """
+
+    plan = PyramidPlan({64: 16, 32: 4, 16: 2})
+    """Which pyramids training batches hold; a detector that learns hands over its own."""
 
     def __init__(
         self,
@@ -411,11 +198,14 @@ class PyramidDataModule(Configurable, LightningDataModule):
         return sorted({sample.defect for sample in self.test_set.samples} - {NORMAL})
 
     @property
+    def canvas(self) -> Canvas:
+        """What images are brought to."""
+        return Canvas(self.image_size, self.keep_aspect, self.brightness)
+
+    @property
     def pyramids(self) -> PyramidDataset:
-        """The pyramids that the detector wants; without a detector, those of VGG16 in dense mode."""
-        detector = self.trainer.lightning_module if self.trainer else None
-        plan = getattr(detector, "pyramid_plan", PyramidPlan({64: 16, 32: 4, 16: 2}))
-        return PyramidDataset(self.train_set, plan, self.pyramids_per_image, self.augmentations, self.seed)
+        """The pyramids of the `plan`."""
+        return PyramidDataset(self.train_set, self.plan, self.pyramids_per_image, self.augmentations, self.seed)
 
     @property
     def _doing(self) -> TrainerFn | None:
@@ -433,16 +223,16 @@ class PyramidDataModule(Configurable, LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What images are brought to before the bank and the threshold know them; a checkpoint keeps it."""
-        return {"image_size": list(self.image_size), "keep_aspect": self.keep_aspect, "brightness": self.brightness}
+        return {**self.canvas._asdict(), "image_size": list(self.image_size)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warns where options bring images to something else than a checkpoint's; a fit fills a bank of its own."""
         if self._doing == TrainerFn.FITTING:
             return
         now = self.state_dict()
-        told = [f"{name} {value}, not {now[name]}" for name, value in state_dict.items() if now[name] != value]
-        if told:
-            rank_zero_warn(f"bank and threshold are of images of {'; '.join(told)}: verdicts do not hold")
+        changed = [f"{name} {value}, not {now[name]}" for name, value in state_dict.items() if now[name] != value]
+        if changed:
+            rank_zero_warn(f"bank and threshold are of images of {'; '.join(changed)}: verdicts do not hold")
 
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""
@@ -455,10 +245,10 @@ class PyramidDataModule(Configurable, LightningDataModule):
         chosen = np.random.default_rng(self.seed).permutation(len(self.train_set))[:count]
         return self._loader(self.pyramids, [(PROBE_EPOCH, number) for number in sorted(chosen.tolist())])
 
-    def views_dataloader(self, pairs: Sequence[tuple[int, int]]) -> DataLoader:
-        """Views of the training normals, each once, by number and view."""
+    def views_dataloader(self, views: Sequence[tuple[int, int, bool]]) -> DataLoader:
+        """Views of the training normals, each once, by number, view, and whether defects are painted on it."""
         world, rank = self._place
-        mine = ViewDataset(self.pyramids, pairs[rank::world])  # where few are missing, none for some processes
+        mine = ViewDataset(self.pyramids, views[rank::world])  # where few are missing, none for some processes
         return self._loader(mine, SequentialSampler(mine))
 
     def normal_dataloader(self) -> DataLoader:

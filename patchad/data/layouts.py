@@ -10,9 +10,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from patchad.data.images import IMAGE_SUFFIXES
 from patchad.data.synthetic import write_synthetic
 from patchad.errors import PatchadError
+from patchad.images import IMAGE_SUFFIXES
 from patchad.spec import Configurable
 from patchad.types import NORMAL, Sample
 

@@ -12,7 +12,7 @@ from patchad.models.backbones import (
     WideResNet50,
 )
 from patchad.models.cache import FeatureCache
-from patchad.models.encoders import LearnedEncoder, PatchEncoder, TextureEncoder, WindowEncoder
+from patchad.models.patches import LearnedEncoder, PatchEncoder, TextureEncoder, WindowEncoder
 from patchad.models.timm_backbone import Timm
 
 __all__ = [

@@ -293,7 +293,7 @@ class TorchvisionBackbone(Backbone):
         except (URLError, OSError) as error:
             raise PatchadError(
                 f"cannot download {weights.url} ({error}); fetch it elsewhere and set --model.backbone.weights to its "
-                "path, or use --config backbone/efficientnet_lite0, whose weights are installed with patchad"
+                "path, or use --model.backbone EfficientNetLite0, whose weights are installed with patchad"
             ) from error
 
 

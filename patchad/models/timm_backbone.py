@@ -72,7 +72,7 @@ class Timm(Backbone):
             page = f"https://huggingface.co/{self.layers.pretrained_cfg.get('hf_hub_id') or 'timm'}"
             raise PatchadError(
                 f"cannot download {self.name} ({textwrap.shorten(str(error), 100)}); fetch it elsewhere ({page}) and "
-                "set --model.backbone.weights to its path, or use --config backbone/efficientnet_lite0, whose weights "
+                "set --model.backbone.weights to its path, or use --model.backbone EfficientNetLite0, whose weights "
                 "are installed with patchad"
             ) from error
 

@@ -1,0 +1,242 @@
+"""Samples -> items: images, pyramids of patches, views, painted defects; each a function of seed and number."""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch.utils.data import Dataset, DistributedSampler
+
+from patchad.canvas import Size, content_size
+from patchad.data.defects import paint_defect, paint_defects
+from patchad.images import (
+    Augmentations,
+    View,
+    augment,
+    draw_view,
+    fit,
+    native_size,
+    read_image,
+    read_mask,
+    resize_mask,
+)
+from patchad.pyramid import sample_pyramids
+from patchad.types import NORMAL, UNKNOWN, ImageBatch, PyramidBatch, PyramidPlan, Sample
+
+PROBE_EPOCH = -1
+"""The epoch whose pyramids the clusters are fitted on; training begins with 0."""
+
+
+class ImageDataset(Dataset[ImageBatch]):
+    """Decodes samples; an item is an `ImageBatch` without its batch axis.
+
+    Args:
+        samples: what to decode.
+        image_size: height x width in pixels.
+        keep_aspect: pad instead of distorting.
+        metric_size: height x width of masks.
+        brightness: mean to which the pixels of each image are scaled; None leaves them.
+        numbers: of what images show; what is not among them gets -1.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        image_size: Size,
+        keep_aspect: bool,
+        metric_size: Size,
+        brightness: float | None = None,
+        numbers: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self.samples, self.image_size, self.keep_aspect = list(samples), image_size, keep_aspect
+        self.metric_size, self.brightness = metric_size, brightness
+        self.things: Int[torch.Tensor, " images"] = torch.tensor([numbers.get(one.thing, -1) for one in self.samples])
+        """The number of what each image shows."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> ImageBatch:
+        sample = self.samples[index]
+        native = read_image(sample.path)
+        size = (native.shape[1], native.shape[2])
+        image, content = fit(native, self.image_size, self.keep_aspect, self.brightness)
+        mask = torch.zeros(self.metric_size, dtype=torch.bool)
+        if sample.mask is not None:
+            mask = resize_mask(read_mask(sample.mask, size), self.metric_size)
+        return ImageBatch(
+            image=image,
+            content=torch.tensor(content),
+            size=torch.tensor(size),
+            number=torch.tensor(index),
+            thing=self.things[index],
+            label=torch.tensor({NORMAL: 0, UNKNOWN: -1}.get(sample.defect, 1)),
+            mask=mask,
+            has_mask=torch.tensor(sample.mask is not None or sample.defect == NORMAL),
+            defect=sample.defect,
+            path=str(sample.path),
+        )
+
+
+class SyntheticDefects(Dataset[ImageBatch]):
+    """Normal images and, after each, the same image with a painted defect that depends on (seed, image) alone.
+
+    At most 20 normal images are taken, so that validation costs the same time and memory for any number of them.
+
+    Args:
+        normals: the images.
+        seed: of the defects.
+    """
+
+    most = 20
+
+    def __init__(self, normals: ImageDataset, seed: int) -> None:
+        self.normals, self.seed = normals, seed
+
+    def __len__(self) -> int:
+        return 2 * min(self.most, len(self.normals))
+
+    def __getitem__(self, index: int) -> ImageBatch:
+        normal = self.normals[index // 2]._replace(number=torch.tensor(index))
+        return self._with_defect(normal, index) if index % 2 else normal
+
+    def _with_defect(self, normal: ImageBatch, index: int) -> ImageBatch:
+        height, width = normal.content.tolist()
+        image, mask = paint(normal.image, (height, width), paint_defect, (self.seed, index))
+        return normal._replace(
+            image=image,
+            label=torch.tensor(1),
+            mask=resize_mask(mask[:height, :width], self.normals.metric_size),
+            defect="synthetic",
+        )
+
+
+Painter = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+"""Image `[height, width, 3]` and generator to the painted image and the mask of what was painted."""
+
+
+def paint(
+    image: torch.Tensor, content: Size, painter: Painter, seed: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image `[3, height, width]` with its content (height x width in pixels) painted on, and the mask."""
+    height, width = content
+    painted, region = painter(image[:, :height, :width].permute(1, 2, 0).numpy(), np.random.default_rng(seed))
+    image, mask = image.clone(), torch.zeros(image.shape[1:], dtype=torch.bool)
+    image[:, :height, :width] = torch.from_numpy(painted).permute(2, 0, 1)
+    mask[:height, :width] = torch.from_numpy(region)
+    return image, mask
+
+
+class PyramidDataset(Dataset[PyramidBatch]):
+    """Two views of each image with pyramids of patches; an item is a `PyramidBatch` without its batch axis.
+
+    Everything about an item is a function of (seed, epoch, image), so neither workers nor processes change it.
+
+    Args:
+        images: the training images.
+        plan: which sides, on which grids, from which views.
+        count: pyramids per image and side.
+        augmentations: how far the views differ from the image.
+        seed: of all that is drawn.
+    """
+
+    def __init__(
+        self, images: ImageDataset, plan: PyramidPlan, count: int, augmentations: Augmentations, seed: int
+    ) -> None:
+        self.images, self.plan, self.count, self.augmentations, self.seed = images, plan, count, augmentations, seed
+        self._contents: dict[int, Size] = {}
+
+    def __getitem__(self, place: tuple[int, int]) -> PyramidBatch:
+        epoch, number = place
+        generator = np.random.default_rng((self.seed, epoch - PROBE_EPOCH, number))
+        views = self._views(epoch, generator)
+        first, second = (self.drawn(number, view) for view in views)
+        shift = (second.shift[0] - first.shift[0], second.shift[1] - first.shift[1])
+        size, content = self.images.image_size, self._content(number)
+        image, painted, mask = torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.bool)
+        if not self.plan.cached_views:
+            image = self._both(number, first, second)
+            if self.plan.painted:
+                painted, mask = self._painted(image[0], number, views[0])
+        return PyramidBatch(
+            number=torch.tensor(number),
+            views=torch.tensor(views),
+            thing=self.images.things[number],
+            content=torch.tensor(content),
+            image=image,
+            painted=painted,
+            mask=mask,
+            sides={
+                side: sample_pyramids(size, content, side, grid, self.count, shift, generator)
+                for side, grid in self.plan.grids.items()
+            },
+        )
+
+    def _views(self, epoch: int, generator: np.random.Generator) -> tuple[int, int]:
+        cached = self.plan.cached_views
+        if not cached:
+            return 2 * (epoch - PROBE_EPOCH), 2 * (epoch - PROBE_EPOCH) + 1
+        first, second = generator.choice(cached, 2, replace=cached < 2).tolist()
+        return first, second
+
+    def _both(self, number: int, first: View, second: View) -> torch.Tensor:
+        image = self.images[number].image
+        return torch.stack([augment(image, first), augment(image, second)])
+
+    def _content(self, number: int) -> Size:
+        if number not in self._contents:
+            native = native_size(self.images.samples[number].path)
+            self._contents[number] = content_size(native, self.images.image_size, self.images.keep_aspect)
+        return self._contents[number]
+
+    def drawn(self, number: int, view: int) -> View:
+        """How a view of an image differs from it: a function of (seed, file name, view), so that a cache stays true."""
+        return draw_view(self._seed(number, view), self.augmentations)
+
+    def _seed(self, number: int, view: int) -> tuple[int, int, int]:
+        return self.seed, zlib.crc32(self.images.samples[number].path.name.encode()), view
+
+    def view(self, number: int, view: int) -> torch.Tensor:
+        """The view itself, `[3, height, width]`."""
+        return augment(self.images[number].image, self.drawn(number, view))
+
+    def painted(self, number: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The view with defects painted on it, and the mask of them, `[height, width]`."""
+        return self._painted(self.view(number, view), number, view)
+
+    def _painted(self, image: torch.Tensor, number: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seed = (*self._seed(number, view), 2)  # with 1 the noise of the view is drawn
+        return paint(image, self._content(number), paint_defects, seed)
+
+
+class ViewDataset(Dataset[tuple[int, int, bool, torch.Tensor, torch.Tensor]]):
+    """Some views of the training images: number, view, whether painted, the view itself, the mask of what is painted.
+
+    Args:
+        pyramids: makes the views.
+        views: number, view, and whether defects are painted on it, of each item.
+    """
+
+    def __init__(self, pyramids: PyramidDataset, views: Sequence[tuple[int, int, bool]]) -> None:
+        self.pyramids, self.views = pyramids, list(views)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> tuple[int, int, bool, torch.Tensor, torch.Tensor]:
+        number, view, painted = self.views[index]
+        if painted:
+            return number, view, painted, *self.pyramids.painted(number, view)
+        image = self.pyramids.view(number, view)
+        return number, view, painted, image, torch.zeros(image.shape[1:], dtype=torch.bool)
+
+
+class EpochSampler(DistributedSampler):
+    """Images in an order that is a function of (seed, epoch), each with its epoch."""
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Epoch and number of each image."""
+        return ((self.epoch, number) for number in super().__iter__())

@@ -1,0 +1,444 @@
+"""What scores images: the part of patchad that is exported, timed, put into ensembles and used in notebooks.
+
+Nothing here knows Lightning; `patchad.module` trains what `PatchModel` embeds patches with.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+from warnings import warn
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from patchad.canvas import Canvas, Size
+from patchad.errors import PatchadError
+from patchad.images import fit
+from patchad.memory import BankFactory, MemoryBank
+from patchad.models.backbones import Backbone, EfficientNetLite0
+from patchad.models.encoders import MODES
+from patchad.models.patches import PatchEncoderFactory, WindowEncoder
+from patchad.pyramid import at_pixels, crop_resize, fold
+from patchad.runtime import Scored, to_rgb
+from patchad.scoring import Scorer, ScorerFactory
+from patchad.spec import Configurable, made
+from patchad.types import ImageBatch, Prediction
+
+CHECKPOINT_FORMAT = 11
+"""Raised whenever checkpoints of an older patchad no longer load."""
+Loaded = TypeVar("Loaded", bound="ScoringModel")
+LEAST_SCALE = 1e-4
+"""Mean distance of normal images over the spread of the bank's vectors, below which it is rounding or nothing."""
+
+
+class ScoringModel(Configurable, nn.Module):
+    """Scores images, in whatever way; a subclass says how (`detect`).
+
+    Attributes:
+        scorer: holds the threshold and the scores of normal images.
+        sides: sides in pixels whose own maps are given, too.
+        canvas: what raw images are brought to; None until there is a fit.
+    """
+
+    scorer: Scorer
+    sides: tuple[int, ...] = ()
+    canvas: Canvas | None = None
+
+    @classmethod
+    def load(cls: type["Loaded"], path: str | Path, device: str | torch.device = "cpu") -> "Loaded":
+        """The model of a checkpoint that `patchad fit` wrote, ready to score images.
+
+        Args:
+            path: of the checkpoint.
+            device: where it is to run.
+
+        Raises:
+            PatchadError: if there is no checkpoint, or it is of another kind of model.
+        """
+        checkpoint = read_checkpoint(Path(path))
+        try:
+            model = made(cls, checkpoint["patchad_model"])
+        except PatchadError as error:
+            raise PatchadError(f"checkpoint {path} is of another model: {error}") from error
+        state = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
+        model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+        model.canvas = Canvas.of(checkpoint["patchad_canvas"])
+        return model.to(device).eval()
+
+    def forward(
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"] | None = None,
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Prediction:
+        """Scores images.
+
+        Args:
+            image: RGB in [0, 1], on the canvas: what `patchad.images.fit` makes of them.
+            content: height x width of each image's content, top left, in pixels; by default the whole image.
+            thing: number of what each image shows, as in `ImageBatch`, which it is then not compared with; by default
+                every image is new.
+
+        Raises:
+            PatchadError: if a bank is empty, or a side does not fit the image.
+        """
+        if content is None:
+            lengths = (torch.full((len(image),), length, device=image.device) for length in image.shape[2:])
+            content = torch.stack(list(lengths), dim=1)
+        return self.detect(image, content, thing)
+
+    def detect(
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"],
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Prediction:
+        """`forward`, with the content named."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def predict(self, image: np.ndarray | str | Path) -> Scored:
+        """Scores one image of any size.
+
+        Args:
+            image: what `patchad.runtime.to_rgb` takes: a file, or an array.
+
+        Raises:
+            PatchadError: if it is no image, or the model was never fitted.
+        """
+        if self.canvas is None:
+            raise PatchadError("the model knows no image_size: run patchad fit first, and load its checkpoint")
+        native = torch.tensor(to_rgb(image))
+        fitted, (height, width) = fit(native, *self.canvas)
+        content, device = torch.tensor([[height, width]]), self.scorer.scale.device
+        prediction = self.eval()(fitted[None].to(device), content.to(device))
+        values = crop_resize(prediction.map, content, (native.shape[1], native.shape[2]))[0].cpu().numpy()
+        p_value = self.scorer.p_value(prediction.score)
+        return Scored(float(prediction.score), bool(prediction.anomalous), float(p_value), values)
+
+    def set_threshold(self, scores: Float[Tensor, " images"], unseen: Bool[Tensor, " images"]) -> tuple[float, float]:
+        """Sets the threshold from normal images, each scored without itself.
+
+        Embeddings of images that encoders learned from lie closer together than those of new ones. Their scores are
+        therefore raised by the ratio of the medians, where that of the unseen ones is higher.
+
+        Args:
+            scores: of the normal images.
+            unseen: whether encoders did not learn from an image; all True where nothing was learned.
+
+        Returns:
+            The false-positive rate that is promised, and that ratio; 1 where nothing was learned.
+        """
+        ratio = torch.ones((), device=scores.device)
+        if not unseen.all():
+            ratio = scores[unseen].median() / scores[~unseen].median().clamp(min=torch.finfo(scores.dtype).tiny)
+            scores = torch.where(unseen, scores, scores * ratio.clamp(min=1))
+        return self.scorer.set_threshold(scores), float(ratio)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has anything to train."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def memory_banks(self) -> dict[str, MemoryBank]:
+        """Every bank that is searched, by its side, and by its member where there are several models."""
+        banks = {name: bank for name, bank in self.named_modules() if isinstance(bank, MemoryBank)}
+        return {name.replace("banks.", ""): bank for name, bank in banks.items()}
+
+    @property
+    def scored_by(self) -> dict[str, Any]:
+        """What scores, and so the threshold, depend on, of all that may be given another value after a fit."""
+        return {"scorer": repr(self.scorer)}
+
+    def check_fitted(self, fitted: Mapping[str, Any]) -> None:
+        """Raises PatchadError where it cannot take over what was fitted, whose `scored_by` is given."""
+
+
+class Distances(NamedTuple):
+    """Distances of the patches of a batch to the nearest normal patch, per side `[batch, rows, columns]`."""
+
+    sides: dict[int, Tensor]
+    content: Tensor
+    height: int
+    width: int
+
+    def each(self) -> Iterator["Distances"]:
+        """Those of each image on its own, as a batch of one."""
+        for number in range(len(self.content)):
+            sides = {side: values[number, None] for side, values in self.sides.items()}
+            yield self._replace(sides=sides, content=self.content[number, None])
+
+
+class PatchModel(ScoringModel):
+    """Embeds the patches of three sides, remembers the normal ones, and scores images by the distance to them.
+
+    Embedding comes from `encoder`, memory from a bank for each side, scores from `scorer`. What a fit finds are
+    buffers.
+
+    Source: Tsai, Wu, Lai, Multi-Scale Patch-Based Representation Learning for Image Anomaly Detection and Segmentation,
+    WACV 2022.
+
+    Args:
+        backbone: image -> feature maps; None is `EfficientNetLite0`.
+        patch_encoder: makes the encoder of one side: a subclass of `PatchEncoder`, or a `functools.partial` of one.
+        mode: `dense` passes each image through the backbone once, `sliding` each patch on its own, as in the paper.
+        sides: sides of the patches in pixels.
+        taps: name of the backbone's layer for each side; by default the backbone's own choice.
+        scoring_strides: distance between scored patches for each side in pixels.
+        subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
+        tile: a larger image (height or width in pixels) that is scored passes the backbone in tiles of that size, in
+            dense mode, so that memory stays bounded; the result is the same. None passes every image whole. Training
+            takes whole images: there a smaller `data.batch_size` saves memory.
+        bank: makes the memory of one side: `MemoryBank`, a subclass, or a `functools.partial` of one.
+        scorer: combines the maps and holds the threshold: `Scorer`, a subclass, or a `functools.partial` of one.
+
+    Raises:
+        PatchadError: if sides, taps and strides do not fit each other.
+
+    Example:
+        >>> PatchModel().encoder.strides
+        {64: 16, 32: 16, 16: 8}
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | None = None,
+        patch_encoder: PatchEncoderFactory = WindowEncoder,
+        mode: Literal["dense", "sliding"] = "dense",
+        sides: tuple[int, ...] = (64, 32, 16),
+        taps: dict[int, str] | None = None,
+        scoring_strides: dict[int, int] | None = None,
+        subtract_mean_image: bool = False,
+        tile: int | None = 1024,
+        bank: BankFactory = MemoryBank,
+        scorer: ScorerFactory = Scorer,
+    ) -> None:
+        super().__init__()
+        backbone = backbone or EfficientNetLite0()
+        self.init_args = {**self.init_args, "backbone": backbone}
+        self.encoder = MODES[mode](backbone, patch_encoder, sides, taps, scoring_strides, subtract_mean_image, tile)
+        self.sides = self.encoder.sides
+        self.banks = nn.ModuleDict({str(side): bank(side) for side in sides})
+        self.scorer = scorer(sides)
+
+    # from images to predictions
+
+    def distances(
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"],
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Distances:
+        """How far each patch is from the nearest normal one.
+
+        Args:
+            image: RGB in [0, 1].
+            content: height x width of each image's content, top left, in pixels.
+            thing: number of what each image shows, which its patches are not compared with.
+        """
+        return self.nearest(self.embed(image), content, (image.shape[2], image.shape[3]), thing)
+
+    def embed(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Float[Tensor, "batch dim rows columns"]]:
+        """What the bank keeps and searches: the embedding of each patch, by side.
+
+        Args:
+            image: RGB in [0, 1].
+        """
+        # at reduced precision, distances would lose digits
+        return {side: values.float() for side, values in self.encoder(image).items()}
+
+    def nearest(
+        self,
+        embeddings: Mapping[int, Tensor],
+        content: Int[Tensor, "batch 2"],
+        size: Size,
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Distances:
+        """How far embeddings are from the nearest normal ones: one search per side.
+
+        Args:
+            embeddings: of each side, `[batch, dim, rows, columns]`, as `embed` gives them.
+            content: height x width of each image's content, top left, in pixels.
+            size: height x width of the images in pixels.
+            thing: number of what each image shows, which its patches are not compared with.
+        """
+        sides = {
+            side: self.bank(side).distances(values.flatten(2).transpose(1, 2), thing).unflatten(1, values.shape[2:])
+            for side, values in embeddings.items()
+        }
+        return Distances(sides, content, *size)
+
+    def bank(self, side: int) -> MemoryBank:
+        """The normal patches of one side (pixels)."""
+        bank = self.banks[str(side)]
+        assert isinstance(bank, MemoryBank)
+        return bank
+
+    @property
+    def cell(self) -> int:
+        """Height and width in pixels of what has one value in the map of every side."""
+        return math.gcd(*self.encoder.strides.values())
+
+    def side_maps(self, distances: Distances) -> dict[int, Float[Tensor, "batch rows columns"]]:
+        """The anomaly map of each side, one value for each `cell` of the image."""
+        rows, columns = -(-distances.height // self.cell), -(-distances.width // self.cell)
+        maps = {}
+        for side, values in distances.sides.items():
+            counted = self.encoder.counted(distances.content, values, side)
+            maps[side] = fold(values, counted, side, self.encoder.strides[side], self.cell)[:, :rows, :columns]
+        return maps
+
+    def score(self, distances: Distances) -> Prediction:
+        """Maps, scores and verdicts from distances."""
+        return self.score_maps(self.side_maps(distances), distances)
+
+    def score_maps(self, maps: dict[int, Float[Tensor, "batch rows columns"]], distances: Distances) -> Prediction:
+        """The combined map, scores and verdicts from the maps of the sides, and the distances that these are of."""
+        combined, content, size = self.scorer.combine(maps), distances.content, (distances.height, distances.width)
+        scores = self.scorer.score(combined, content, self.cell)
+        outlined = at_pixels(self.scorer.show(maps, content, self.cell), 1, size)
+        pixels = {side: at_pixels(values, self.cell, size) for side, values in maps.items()}
+        return Prediction(scores, scores > self.scorer.threshold, outlined, self.side_scores(maps, content), pixels)
+
+    def side_scores(
+        self, maps: Mapping[int, Float[Tensor, "batch rows columns"]], content: Int[Tensor, "batch 2"]
+    ) -> dict[int, Float[Tensor, " batch"]]:
+        """The score of each side alone, from its map."""
+        return {side: self.scorer.score(side_map, content, self.cell) for side, side_map in maps.items()}
+
+    def detect(
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"],
+        thing: Int[Tensor, " batch"] | None = None,
+    ) -> Prediction:
+        """Maps, scores and verdicts of images."""
+        return self.score(self.distances(image, content, thing))
+
+    # what is normal
+
+    def remember(
+        self,
+        embedded: Iterable[tuple[ImageBatch, Mapping[int, Tensor]]],
+        things: Int[Tensor, " images"],
+        progress: bool = False,
+    ) -> None:
+        """Fills the bank of each side anew.
+
+        Args:
+            embedded: normal images, and what `embed` says of them.
+            things: number of what each training image shows.
+            progress: whether a reduction may show a bar.
+        """
+        banks = {side: self.bank(side) for side in self.sides}
+        for bank in banks.values():
+            bank.clear()
+        for batch, embeddings in embedded:
+            check_finite(embeddings)
+            for side, bank in banks.items():
+                values = embeddings[side]
+                bank.add(values, self.encoder.counted(batch.content, values, side), batch.number)
+        for bank in banks.values():
+            bank.finish(things.to(bank.keys.device), progress)
+
+    def has_room_for_as_much_again(self) -> bool:
+        """Whether no bank would leave out a vector of twice what it holds."""
+        return all(bank.has_room_for(2 * len(bank)) for bank in self.memory_banks.values())
+
+    def calibrate(self, normals: Distances, unseen: Bool[Tensor, " images"]) -> tuple[float, float]:
+        """Sets scales, levels, spreads and the threshold from the distances of normal images.
+
+        Args:
+            normals: each compared with the others.
+            unseen: whether encoders did not learn from an image.
+
+        Returns:
+            What `set_threshold` does.
+        """
+        for number, side in enumerate(self.sides):
+            counted = self.encoder.counted(normals.content, normals.sides[side], side) & unseen[:, None, None]
+            mean = normals.sides[side][counted].double().mean()
+            self.scorer.scale[number] = self._at_least(mean, side)
+        alone = [self.side_scores(self.side_maps(image), image.content) for image in normals.each()]
+        self.scorer.measure_normals({side: torch.cat([one[side] for one in alone])[unseen] for side in self.sides})
+        return self.set_threshold(torch.cat([self.score(image).score for image in normals.each()]), unseen)
+
+    def _at_least(self, scale: Tensor, side: int) -> Tensor:
+        """The scale, or what keeps distances over it finite, with a warning."""
+        spread = self.bank(side).vectors.std(dim=0, correction=0).norm()  # about how far normal patches differ
+        least = (LEAST_SCALE * spread).clamp(min=1e-12)
+        if scale < least:
+            warn(
+                f"side {side} has no scale: normal images do not differ; are some there twice? Otherwise give more of "
+                "them, or a smaller baseline of model.bank",
+                stacklevel=2,
+            )
+        return scale.maximum(least)
+
+    # what a checkpoint must fit
+
+    @property
+    def scored_by(self) -> dict[str, Any]:
+        """What scores, and so the threshold, depend on, of all that may be given another value after a fit."""
+        encoder, baseline = self.encoder, self.bank(self.sides[0]).baseline
+        read = {"mode": type(encoder).__name__, "taps": encoder.tap_names, "scoring_strides": encoder.strides}
+        return {**super().scored_by, "baseline": baseline, **read}
+
+    def check_fitted(self, fitted: Mapping[str, Any]) -> None:
+        """Refuses what was fitted with other sides."""
+        sides, ours = list(fitted["taps"]), list(self.scored_by["taps"])
+        if sides != ours:  # banks and scales are theirs, in their order
+            raise PatchadError(f"the checkpoint has sides {sides}, not {ours}; fit again")
+
+
+def check_finite(embeddings: Mapping[int, Tensor]) -> None:
+    """Raises PatchadError if embeddings of a side are nan or infinite, before K-means and the bank get them."""
+    for side, values in embeddings.items():
+        if not values.isfinite().all():
+            raise PatchadError(
+                f"embeddings of side {side} are nan or infinite: training has diverged, or began with such weights; "
+                f"lower model.learning.learning_rate, or mend the loss whose train/..._side_{side} is nan"
+            )
+
+
+def read_checkpoint(path: Path, name: str = "checkpoint") -> dict[str, Any]:
+    """What `patchad fit` wrote.
+
+    Args:
+        path: of the checkpoint.
+        name: what to call it in an error.
+
+    Raises:
+        PatchadError: if it is missing, not readable, or of another format.
+    """
+    if not path.is_file():
+        raise PatchadError(f"{name} {path} does not exist; patchad fit prints the path of its checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PatchadError(f"{name} {path} is not a checkpoint of patchad's: {reason}") from error
+    check_format(checkpoint, f"{name} {path}")
+    return checkpoint
+
+
+def check_format(checkpoint: Mapping[str, Any], name: str = "the checkpoint") -> None:
+    """Raises PatchadError unless this patchad can load the checkpoint, which an error calls by that name."""
+    fitted = checkpoint.get("patchad_format")
+    if fitted != CHECKPOINT_FORMAT:
+        reason = "is not one of patchad's" if fitted is None else f"has format {fitted}"
+        raise PatchadError(
+            f"{name} {reason}; this patchad reads format {CHECKPOINT_FORMAT}: fit again, or install the patchad that "
+            "wrote it"
+        )
+
+
+def without_weights(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The `spec` of a `PatchModel` whose backbone starts empty: a checkpoint holds the weights, no file is needed."""
+    backbone = model["init_args"]["backbone"]
+    empty = {**backbone, "init_args": {**backbone.get("init_args", {}), "weights": "none"}}
+    return {**model, "init_args": {**model["init_args"], "backbone": empty}}

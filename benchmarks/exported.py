@@ -41,12 +41,14 @@ def main(file: Path, images: Path, every: int = 6, warm: int = 3, beside: bool =
     ways: dict[str, Way] = {file.name: lambda image: detector(image.permute(1, 2, 0).numpy())}
     if beside:
         ways |= peer_ways()
-    taken = [read_image(path) for path in images_below(images)[::every]]
-    times = timed(ways, [*taken[:1] * warm, *taken])
-    print(f"{file.stat().st_size / 1e6:.0f} MB; vectors per side {detector.metadata['vectors']}; {len(taken)} images\n")
+    pictures = [read_image(path) for path in images_below(images)[::every]]
+    times = timed(ways, [*pictures[:1] * warm, *pictures])
+    megabytes, vectors = file.stat().st_size / 1e6, detector.metadata["vectors"]
+    print(f"{megabytes:.0f} MB; vectors per side {vectors}; {len(pictures)} images\n")
     print("| | median ms | 95th percentile | slowest |\n|---|---|---|---|")
-    for name, found in times.items():
-        median, slow, slowest = np.median(found[warm:]), np.percentile(found[warm:], 95), max(found[warm:])
+    for name, measured in times.items():
+        milliseconds = measured[warm:]
+        median, slow, slowest = np.median(milliseconds), np.percentile(milliseconds, 95), max(milliseconds)
         print(f"| {name} | {median:.1f} | {slow:.1f} | {slowest:.1f} |")
 
 

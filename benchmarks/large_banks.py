@@ -38,20 +38,20 @@ def main(
     parts = [filled(empty, range(shard, -(-vectors // CHUNK), shards), vectors) for shard in range(shards)]
     adding = time.perf_counter()
     bank = sharded(parts, probes)
-    asked = next(chunks([-1], queries))
+    samples = next(chunks([-1], queries))
     searching = time.perf_counter()
-    _, found = bank.search(asked, 1)
+    _, neighbours = bank.search(samples, 1)
     searched = time.perf_counter()
-    exact = exactly(asked, vectors)
+    exact = exactly(samples, vectors)
     size = sum(len(faiss.serialize_index(part)) for part in parts)
     print("| vectors | shards | index | training | adding | bytes per vector | search | recall |")
     print("|---|---|---|---|---|---|---|---|")
     print(
         f"| {bank.ntotal} | {shards} | {description}, {probes} probes | {training - start:.0f} s "
         f"| {vectors / (adding - training):.0f} vectors/s | {size / vectors:.0f} "
-        f"| {queries / (searched - searching):.0f} queries/s | {100 * np.mean(found[:, 0] == exact[1]):.1f} % |"
+        f"| {queries / (searched - searching):.0f} queries/s | {100 * np.mean(neighbours[:, 0] == exact[1]):.1f} % |"
     )
-    excess = distances(asked, found[:, 0], vectors) / np.maximum(exact[0], 1e-9) - 1
+    excess = distances(samples, neighbours[:, 0], vectors) / np.maximum(exact[0], 1e-9) - 1
     print(f"\nthe vector found is farther than the nearest by {100 * np.mean(excess):.2f} % on average")
 
 
@@ -90,22 +90,22 @@ def sharded(parts: list[faiss.Index], probes: int) -> faiss.IndexShards:
     return bank
 
 
-def exactly(asked: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
+def exactly(queries: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
     """Distance and number of the nearest vector of each query."""
-    best, number = np.full(len(asked), np.inf, np.float32), np.zeros(len(asked), np.int64)
+    best, number = np.full(len(queries), np.inf, np.float32), np.zeros(len(queries), np.int64)
     for chunk, values in enumerate(chunks(range(-(-total // CHUNK)), total)):
-        squared, nearest = faiss.knn(asked, values, 1)
+        squared, nearest = faiss.knn(queries, values, 1)
         closer = squared[:, 0] < best
         best[closer], number[closer] = squared[closer, 0], nearest[closer, 0] + chunk * CHUNK
     return np.sqrt(np.maximum(best, 0)), number
 
 
-def distances(asked: np.ndarray, found: np.ndarray, total: int) -> np.ndarray:
+def distances(queries: np.ndarray, numbers: np.ndarray, total: int) -> np.ndarray:
     """Euclidean distance between each query and the vector of that number."""
-    result = np.empty(len(asked), np.float32)
+    result = np.empty(len(queries), np.float32)
     for chunk, values in enumerate(chunks(range(-(-total // CHUNK)), total)):
-        here = found // CHUNK == chunk
-        result[here] = np.linalg.norm(asked[here] - values[found[here] - chunk * CHUNK], axis=1)
+        in_chunk = numbers // CHUNK == chunk
+        result[in_chunk] = np.linalg.norm(queries[in_chunk] - values[numbers[in_chunk] - chunk * CHUNK], axis=1)
     return result
 
 

@@ -45,7 +45,10 @@ class Windows(NamedTuple):
 
 
 ALONE = [
-    *(Windows(*one) for one in ((64, "stage5"), (32, "stage5"), (32, "stage4"), (16, "stage3"), (16, "stage2"))),
+    *(
+        Windows(side, tap)
+        for side, tap in ((64, "stage5"), (32, "stage5"), (32, "stage4"), (16, "stage3"), (16, "stage2"))
+    ),
     *(Windows(side, tap, dim=64) for side, tap in ((64, "stage5"), (32, "stage5"), (16, "stage3"))),
     *(Windows(32, "stage5", vectors=vectors) for vectors in (10_000, 100_000)),
     *(Windows(16, "stage3", vectors=vectors) for vectors in (10_000, 100_000)),
@@ -78,14 +81,14 @@ def main(data: Path = Path("../shared/data"), products: tuple[str, ...] = tuple(
         normal, test, label, mask = features(images)
         maps: dict[str, Tensor] = {}
         for windows in ALONE:
-            found = anomaly_maps(windows, normal, test)
-            told = f"{windows.dim or 'all'} | {windows.vectors}"
-            print(f"| {product} | {windows} | {told} | {figures(found, label, mask)} |", flush=True)
+            heat_maps = anomaly_maps(windows, normal, test)
+            columns = f"{windows.dim or 'all'} | {windows.vectors}"
+            print(f"| {product} | {windows} | {columns} | {figures(heat_maps, label, mask)} |", flush=True)
             if windows.dim is None and windows.vectors == VECTORS:
-                maps[str(windows)] = found
+                maps[str(windows)] = heat_maps
         for sides, (name, rule) in itertools.product(TOGETHER, RULES.items()):
-            found = rule(torch.stack([excess(maps[one]) for one in sides]))
-            print(f"| {product} | {', '.join(sides)}: {name} | all | {VECTORS} | {figures(found, label, mask)} |")
+            heat_maps = rule(torch.stack([excess(maps[side]) for side in sides]))
+            print(f"| {product} | {', '.join(sides)}: {name} | all | {VECTORS} | {figures(heat_maps, label, mask)} |")
 
 
 def features(images: PyramidDataModule) -> tuple[Maps, Maps, Tensor, Tensor]:
@@ -102,8 +105,8 @@ def features(images: PyramidDataModule) -> tuple[Maps, Maps, Tensor, Tensor]:
 
 def taps_of(backbone: EfficientNetLite0, taps: list[str], batches: Iterable[Tensor]) -> Maps:
     """Each tap of all images."""
-    found = [{tap: values.half() for tap, values in backbone(batch, taps).items()} for batch in batches]
-    return {tap: torch.cat([one[tap] for one in found]) for tap in taps}
+    parts = [{tap: values.half() for tap, values in backbone(batch, taps).items()} for batch in batches]
+    return {tap: torch.cat([part[tap] for part in parts]) for tap in taps}
 
 
 def anomaly_maps(windows: Windows, normal: Maps, test: Maps) -> Tensor:
@@ -116,15 +119,15 @@ def anomaly_maps(windows: Windows, normal: Maps, test: Maps) -> Tensor:
         encoder.standardize.observe(part.float())
     encoder.standardize.finish(lambda moments: moments)
     embed = partial(embedded, encoder, step)
-    known, asked = (
+    normals, queries = (
         embed(normal[windows.tap][:-HELD_OUT]),
         embed(torch.cat([test[windows.tap], normal[windows.tap][-HELD_OUT:]])),
     )
-    kept = torch.randperm(
-        len(rows := known.permute(0, 2, 3, 1).flatten(0, 2)), generator=torch.Generator().manual_seed(0)
+    order = torch.randperm(
+        len(rows := normals.permute(0, 2, 3, 1).flatten(0, 2)), generator=torch.Generator().manual_seed(0)
     )
-    distance = nearest(rows[kept[: windows.vectors]], asked.permute(0, 2, 3, 1).flatten(0, 2))
-    distance = distance.unflatten(0, (len(asked), *asked.shape[2:]))
+    distance = nearest(rows[order[: windows.vectors]], queries.permute(0, 2, 3, 1).flatten(0, 2))
+    distance = distance.unflatten(0, (len(queries), *queries.shape[2:]))
     return resized(fold(distance, torch.ones_like(distance).bool(), windows.side, step * tap.stride))
 
 
@@ -160,8 +163,8 @@ def figures(maps: Tensor, label: Tensor, mask: Tensor) -> str:
     smooth = gaussian(maps, torch.full((len(maps), 2), METRIC), SMOOTHING)[:-HELD_OUT]
     smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min())
     detection = scores(maps)[:-HELD_OUT].argsort().argsort() / len(label)  # ranks, since AUROC takes probabilities
-    found = binary_auroc(detection, label), binary_auroc(smooth.flatten(), mask.flatten().long())
-    return f"{100 * found[0]:.1f} / {100 * found[1]:.1f} | {100 * per_region_overlap(smooth, mask):.1f}"
+    aurocs = binary_auroc(detection, label), binary_auroc(smooth.flatten(), mask.flatten().long())
+    return f"{100 * aurocs[0]:.1f} / {100 * aurocs[1]:.1f} | {100 * per_region_overlap(smooth, mask):.1f}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from pytorch_lightning import Callback, Trainer
 
-from patchad.callbacks.pictures import Shown, sheet, show
+from patchad.callbacks.pictures import SheetEntry, sheet, sheet_entry
 from patchad.callbacks.publish import publish_picture, run_folder
 from patchad.detector import Detector
 from patchad.types import ImageBatch, Prediction
@@ -20,7 +20,7 @@ class AnomalyMaps(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: Detector) -> None:
         """Starts with nothing to show."""
-        self.shown: list[Shown] = []
+        self.entries: list[SheetEntry] = []
 
     def on_validation_batch_end(
         self,
@@ -33,13 +33,13 @@ class AnomalyMaps(Callback):
     ) -> None:
         """Keeps the first labelled images."""
         if outputs is not None:
-            missing = self.images - len(self.shown)
-            self.shown += [show(outputs, batch, number) for number in range(min(missing, len(batch.path)))]
+            missing = self.images - len(self.entries)
+            self.entries += [sheet_entry(outputs, batch, number) for number in range(min(missing, len(batch.path)))]
 
     def on_validation_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes the picture."""
         folder, scorer = run_folder(trainer), pl_module.scorer
-        if trainer.is_global_zero and self.shown:
-            picture = sheet(self.shown, scorer.normal_level, float(scorer.threshold))
+        if trainer.is_global_zero and self.entries:
+            picture = sheet(self.entries, scorer.normal_level, float(scorer.threshold))
             path = folder / "anomaly_maps" / f"epoch_{trainer.current_epoch:04d}.png"
             publish_picture(trainer, path, picture, "anomaly_maps")

@@ -66,7 +66,7 @@ def montage(rows: Sequence[tuple[str, Sequence[np.ndarray]]], cell: int) -> Imag
     return board
 
 
-class Shown(NamedTuple):
+class SheetEntry(NamedTuple):
     """What the contact sheet shows of one image."""
 
     name: str
@@ -78,14 +78,14 @@ class Shown(NamedTuple):
     map: np.ndarray
 
 
-def show(prediction: Prediction, batch: ImageBatch, number: int) -> Shown:
+def sheet_entry(prediction: Prediction, batch: ImageBatch, number: int) -> SheetEntry:
     """One image of a batch, at the size of its content."""
     height, width = batch.content[number].tolist()
     content = torch.tensor([[height, width]])
     values = crop_resize(prediction.map[number, None].cpu(), content, (height, width))[0].numpy()
     truth = Image.fromarray(batch.mask[number].cpu().numpy()).resize((width, height), Image.Resampling.NEAREST)
     path = Path(batch.path[number])
-    return Shown(
+    return SheetEntry(
         name=f"{path.parent.name}/{path.name}",
         defect=batch.defect[number],
         score=float(prediction.score[number]),
@@ -96,17 +96,17 @@ def show(prediction: Prediction, batch: ImageBatch, number: int) -> Shown:
     )
 
 
-def row(shown: Shown, low: float, threshold: float) -> tuple[str, list[np.ndarray]]:
+def row(entry: SheetEntry, low: float, threshold: float) -> tuple[str, list[np.ndarray]]:
     """Caption and panels of one image."""
-    verdict = "anomalous" if shown.anomalous else "normal"
-    right = shown.anomalous == (shown.defect != NORMAL)
-    text = f"{shown.name}\nscore {shown.score:.4g}\nthreshold {threshold:.4g}\nverdict: {verdict}"
-    heat = colour(shown.map, low, threshold)
-    caption = text if right else f"{text}\nWRONG"
-    return caption, [shown.image, shown.truth, heat, overlay(shown.image, heat)]
+    verdict = "anomalous" if entry.anomalous else "normal"
+    correct = entry.anomalous == (entry.defect != NORMAL)
+    text = f"{entry.name}\nscore {entry.score:.4g}\nthreshold {threshold:.4g}\nverdict: {verdict}"
+    heat = colour(entry.map, low, threshold)
+    caption = text if correct else f"{text}\nWRONG"
+    return caption, [entry.image, entry.truth, heat, overlay(entry.image, heat)]
 
 
-def sheet(shown: Sequence[Shown], low: float, threshold: float) -> Image.Image:
+def sheet(entries: Sequence[SheetEntry], low: float, threshold: float) -> Image.Image:
     """The contact sheet of some images; heat maps are blue up to `low`, red from the threshold upwards."""
-    rows = [row(one, low, threshold) for one in shown]
+    rows = [row(entry, low, threshold) for entry in entries]
     return contact_sheet(rows, ("image", "truth", "heat map", "image + heat map"))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
-from patchad.callbacks.pictures import Shown, sheet, show
+from patchad.callbacks.pictures import SheetEntry, sheet, sheet_entry
 from patchad.callbacks.publish import publish_picture, publish_table, run_folder
 from patchad.detector import Detector
 from patchad.files import write_whole
@@ -30,7 +30,7 @@ class Report(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: Detector) -> None:
         """Starts with nothing to show."""
-        self.shown: dict[str, list[Shown]] = {}
+        self.entries: dict[str, list[SheetEntry]] = {}
 
     def on_test_batch_end(
         self,
@@ -43,11 +43,11 @@ class Report(Callback):
     ) -> None:
         """Keeps the images of the lowest and highest scores of each defect type, sorted by score."""
         for number, defect in enumerate(batch.defect):
-            kept = self.shown.setdefault(defect, [])
-            kept.append(show(outputs, batch, number))
-            kept.sort(key=lambda shown: shown.score)
-            if len(kept) > self.images_per_defect:
-                del kept[self.images_per_defect // 2]
+            entries = self.entries.setdefault(defect, [])
+            entries.append(sheet_entry(outputs, batch, number))
+            entries.sort(key=lambda entry: entry.score)
+            if len(entries) > self.images_per_defect:
+                del entries[self.images_per_defect // 2]
 
     def on_test_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes the page, from the images of the first process."""
@@ -55,8 +55,8 @@ class Report(Callback):
         if not trainer.is_global_zero:
             return
         threshold = float(scorer.threshold)
-        order = sorted(self.shown, key=lambda defect: (defect != NORMAL, defect))
-        picture = sheet([one for defect in order for one in self.shown[defect]], scorer.normal_level, threshold)
+        order = sorted(self.entries, key=lambda defect: (defect != NORMAL, defect))
+        picture = sheet([entry for defect in order for entry in self.entries[defect]], scorer.normal_level, threshold)
         publish_picture(trainer, folder / "contact_sheet.png", picture, "contact_sheet")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         page = report_page(metrics, threshold)
@@ -76,7 +76,7 @@ def aurocs(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
 
 def report_page(metrics: dict[str, float], threshold: float) -> str:
     """The page: tables of the metrics, in percent, and the contact sheet."""
-    others = [(name.removeprefix("test/"), value) for name, value in metrics.items() if "auroc" not in name]
+    other_metrics = [(name.removeprefix("test/"), value) for name, value in metrics.items() if "auroc" not in name]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>patchad test</title>
 <style>body {{ font: 15px sans-serif; margin: 2em; }} td, th {{ padding: 2px 1em; border-bottom: 1px solid #ddd; }}
@@ -91,7 +91,7 @@ th {{ text-align: left; }} td + td {{ text-align: right; }} img {{ max-width: 10
 <h2>Other metrics</h2>
 <table>
 <tr><th></th><th>in %</th></tr>
-{table_rows(others)}
+{table_rows(other_metrics)}
 </table>
 <h2>Contact sheet</h2>
 <p>Of each defect type, and of the normal images, those of the lowest and of the highest scores. The threshold,

@@ -88,7 +88,7 @@ class PatchadCLI(LightningCLI):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; what the user can mend ends as one line and exit code 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = list(sys.argv[1:] if arguments is None else arguments)
     # else `deterministic` fills all that torch allocates with nan; we read only what was written
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     for expected in EXPECTED_WARNINGS:
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a file may have a name that the terminal cannot show
     sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder
     try:
-        resolved = resolve_configs(nest_nulls(name_exported(given)))
+        resolved = resolve_configs(nest_nulls(name_exported(command)))
         sys.argv[1:] = with_checkpoint_settings(resolved)  # Lightning starts further processes from these
         PatchadCLI(
             Detector,
@@ -170,8 +170,8 @@ def packaged_config(name: str) -> str:
     if "{" in name or Path(name).is_file() or Path(name).suffix in (".yaml", ".yml", ".json"):
         return name  # a config in braces may be too long for a path
     if not packaged.is_file():
-        known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
-        raise PatchadError(f"--config {name} is neither a file nor one of {', '.join(known)}")
+        names = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+        raise PatchadError(f"--config {name} is neither a file nor one of {', '.join(names)}")
     return str(packaged)
 
 
@@ -224,10 +224,12 @@ def read_settings(path: Path, with_weights: bool = False) -> dict[str, dict]:
         "model": Detector.CHECKPOINT_HYPER_PARAMS_KEY,
         "data": PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY,
     }
-    found = {name: dict(checkpoint.get(key, {})) for name, key in keys.items()}
+    hyperparameters = {name: dict(checkpoint.get(key, {})) for name, key in keys.items()}
     if with_weights and "patchad_backbone" in checkpoint:
-        found["model"]["backbone"] = checkpoint["patchad_backbone"]
-    return {name: class_and_arguments(settings) for name, settings in found.items() if "_class_path" in settings}
+        hyperparameters["model"]["backbone"] = checkpoint["patchad_backbone"]
+    return {
+        name: class_and_arguments(settings) for name, settings in hyperparameters.items() if "_class_path" in settings
+    }
 
 
 def class_and_arguments(settings: dict) -> dict:

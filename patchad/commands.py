@@ -65,14 +65,17 @@ class DetectorTrainer(Trainer):
         scoring, runtime = restored(model, datamodule, ckpt_path), load(exported)
         datamodule.setup("predict")
         print("| image | score | map | verdict |\n|---|---|---|---|")
-        paths = [datamodule.predict_set.samples[number].path for number in spread(datamodule.predict_set, images)]
+        dataset = datamodule.predict_set
+        paths = [dataset.samples[number].path for number in evenly_spread(dataset, images)]
         differences = [compare(scoring, runtime, path) for path in paths]
-        for found in differences:
-            verdict = "same" if found.same_verdict else "DIFFERENT"
-            print(f"| {found.path} | {found.score:.1e} | {found.map:.1e} | {verdict} |")
-        score, pixel = max(found.score for found in differences), max(found.map for found in differences)
+        for difference in differences:
+            verdict = "same" if difference.same_verdict else "DIFFERENT"
+            print(f"| {difference.path} | {difference.score:.1e} | {difference.map:.1e} | {verdict} |")
+        score = max(difference.score for difference in differences)
+        pixel = max(difference.map for difference in differences)
         largest = f"largest relative difference of a score {score:.1e}, of a pixel over the highest {pixel:.1e}"
-        if not all(found.score <= TOLERANCE and found.map <= MAP_TOLERANCE for found in differences):  # nor is nan
+        # nan is not within them
+        if not all(difference.score <= TOLERANCE and difference.map <= MAP_TOLERANCE for difference in differences):
             raise PatchadError(f"{exported} differs from {ckpt_path}, {largest}; export it again")
         if not np.isclose(runtime.threshold, float(scoring.scorer.threshold), rtol=TOLERANCE):
             thresholds = f"{runtime.threshold:.4g}, not {float(scoring.scorer.threshold):.4g} as {ckpt_path}"
@@ -134,12 +137,12 @@ def restored(detector: Detector, datamodule: PyramidDataModule, ckpt_path: Path 
     return detector.model.eval()
 
 
-def spread(dataset: ImageDataset, count: int) -> list[int]:
+def evenly_spread(dataset: ImageDataset, count: int) -> list[int]:
     """Numbers of images, `count` of them spread evenly over the dataset."""
     return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
 
 
 def decoded(dataset: ImageDataset, count: int) -> list[tuple[Tensor, Tensor]]:
     """Images `[1, 3, height, width]` and their content, `count` of them spread evenly over the dataset."""
-    images = [dataset[number] for number in spread(dataset, count)]
+    images = [dataset[number] for number in evenly_spread(dataset, count)]
     return [(image.image[None], image.content[None]) for image in images]

@@ -80,7 +80,9 @@ class Detector(Configurable, LightningModule, Generic[Model]):
     def configure_model(self) -> None:
         """Lends a parameter to DistributedDataParallel, which is made next and refuses a model that trains nothing."""
         parameters = list(self.parameters())
-        self._lends = self._fitting and bool(parameters) and not any(each.requires_grad for each in parameters)
+        self._lends = (
+            self._fitting and bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+        )
         if self._lends:
             parameters[0].requires_grad_(True)
 
@@ -175,14 +177,14 @@ class Detector(Configurable, LightningModule, Generic[Model]):
     def _of_normals(self, title: str, compute: Callable[[ImageBatch], Tensor]) -> Tensor:
         """What is computed of each normal image, one row for each, whichever process saw it."""
         batches = self._batches(self._data.normal_dataloader(), title)
-        seen = [(batch.number, compute(batch)) for batch in batches]
-        return self._everywhere(torch.cat([number for number, _ in seen]), [rows for _, rows in seen])
+        results = [(batch.number, compute(batch)) for batch in batches]
+        return self._everywhere(torch.cat([number for number, _ in results]), [rows for _, rows in results])
 
     def _everywhere(self, numbers: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """One row for each normal image, whichever process saw it."""
-        seen = torch.cat(list(parts))
-        rows = seen.new_zeros(len(self._data.normal_set), *seen.shape[1:])
-        rows[numbers] = seen
+        values = torch.cat(list(parts))
+        rows = values.new_zeros(len(self._data.normal_set), *values.shape[1:])
+        rows[numbers] = values
         return torch.as_tensor(self.trainer.strategy.reduce(rows, reduce_op="sum"))
 
     # validate, test, predict
@@ -237,11 +239,11 @@ class Detector(Configurable, LightningModule, Generic[Model]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format; warns where its threshold is another score's."""
         check_format(checkpoint)
-        now, fitted = self.model.scored_by, checkpoint["patchad_scored_by"]
+        current, fitted = self.model.scored_by, checkpoint["patchad_scored_by"]
         self.model.check_fitted(fitted)
         if checkpoint["patchad_canvas"] is not None:
             self.model.canvas = Canvas.of(checkpoint["patchad_canvas"])
-        changed = [f"{name} {value}, not {now[name]}" for name, value in fitted.items() if now[name] != value]
+        changed = [f"{name} {value}, not {current[name]}" for name, value in fitted.items() if current[name] != value]
         if changed and not self._fitting:
             settings = "; ".join(changed)
             rank_zero_warn(f"the threshold was set with {settings}: verdicts do not hold; fit for one of its own")

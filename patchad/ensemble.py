@@ -57,8 +57,8 @@ class EnsembleModel(ScoringModel):
             maps = {side: at_pixels(values, member.cell, size) for side, values in cells.items()}
             combined[number], outlined[number] = member.scorer.combine(maps), member.scorer.outline(maps)
         scores = self.scorer.score(self.scorer.combine(combined), content)
-        shown = self.scorer.smooth(self.scorer.outline(outlined), content)
-        return Prediction(scores, scores > self.scorer.threshold, shown, {}, {})
+        anomaly_map = self.scorer.smooth(self.scorer.outline(outlined), content)
+        return Prediction(scores, scores > self.scorer.threshold, anomaly_map, {}, {})
 
 
 class Ensemble(Detector[EnsembleModel]):
@@ -83,11 +83,11 @@ class Ensemble(Detector[EnsembleModel]):
         self.fitted_on: dict[str, dict[str, Any]] = {}  # data settings of the members that come from a checkpoint
         self.model = EnsembleModel([self._member(str(path)) for path in members], scorer)
 
-    def _member(self, given: str) -> PatchModel:
-        if given.startswith("{"):  # a checkpoint of the ensemble fills it
-            return made(PatchModel, json.loads(given))
-        self.fitted_on[given] = read_checkpoint(Path(given), "member")[PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY]
-        return PatchModel.load(given)
+    def _member(self, source: str) -> PatchModel:
+        if source.startswith("{"):  # a checkpoint of the ensemble fills it
+            return made(PatchModel, json.loads(source))
+        self.fitted_on[source] = read_checkpoint(Path(source), "member")[PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY]
+        return PatchModel.load(source)
 
     def setup(self, stage: str) -> None:
         """Also checks that the members were fitted on what the ensemble is fitted on.
@@ -114,21 +114,21 @@ class Ensemble(Detector[EnsembleModel]):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "members": [*map(json.dumps, members)]}
 
 
-def check_same_data(path: str, settings: dict[str, Any], ours: PyramidDataModule) -> None:
+def check_same_data(path: str, settings: dict[str, Any], datamodule: PyramidDataModule) -> None:
     """Raises PatchadError unless a member was fitted on the same images, split and fitted to the size in one way.
 
     Args:
         path: of the member.
         settings: hyperparameters of the datamodule of its fit.
-        ours: the datamodule of the ensemble.
+        datamodule: of the ensemble.
     """
-    our_settings = spec(ours.init_args)
+    ensemble_settings = spec(datamodule.init_args)
     for name in (*SHARED, "layout", "root"):
-        their, our = settings[name], our_settings[name]
+        fitted, expected = settings[name], ensemble_settings[name]
         if name == "root":
-            their, our = (str(Path(root).resolve()) for root in (their, our))
-        if their != our:
+            fitted, expected = (str(Path(root).resolve()) for root in (fitted, expected))
+        if fitted != expected:
             raise PatchadError(
-                f"member {path} was fitted with data.{name} {their}, not {our}: it sees other images, or knows those "
-                "that set the threshold; give the data options of its fit"
+                f"member {path} was fitted with data.{name} {fitted}, not {expected}: it sees other images, or knows "
+                "those that set the threshold; give the data options of its fit"
             )

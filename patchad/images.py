@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchad.canvas import Size, content_size, gain
+from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.decoding import decode, read_pixels
 from patchad.errors import PatchadError
 
@@ -46,35 +46,34 @@ def read_mask(path: Path, size: Size) -> Bool[Tensor, "height width"]:
             f"mask {path} has {values.shape[0]} x {values.shape[1]} pixels (height x width), "
             f"its image has {size[0]} x {size[1]}"
         )
-    found = values > 128 / 255
-    if values.any() and not found.any():
+    mask = values > 128 / 255
+    if values.any() and not mask.any():
         raise PatchadError(f"mask {path} has pixels above 0, but none above half of white; mark defects white")
-    return found
+    return mask
 
 
-def fit(
-    image: Float[Tensor, "3 height width"], size: Size, keep_aspect: bool = True, brightness: float | None = None
+def on_canvas(
+    image: Float[Tensor, "3 height width"], canvas: Canvas
 ) -> tuple[Float[Tensor, "3 new_height new_width"], Size]:
-    """The image at another size and in another light, and the height x width of its content there.
+    """The image at the size and in the light of a canvas, and the height x width of its content there.
 
-    With `keep_aspect` the content lies top left and its last row and column are repeated up to `size`; an image that
-    has the size already keeps its pixels, but for the light.
+    With `keep_aspect` the content lies top left and its last row and column are repeated up to the size; an image that
+    has the size already keeps its pixels, but for the light. A `brightness` may bring some pixels above 1.
 
     Args:
         image: RGB.
-        size: height x width in pixels.
-        keep_aspect: pad instead of distorting.
-        brightness: mean to which the content's pixels are scaled, which may bring some above 1; None leaves them.
+        canvas: what it is brought to.
 
     Example:
-        >>> fit(torch.zeros(3, 100, 200), (256, 256))[1]
+        >>> on_canvas(torch.zeros(3, 100, 200), Canvas((256, 256)))[1]
         (128, 256)
     """
     height, width = image.shape[1:]
-    content = content_size((height, width), size, keep_aspect)
+    size = canvas.image_size
+    content = content_size((height, width), size, canvas.keep_aspect)
     if content != (height, width):
         image = F.interpolate(image[None], content, mode="bilinear", align_corners=False, antialias=True)[0]
-    image = image * gain(float(image.mean()), brightness)
+    image = image * gain(float(image.mean()), canvas.brightness)
     padding = (0, size[1] - content[1], 0, size[0] - content[0])
     return F.pad(image[None], padding, mode="replicate")[0], content
 

@@ -166,9 +166,9 @@ class Learning(nn.Module):
         compared = self._compared(batch) if self.paints else {}
         for side, pyramid in batch.sides.items():
             count = pyramid.anchor.shape[1]
-            others = torch.cat([pyramid.near, pyramid.far, pyramid.neighbour], dim=1)
+            partners = torch.cat([pyramid.near, pyramid.far, pyramid.neighbour], dim=1)
             anchor = self.encoder.embed(side, first[side], pyramid.anchor).flatten(0, 1)
-            embedded = self.encoder.embed(side, second[side], others).split(count, dim=1)
+            embedded = self.encoder.embed(side, second[side], partners).split(count, dim=1)
             near, far, neighbour = (part.flatten(0, 1) for part in embedded)
             clusters = self._clusters(side)
             yield PatchViews(
@@ -239,8 +239,8 @@ class Learning(nn.Module):
 
     def _losses_on(self, views: PatchViews) -> list[PatchLoss]:
         """The losses of a side that find all they need."""
-        there = {name for name, value in views._asdict().items() if value is not None}
-        return [loss for loss in self._losses(views.side) if there.issuperset(loss.needs)]
+        fields = {name for name, value in views._asdict().items() if value is not None}
+        return [loss for loss in self._losses(views.side) if fields.issuperset(loss.needs)]
 
 
 LearningFactory = Callable[[PyramidEncoder], Learning]

@@ -41,13 +41,13 @@ def divide(vectors: Float[Tensor, "vectors dim"], seed: int = 0) -> Int[Tensor, 
     step = max(1, len(vectors) // (SAMPLED * count))
     centres = kmeans(vectors[::step], count, iterations=ITERATIONS, seed=seed)
     home = search(search_index(centres, exact_most=count), vectors, 1)[:, 0]
-    together = home.argsort(stable=True).split(home.bincount(minlength=count).tolist())
+    groups = home.argsort(stable=True).split(home.bincount(minlength=count).tolist())
     longest = math.ceil(len(vectors) / count)
-    lists = [one for members in together if len(members) for one in cut(members, vectors[members], longest)]
+    lists = [piece for members in groups if len(members) for piece in cut(members, vectors[members], longest)]
     halvings = max(0, round(math.log2(longest / PART)))
     length = 2**halvings * math.ceil(max(map(len, lists)) / 2**halvings)
     places = torch.arange(length, device=vectors.device)
-    parts = torch.stack([one[places % len(one)] for one in lists])
+    parts = torch.stack([piece[places % len(piece)] for piece in lists])
     for _ in range(halvings):
         parts = halve(parts, vectors[parts])
     return parts.unflatten(0, (len(lists), -1))
@@ -91,31 +91,33 @@ class Lists(NamedTuple):
 
 
 def as_lists(
-    vectors: Float[Tensor, "vectors dim"], known: Float[Tensor, " vectors"], members: Int[Tensor, "lists parts length"]
+    vectors: Float[Tensor, "vectors dim"],
+    allowance: Float[Tensor, " vectors"],
+    members: Int[Tensor, "lists parts length"],
 ) -> Lists:
     """A bank in the lists that `divide` found.
 
     Args:
         vectors: of the bank.
-        known: what is subtracted from the squared distance to each.
+        allowance: what is subtracted from the squared distance to each.
         members: of each part of each list.
     """
     middle = vectors.mean(0)
-    values = torch.cat([vectors - middle, known[:, None]], 1)
+    values = torch.cat([vectors - middle, allowance[:, None]], 1)
     parts = values[members].mean(2)
     return Lists(
         middle, weigh(parts.mean(1)), weigh(parts), weigh(values)[members.flatten(0, 1)], members.flatten(0, 1)
     )
 
 
-def weigh(values: Float[Tensor, "*places known"]) -> Float[Tensor, "*places known"]:
+def weigh(values: Float[Tensor, "*places numbers"]) -> Float[Tensor, "*places numbers"]:
     """What a query and 1 are multiplied by: -2 times the vector, and its square less what is known of it."""
-    vectors, known = values[..., :-1], values[..., -1:]
-    return torch.cat([-2 * vectors, vectors.square().sum(-1, keepdim=True) - known], -1)
+    vectors, allowance = values[..., :-1], values[..., -1:]
+    return torch.cat([-2 * vectors, vectors.square().sum(-1, keepdim=True) - allowance], -1)
 
 
 def nearest_in_lists(
-    queries: Float[Tensor, "images patches dim"], lists: Lists, passed: Bool[Tensor, "images vectors"] | None = None
+    queries: Float[Tensor, "images patches dim"], lists: Lists, excluded: Bool[Tensor, "images vectors"] | None = None
 ) -> Int[Tensor, "images patches"]:
     """The number of the vector nearest to each query, or of one nearly as near, coarse to fine.
 
@@ -126,34 +128,34 @@ def nearest_in_lists(
     Args:
         queries: embeddings of the patches of each image.
         lists: the bank.
-        passed: vectors that each image's queries pass over; they get one all the same where they find nothing else.
+        excluded: vectors that each image's queries pass over; they get one all the same where they find nothing else.
     """
     queries = queries - lists.middle
     squares, queries = queries.square().sum(2), F.pad(queries, (0, 1), value=1.0)
-    least, nearest = look(queries, lists, FIRST, passed)
+    least, nearest = look(queries, lists, FIRST, excluded)
     farthest = (least + squares).topk(math.ceil(SHARE * queries.shape[1]), 1).indices
     queries = queries.gather(1, farthest[..., None].expand(-1, -1, queries.shape[2]))
-    return nearest.scatter(1, farthest, look(queries, lists, SECOND, passed)[1])
+    return nearest.scatter(1, farthest, look(queries, lists, SECOND, excluded)[1])
 
 
 def look(
     queries: Float[Tensor, "images patches weights"],
     lists: Lists,
     probes: int,
-    passed: Bool[Tensor, "images vectors"] | None,
+    excluded: Bool[Tensor, "images vectors"] | None,
 ) -> tuple[Float[Tensor, "images patches"], Int[Tensor, "images patches"]]:
     """The least product that each query finds in that many parts of that many lists, and whose it is."""
-    found = []
-    for some in queries.split(max(1, AT_ONCE // probes), 1):
-        parts = nearest_parts(some, lists, probes)
+    results = []
+    for chunk in queries.split(max(1, AT_ONCE // probes), 1):
+        parts = nearest_parts(chunk, lists, probes)
         members = rows(lists.members, parts).flatten(2)
-        products = multiply(rows(lists.weights, parts).flatten(2, 3), some)
-        if passed is not None:
-            over = passed.gather(1, members.flatten(1)).unflatten(1, members.shape[1:])
-            products = products.masked_fill(over, torch.inf)
+        products = multiply(rows(lists.weights, parts).flatten(2, 3), chunk)
+        if excluded is not None:
+            mask = excluded.gather(1, members.flatten(1)).unflatten(1, members.shape[1:])
+            products = products.masked_fill(mask, torch.inf)
         least, place = products.min(2, keepdim=True)
-        found.append((least.squeeze(2), members.gather(2, place).squeeze(2)))
-    least, nearest = (torch.cat(some, 1) for some in zip(*found, strict=True))
+        results.append((least.squeeze(2), members.gather(2, place).squeeze(2)))
+    least, nearest = (torch.cat(parts, 1) for parts in zip(*results, strict=True))
     return least, nearest
 
 

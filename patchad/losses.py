@@ -159,8 +159,8 @@ class Separation(PatchLoss):
 
     Example:
         >>> normal, thing = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
-        >>> known = {"normal": normal, "thing": thing, "painted": torch.tensor([[9.0]]), "share": torch.ones(1)}
-        >>> views = PatchViews(16, normal, normal, None, None, thing, label=None, centroids=None, **known)
+        >>> fields = {"normal": normal, "thing": thing, "painted": torch.tensor([[9.0]]), "share": torch.ones(1)}
+        >>> views = PatchViews(16, normal, normal, None, None, thing, label=None, centroids=None, **fields)
         >>> Separation()(views).item() < 1e-5  # it is log(1 + exp((1 - 8) / 0.5))
         True
     """
@@ -181,10 +181,10 @@ class Separation(PatchLoss):
         painted = self._thinned(views.painted[views.share >= self.least_share])
         if not len(painted) or (thing == thing[0]).all():
             return 0 * views.normal.mean()
-        own = nearest_distance(normal, normal, thing[:, None] == thing)
-        wrong = own[:, None] - nearest_distance(painted, normal)
-        unit = 0.5 * own.mean().detach().clamp(min=1e-6)  # 0 where all normal patches are the same
-        return F.softplus(wrong / unit).mean()
+        normal_distances = nearest_distance(normal, normal, thing[:, None] == thing)
+        gaps = normal_distances[:, None] - nearest_distance(painted, normal)
+        unit = 0.5 * normal_distances.mean().detach().clamp(min=1e-6)  # 0 where all normal patches are the same
+        return F.softplus(gaps / unit).mean()
 
     def _thinned(self, values: Tensor) -> Tensor:
         return values[:: max(1, math.ceil(len(values) / self.most))]

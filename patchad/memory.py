@@ -176,8 +176,8 @@ class MemoryBank(nn.Module):
         if len(self) > self.exact_most:
             self.lists = divide(self.vectors, self.seed)
         if self.baseline and len(self):
-            few = slice(None, None, math.ceil(len(candidates) / SAMPLED))
-            self.levels = self._local_levels(candidates[few], things_of_candidates[few])
+            sample = slice(None, None, math.ceil(len(candidates) / SAMPLED))
+            self.levels = self._local_levels(candidates[sample], things_of_candidates[sample])
             self._forget()
 
     def _local_levels(
@@ -245,39 +245,39 @@ class MemoryBank(nn.Module):
             own = None  # of images that are none of the bank's nothing is passed over
         nearest = self._nearest(queries, own)
         # not faiss's own distances, which lose digits where they are small
-        found = (queries - self.vectors[nearest]).square().sum(-1)
-        return (found - self._known[nearest]).clamp(min=0).sqrt()
+        squares = (queries - self.vectors[nearest]).square().sum(-1)
+        return (squares - self._allowance[nearest]).clamp(min=0).sqrt()
 
     def _nearest(self, queries: Tensor, own: Tensor | None = None) -> Tensor:
         """The number of the vector nearest to each query by power distance, or of one nearly as near."""
         if len(self.lists):
             return self._search_lists(queries, own)
         if torch.compiler.is_compiling():
-            return nearest_by_product(queries, self.vectors, self._known)
+            return nearest_by_product(queries, self.vectors, self._allowance)
         if own is None:
             return self._search(queries)
-        return torch.stack([self._nearest_other(*one) for one in zip(queries, own, strict=True)])
+        return torch.stack([self._nearest_other(patches, thing) for patches, thing in zip(queries, own, strict=True)])
 
     @property
-    def _known(self) -> Tensor:
+    def _allowance(self) -> Tensor:
         """What is subtracted from the squared distance to each vector."""
         return self.baseline * self.levels.square()
 
     def _search(self, queries: Tensor) -> Tensor:
         """One more number makes the nearest by Euclidean distance the nearest by power distance."""
         if self._index is None:
-            known = self._known
-            lifted = torch.cat([self.vectors, (known.max() - known).sqrt()[:, None]], dim=1)
+            allowance = self._allowance
+            lifted = torch.cat([self.vectors, (allowance.max() - allowance).sqrt()[:, None]], dim=1)
             self._index = search_index(lifted, exact_most=len(lifted))
         flat = F.pad(queries.float().flatten(0, -2), (0, 1))
         return search(self._index, flat, 1)[:, 0].reshape(queries.shape[:-1])
 
     def _nearest_other(self, queries: Tensor, own: Tensor) -> Tensor:
         """The numbers of the vectors nearest to patches of one image, among those that show something else."""
-        other = self.things != own
-        if not other.any():
+        eligible = self.things != own
+        if not eligible.any():
             raise PatchadError("the bank holds patches of one image alone, which nothing can be compared with")
-        offset = (self.vectors.square().sum(1) - self._known).masked_fill(~other, torch.inf)
+        offset = (self.vectors.square().sum(1) - self._allowance).masked_fill(~eligible, torch.inf)
         with torch.autocast(queries.device.type, enabled=False):  # reduced precision would swamp small distances
             parts = queries.float().split(max(1, TABLE // len(self)))
             return torch.cat([torch.addmm(offset, part, self.vectors.T, alpha=-2).argmin(1) for part in parts])
@@ -285,13 +285,13 @@ class MemoryBank(nn.Module):
     def _search_lists(self, queries: Tensor, own: Tensor | None) -> Tensor:
         images = queries.reshape(-1, *queries.shape[-2:])
         if torch.compiler.is_compiling():
-            return nearest_in_lists(images, as_lists(self.vectors, self._known, self.lists))
+            return nearest_in_lists(images, as_lists(self.vectors, self._allowance, self.lists))
         key = self.vectors.device
         with torch.autocast(queries.device.type, enabled=False):  # distances would lose digits
             if key not in self._prepared:
-                self._prepared[key] = as_lists(self.vectors, self._known, self.lists)
-            passed = None if own is None else own[:, None] == self.things
-            nearest = nearest_in_lists(images.float(), self._prepared[key], passed)
+                self._prepared[key] = as_lists(self.vectors, self._allowance, self.lists)
+            excluded = None if own is None else own[:, None] == self.things
+            nearest = nearest_in_lists(images.float(), self._prepared[key], excluded)
         if own is not None:  # where the lists hold nothing else
             for number, wrong in enumerate(self.things[nearest] == own[:, None]):
                 if wrong.any():

@@ -173,15 +173,15 @@ class AnomalyMetrics(Metric):
             batch: labels and masks.
             maps: `combined` and each side's, at the size of the masks, `[batch, metric_height, metric_width]`.
         """
-        known = batch.label >= 0
+        labelled = batch.label >= 0
         numbers = [self.defects.index(name) if name in self.defects else NO_DEFECT for name in batch.defect]
         scores: Mapping[str | int, Tensor] = {COMBINED: prediction.score, **prediction.side_scores}
-        taken = {"label": batch.label, "has_mask": batch.has_mask, "mask": batch.mask}
-        taken |= {"anomalous": prediction.anomalous, "defect": torch.tensor(numbers, device=known.device)}
-        taken |= {f"score_{name}": scores[name] for name in self.names}
-        taken |= {f"map_{name}": maps[name] for name in self.names}
-        for state, values in taken.items():
-            getattr(self, state).append(values[known].flatten().to(self.types[state]))
+        states = {"label": batch.label, "has_mask": batch.has_mask, "mask": batch.mask}
+        states |= {"anomalous": prediction.anomalous, "defect": torch.tensor(numbers, device=labelled.device)}
+        states |= {f"score_{name}": scores[name] for name in self.names}
+        states |= {f"map_{name}": maps[name] for name in self.names}
+        for state, values in states.items():
+            getattr(self, state).append(values[labelled].flatten().to(self.types[state]))
         self.rows.fill_(batch.mask.shape[1])
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
@@ -242,16 +242,16 @@ class AnomalyMetrics(Metric):
 
     def _at_threshold(self) -> dict[str, Tensor]:
         flagged, normal = self._state("anomalous").bool(), self._state("label") == 0
-        found: dict[str, Tensor] = {}
+        figures: dict[str, Tensor] = {}
         if normal.any():
             count, total = int((flagged & normal).sum()), int(normal.sum())
             low, high = false_positive_rate_interval(count, total)
             rates = {"": count / total, "_low": low, "_high": high}
             for ending, rate in rates.items():
-                found[f"false_positive_rate{ending}"] = torch.tensor(rate, device=normal.device)
+                figures[f"false_positive_rate{ending}"] = torch.tensor(rate, device=normal.device)
         if not normal.all():
-            found["recall"] = flagged[~normal].double().mean()
-        return found
+            figures["recall"] = flagged[~normal].double().mean()
+        return figures
 
 
 def in_order(score: Tensor, label: Tensor, defect: Tensor) -> Elements:

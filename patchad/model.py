@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patchad.canvas import Canvas, Size
 from patchad.errors import PatchadError
-from patchad.images import fit
+from patchad.images import on_canvas
 from patchad.memory import BankFactory, MemoryBank
 from patchad.models.backbones import Backbone, EfficientNetLite0
 from patchad.models.encoders import MODES
@@ -77,7 +77,7 @@ class ScoringModel(Configurable, nn.Module):
         """Scores images.
 
         Args:
-            image: RGB in [0, 1], on the canvas: what `patchad.images.fit` makes of them.
+            image: RGB in [0, 1], on the canvas: what `patchad.images.on_canvas` makes of them.
             content: height x width of each image's content, top left, in pixels; by default the whole image.
             thing: number of what each image shows, as in `ImageBatch`, which it is then not compared with; by default
                 every image is new.
@@ -112,7 +112,7 @@ class ScoringModel(Configurable, nn.Module):
         if self.canvas is None:
             raise PatchadError("the model knows no image_size: run patchad fit first, and load its checkpoint")
         native = torch.tensor(to_rgb(image))
-        fitted, (height, width) = fit(native, *self.canvas)
+        fitted, (height, width) = on_canvas(native, self.canvas)
         content, device = torch.tensor([[height, width]]), self.scorer.scale.device
         prediction = self.eval()(fitted[None].to(device), content.to(device))
         values = crop_resize(prediction.map, content, (native.shape[1], native.shape[2]))[0].cpu().numpy()
@@ -363,8 +363,9 @@ class PatchModel(ScoringModel):
             counted = self.encoder.counted(normals.content, normals.sides[side], side) & unseen[:, None, None]
             mean = normals.sides[side][counted].double().mean()
             self.scorer.scale[number] = self._at_least(mean, side)
-        alone = [self.side_scores(self.side_maps(image), image.content) for image in normals.each()]
-        self.scorer.measure_normals({side: torch.cat([one[side] for one in alone])[unseen] for side in self.sides})
+        image_scores = [self.side_scores(self.side_maps(image), image.content) for image in normals.each()]
+        side_scores = {side: torch.cat([scores[side] for scores in image_scores]) for side in self.sides}
+        self.scorer.measure_normals({side: scores[unseen] for side, scores in side_scores.items()})
         return self.set_threshold(torch.cat([self.score(image).score for image in normals.each()]), unseen)
 
     def _at_least(self, scale: Tensor, side: int) -> Tensor:
@@ -390,9 +391,9 @@ class PatchModel(ScoringModel):
 
     def check_fitted(self, fitted: Mapping[str, Any]) -> None:
         """Refuses what was fitted with other sides."""
-        sides, ours = list(fitted["taps"]), list(self.scored_by["taps"])
-        if sides != ours:  # banks and scales are theirs, in their order
-            raise PatchadError(f"the checkpoint has sides {sides}, not {ours}; fit again")
+        fitted_sides, sides = list(fitted["taps"]), list(self.scored_by["taps"])
+        if fitted_sides != sides:  # banks and scales are theirs, in their order
+            raise PatchadError(f"the checkpoint has sides {fitted_sides}, not {sides}; fit again")
 
 
 def check_finite(embeddings: Mapping[int, Tensor]) -> None:

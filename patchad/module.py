@@ -287,8 +287,8 @@ class PatchDetector(Detector[PatchModel]):
 
     def _normal_distances(self) -> Distances:
         batches = self._batches(self._data.normal_dataloader(), "Calibrating")
-        seen = [(batch.number, self.model.distances(batch.image, batch.content, batch.thing)) for batch in batches]
-        numbers, parts = torch.cat([number for number, _ in seen]), [distances for _, distances in seen]
+        results = [(batch.number, self.model.distances(batch.image, batch.content, batch.thing)) for batch in batches]
+        numbers, parts = torch.cat([number for number, _ in results]), [distances for _, distances in results]
         sides = {side: self._everywhere(numbers, [part.sides[side] for part in parts]) for side in self.model.sides}
         return parts[0]._replace(sides=sides, content=self._everywhere(numbers, [part.content for part in parts]))
 

@@ -83,11 +83,11 @@ def list_count(vectors: int) -> int:
 def nearest_by_product(
     queries: Float[Tensor, "images patches dim"],
     vectors: Float[Tensor, "vectors dim"],
-    known: Float[Tensor, " vectors"],
+    allowance: Float[Tensor, " vectors"],
 ) -> Int[Tensor, "images patches"]:
     """The number of the vector nearest to each query, by matrix products: the search that exported files run.
 
-    Squared distances less what is `known` of each vector, but for the query's own square, are one product: the
+    Squared distances less the `allowance` of each vector, but for the query's own square, are one product: the
     vector's square rides along as one more number. Both sides are centred first: distances stay, and less is lost
     where squares of nearly equal numbers are subtracted. First the group that holds the nearest is found, then its
     place among those few: where the least of many stands takes runtimes longer to find than what it is.
@@ -96,7 +96,7 @@ def nearest_by_product(
     queries, vectors = queries - centre, vectors - centre
     missing = -len(vectors) % GROUP
     weights = F.pad(-2 * vectors, (0, 0, 0, missing))
-    offset = F.pad(vectors.square().sum(1) - known, (0, missing), value=torch.inf)
+    offset = F.pad(vectors.square().sum(1) - allowance, (0, missing), value=torch.inf)
     members = GROUP * nearest_group(queries, weights, offset) + torch.arange(GROUP, device=queries.device)
     products = (weights[members] @ queries[..., None])[..., 0]
     nearest = (products + offset[members]).argmin(2, keepdim=True)

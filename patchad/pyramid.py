@@ -70,7 +70,7 @@ def cut(
         size: rows x columns of the windows.
     """
     places = zip(maps, corners.tolist(), strict=True)
-    return torch.stack([one[:, top : top + size[0], left : left + size[1]] for one, (top, left) in places])
+    return torch.stack([values[:, top : top + size[0], left : left + size[1]] for values, (top, left) in places])
 
 
 def cut_patches(
@@ -88,9 +88,9 @@ def cut_patches(
         tensor([[[[[1., 2.],
                    [4., 5.]]]]])
     """
-    every = image.unfold(2, size[0], 1).unfold(3, size[1], 1).permute(0, 2, 3, 1, 4, 5)  # a view: nothing is copied
+    patches = image.unfold(2, size[0], 1).unfold(3, size[1], 1).permute(0, 2, 3, 1, 4, 5)  # a view: nothing is copied
     number = torch.arange(len(image), device=image.device)[:, None]
-    return every[number, corners[..., 0], corners[..., 1]]
+    return patches[number, corners[..., 0], corners[..., 1]]
 
 
 def cut_grid(
@@ -156,7 +156,9 @@ def inside(content: Int[Tensor, "batch 2"], grid: Size, side: int, stride: int) 
     return (top < limit[:, :1])[:, :, None] & (left < limit[:, 1:])[:, None, :]
 
 
-def spread(values: Float[Tensor, "batch rows columns"], width: int) -> Float[Tensor, "batch more_rows more_columns"]:
+def covering_sums(
+    values: Float[Tensor, "batch rows columns"], width: int
+) -> Float[Tensor, "batch more_rows more_columns"]:
     """Per cell of stride x stride pixels, the sum of the values of the patches that cover it.
 
     Args:
@@ -186,7 +188,7 @@ def fold(
         cell: height and width in pixels of what has one value; all pixels of a stride are covered alike.
     """
     weight, width = counted.to(values.dtype), side // stride
-    means = spread(values * weight, width) / spread(weight, width).clamp(min=1)
+    means = covering_sums(values * weight, width) / covering_sums(weight, width).clamp(min=1)
     return enlarge(means, stride // cell)
 
 
@@ -246,8 +248,9 @@ def crop_resize(
     maps: Float[Tensor, "batch height width"], content: Int[Tensor, "batch 2"], size: Size
 ) -> Float[Tensor, "batch new_height new_width"]:
     """Each map's content alone, resized to one size (bilinear), so that padding is never looked at."""
-    cropped = [one[None, None, :height, :width] for one, (height, width) in zip(maps, content.tolist(), strict=True)]
-    return torch.cat([F.interpolate(one, size, mode="bilinear", align_corners=False) for one in cropped])[:, 0]
+    sizes = content.tolist()
+    cropped = [values[None, None, :height, :width] for values, (height, width) in zip(maps, sizes, strict=True)]
+    return torch.cat([F.interpolate(values, size, mode="bilinear", align_corners=False) for values in cropped])[:, 0]
 
 
 def fits_pyramids(size: Size, side: int) -> bool:
@@ -294,19 +297,19 @@ def sample_pyramids(
     extent = np.array(window_size(size, side, grid))
     window, room = _draw_up_to(limit - extent, grid, generator), extent - side
     direction = generator.integers(DIRECTIONS, size=count)
-    nowhere = np.zeros((count, 2), dtype=np.int64)
+    origin = np.zeros((count, 2), dtype=np.int64)
     if not fits_pyramids((int(extent[0]), int(extent[1])), side):
-        anchor = _draw_up_to(nowhere + room, grid, generator)
+        anchor = _draw_up_to(origin + room, grid, generator)
         return _pyramid(window, anchor, anchor, anchor, anchor, direction)
     neighbour = displacements(direction, generator.uniform(0.75 * side, side, size=count), grid)
     far = _draw_far(neighbour, side, grid, room, generator)
-    near = _draw_fitting(_near_candidates(side, grid), np.stack([nowhere, neighbour, far]), room, generator)
-    moved = -np.round(np.array(shift) / grid).astype(np.int64) * grid if extent.min() >= WINDOW * side else nowhere
-    offsets = np.stack([nowhere, near + moved, far + moved, neighbour + moved])
-    low, left = offsets.min(0), room - (offsets.max(0) - offsets.min(0))
-    if left.min() < 0:
+    near = _draw_fitting(_near_candidates(side, grid), np.stack([origin, neighbour, far]), room, generator)
+    movement = -np.round(np.array(shift) / grid).astype(np.int64) * grid if extent.min() >= WINDOW * side else origin
+    offsets = np.stack([origin, near + movement, far + movement, neighbour + movement])
+    low, slack = offsets.min(0), room - (offsets.max(0) - offsets.min(0))
+    if slack.min() < 0:
         raise PatchadError(f"data.shift leaves no room for the pyramids of side {side}; lower it")
-    anchor = _draw_up_to(left, grid, generator) - low
+    anchor = _draw_up_to(slack, grid, generator) - low
     return _pyramid(window, *(anchor + offset for offset in offsets), direction)
 
 
@@ -355,8 +358,8 @@ def _draw_far(
 def _draw_fitting(
     candidates: Int[np.ndarray, "candidates 2"], taken: np.ndarray, room: np.ndarray, generator: np.random.Generator
 ) -> Int[np.ndarray, "count 2"]:
-    every = np.broadcast_to(candidates, (taken.shape[1], *candidates.shape))
-    return candidates[_choose(_fits(every, taken[:, :, None], room), generator)]
+    choices = np.broadcast_to(candidates, (taken.shape[1], *candidates.shape))
+    return candidates[_choose(_fits(choices, taken[:, :, None], room), generator)]
 
 
 def _fits(candidates: np.ndarray, taken: np.ndarray, room: np.ndarray) -> np.ndarray:

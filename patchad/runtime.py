@@ -100,13 +100,17 @@ class ExportedDetector:
         if not len(images):
             return []
         native = [to_rgb(image) for image in images]
-        fitted = [fit(image, *self.canvas) for image in native]
+        fitted = [on_canvas(image, self.canvas) for image in native]
         inputs = {"image": np.stack([image for image, _ in fitted]), "content": np.array([size for _, size in fitted])}
         scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
         shares = p_values(scores, self.normals)
+        maps = [
+            off_canvas(values, content, image.shape[1:])
+            for values, (_, content), image in zip(maps, fitted, native, strict=True)
+        ]
         return [
-            Scored(float(score), bool(score > self.threshold), float(share), unfit(values, content, image.shape[1:]))
-            for score, share, values, (_, content), image in zip(scores, shares, maps, fitted, native, strict=True)
+            Scored(float(score), bool(score > self.threshold), float(share), values)
+            for score, share, values in zip(scores, shares, maps, strict=True)
         ]
 
 
@@ -196,12 +200,13 @@ def to_unit(image: np.ndarray) -> np.ndarray:
     return values
 
 
-def fit(image: np.ndarray, size: Size, keep_aspect: bool, brightness: float | None = None) -> tuple[np.ndarray, Size]:
-    """The image and height x width of its content, as `patchad.images.fit` gives them."""
-    content = content_size((image.shape[1], image.shape[2]), size, keep_aspect)
+def on_canvas(image: np.ndarray, canvas: Canvas) -> tuple[np.ndarray, Size]:
+    """The image and height x width of its content, as `patchad.images.on_canvas` gives them."""
+    size = canvas.image_size
+    content = content_size((image.shape[1], image.shape[2]), size, canvas.keep_aspect)
     if content != image.shape[1:]:
         image = np.stack([resize(plane, content) for plane in image])
-    image = image * np.float32(gain(float(image.mean()), brightness))
+    image = image * np.float32(gain(float(image.mean()), canvas.brightness))
     padding = ((0, 0), (0, size[0] - content[0]), (0, size[1] - content[1]))
     return np.pad(image, padding, mode="edge"), content
 
@@ -212,7 +217,7 @@ def resize(plane: np.ndarray, size: Size) -> np.ndarray:
     return np.asarray(resized)
 
 
-def unfit(values: np.ndarray, content: Size, size: Size) -> np.ndarray:
+def off_canvas(values: np.ndarray, content: Size, size: Size) -> np.ndarray:
     """A map's content alone at another size, bilinear, as `patchad.pyramid.crop_resize` does it."""
     cropped = np.ascontiguousarray(values[: content[0], : content[1]])
     if content == size:

@@ -34,19 +34,23 @@ class Configurable:
         """A bare object that knows its arguments."""
         self = object.__new__(cls)
         signature = inspect.signature(cls.__init__)
-        given = dict(list(signature.bind_partial(self, *args, **kwargs).arguments.items())[1:])
-        given = {**defaults(cls), **given}
+        arguments = dict(list(signature.bind_partial(self, *args, **kwargs).arguments.items())[1:])
+        arguments = {**defaults(cls), **arguments}
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # what goes on to the base class has names, too
-                given |= given.pop(name, {})
-        object.__setattr__(self, "init_args", given)
+                arguments |= arguments.pop(name, {})
+        object.__setattr__(self, "init_args", arguments)
         return self
 
 
 def defaults(kind: type) -> dict[str, Any]:
     """The arguments of a class that need not be given, in its order."""
     parameters = inspect.signature(kind.__init__).parameters.values()
-    return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is not inspect.Parameter.empty
+    }
 
 
 def class_path(kind: type) -> str:

@@ -144,7 +144,7 @@ def best_rate(device: torch.device, repeats: int = 3) -> float:
         tasks[f"convolution {batch}"] = lambda layer=layer, image=image: layer(image)
         operations[f"convolution {batch}"] = 2 * 9 * channels**2 * size**2 * batch
     times = alternate(tasks, repeats, device)
-    return max(operations[name] / (1e-3 * min(found)) for name, found in times.items())
+    return max(operations[name] / (1e-3 * min(milliseconds)) for name, milliseconds in times.items())
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import re
 
 import pytest
@@ -103,31 +105,38 @@ def test_the_size_and_depth_of_a_backbone_are_those_that_are_known(capsys):
     assert [row.split(" | ")[:3] for row in rows] == [["| AlexNet", "5", "2.47 M"], ["| VGG16", "13", "14.71 M"]]
 
 
-@pytest.fixture
-def candidate(product, tmp_path, monkeypatch) -> dict:
-    """What measures a small detector on a small development set."""
-    monkeypatch.setattr("sys.argv", ["patchad"])
-    monkeypatch.setattr(products, "HALVES", {"confirming": {"part": product.name}})
+@pytest.fixture(scope="module")
+def measured(product, tmp_path_factory) -> dict:
+    """What measured a small detector on a small development set, once it had failed."""
+    folder = tmp_path_factory.mktemp("measured")
     options = ("--data.image_size=[64,64]", "--data.num_workers=0", "--model.bank.max_vectors=50")
-    place = {"data": product.parent, "folder": tmp_path / "runs", "results": tmp_path / "results.csv"}
-    return {"candidate": "small", "half": "confirming", "options": options, **place}
+    place = {"data": product.parent, "folder": folder / "runs", "results": folder / "results.csv"}
+    arguments = {"candidate": "small", "half": "confirming", "options": options, **place}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr("sys.argv", ["patchad"])
+        patch.setattr(products, "HALVES", {"confirming": {"part": product.name}})
+        with pytest.raises(RuntimeError, match="image_size"):
+            products.main(**{**arguments, "options": ("--data.image_size=0",)})
+        products.main(**arguments)
+    return {"arguments": arguments, "printed": printed.getvalue()}
 
 
 def test_a_candidate_is_measured_once_and_printed_from_its_file_afterwards(
-    candidate, product, tmp_path, monkeypatch, capsys
+    measured, product, tmp_path, monkeypatch, capsys
 ):
-    products.main(**candidate)
-    printed = capsys.readouterr().out.splitlines()
-    (measured,) = products.read(candidate["results"])
-    assert (measured.product, measured.seed, measured.normals) == ("part", 0, 4)
-    metrics = next((candidate["folder"]).glob("*-test-*/metrics.csv"))
+    arguments, printed = measured["arguments"], measured["printed"].splitlines()
+    monkeypatch.setattr("sys.argv", ["patchad"])
+    monkeypatch.setattr(products, "HALVES", {"confirming": {"part": product.name}})
+    (result,) = products.ended(arguments["results"])
+    assert (result.product, result.seed, result.normals) == ("part", 0, 4)
+    metrics = next((arguments["folder"]).glob("*-test-*/metrics.csv"))
     figures = tables.measured(metrics, "test/")[-1]
-    assert measured.detection == pytest.approx(figures["detection_auroc"], abs=0.01)
-    assert measured.false_alarms == pytest.approx(figures["false_positive_rate"] * 4 / 100)
+    assert result.detection == pytest.approx(figures["detection_auroc"], abs=0.01)
+    assert result.false_alarms == pytest.approx(figures["false_positive_rate"] * 4 / 100)
     monkeypatch.setattr(products, "measure", None)
-    products.main(**candidate)
+    products.main(**arguments)
     assert capsys.readouterr().out.splitlines() == printed[1:]  # the line of the run itself comes first
-    monkeypatch.setattr(products, "RESULTS", {"choosing": tmp_path / "none.csv", "confirming": candidate["results"]})
+    monkeypatch.setattr(products, "RESULTS", {"choosing": tmp_path / "none.csv", "confirming": arguments["results"]})
     products.main(candidate="small")
     assert capsys.readouterr().out.splitlines() == printed[1:]
     products.main(candidate="small", products=("another",))
@@ -146,14 +155,11 @@ def test_few_images_are_the_first_ones_and_all_of_the_test(product, tmp_path):
     assert len(normals) == 12 and linked == sorted({*every} - {*normals[5:]})
 
 
-def test_a_run_that_fails_is_written_down_and_tried_again(candidate, capsys):
-    with pytest.raises(RuntimeError, match="image_size"):
-        products.main(**{**candidate, "options": ("--data.image_size=0",)})
-    products.main(**candidate)
-    first, second = products.read(candidate["results"])
+def test_a_run_that_fails_is_written_down_and_tried_again(measured):
+    first, second = products.read(measured["arguments"]["results"])
     assert first.configuration == "failed" and first.detection != first.detection
-    assert products.ended(candidate["results"]) == [second]
-    assert "nan" not in capsys.readouterr().out
+    assert products.ended(measured["arguments"]["results"]) == [second]
+    assert "nan" not in measured["printed"]
 
 
 def row(**different) -> products.Row:

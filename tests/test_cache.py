@@ -74,6 +74,9 @@ class OtherMean(EfficientNetLite0):
     mean = (0.1, 0.1, 0.1)
 
 
+OtherDeviation.__qualname__ = OtherMean.__qualname__ = EfficientNetLite0.__qualname__  # by which they are told apart
+
+
 def subtracting(level: float) -> PatchModel:
     detector = PatchModel(EfficientNetLite0(), subtract_mean_image=True)
     detector.encoder.mean_image.mean = torch.full((3, 96, 96), level)

@@ -5,6 +5,7 @@ from pytorch_lightning import Trainer
 
 from benchmarks.repeated import Repeated
 from patchad import PatchadError, PyramidDataModule
+from patchad.canvas import Canvas
 from patchad.data import Folder, MVTecAD
 from patchad.data.datasets import ImageDataset, PyramidDataset, SyntheticDefects
 from patchad.images import Augmentations
@@ -100,7 +101,7 @@ def test_painted_defects_are_the_same_for_any_number_of_workers_and_are_marked(p
 
 def test_validation_costs_the_same_for_any_number_of_images_held_out(product):
     samples = images(product).train_set.samples
-    sizes = [len(SyntheticDefects(ImageDataset(n * samples, (96, 96), True, (96, 96)), seed=0)) for n in (1, 3, 30)]
+    sizes = [len(SyntheticDefects(ImageDataset(n * samples, Canvas((96, 96)), (96, 96)), seed=0)) for n in (1, 3, 30)]
     assert sizes == [22, 40, 40]
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import jaxtyping
 import numpy as np
@@ -13,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import LITE, SMALL, here  # noqa: F401
+from torch import nn
 
 import patchad
 from patchad import PatchadError, PatchModel
 from patchad.canvas import Canvas
 from patchad.cli import main
 from patchad.export import TOLERANCE, export
-from patchad.images import fit, read_image
+from patchad.images import on_canvas, read_image
 from patchad.memory import MemoryBank
 from patchad.models import (
     VGG16,
@@ -34,10 +36,25 @@ from patchad.models import (
     Timm,
     WindowEncoder,
 )
+from patchad.models.backbones import Backbone, Tap
 from patchad.pyramid import crop_resize
 from patchad.runtime import ExportedDetector
-from patchad.runtime import fit as fit_array
+from patchad.runtime import on_canvas as array_on_canvas
 from patchad.scoring import Scorer
+
+
+class Tiny(Backbone):
+    """Two convolutions, for whatever does not depend on the network: exporting a real one takes ten times as long."""
+
+    taps: ClassVar = {"early": Tap(1, 4, 12), "deep": Tap(3, 8, 24)}
+    side_taps: ClassVar = {32: "deep", 16: "early"}
+
+    def build(self):
+        return nn.Sequential(nn.Conv2d(3, 12, 4, 4), nn.ReLU(), nn.Conv2d(12, 24, 3, 2, 1), nn.ReLU())
+
+    def imagenet(self):
+        raise NotImplementedError
+
 
 PAPER_TAPS = {32: "relu3_3", 16: "relu2_2"}
 """Random weights of VGG's deeper layers hardly tell patches apart, and standardising them would magnify rounding."""
@@ -81,7 +98,7 @@ def exported(made: PatchModel, folder: Path, **settings) -> ExportedDetector:
 
 def assert_equal(made: PatchModel, file: ExportedDetector, array: np.ndarray, image: torch.Tensor) -> None:
     """The file scores an array as the detector scores the image in [0, 1] that it holds."""
-    fitted, content = fit(image, *file.canvas)
+    fitted, content = on_canvas(image, file.canvas)
     with torch.inference_mode():
         expected = made(fitted[None], torch.tensor([content]))
     expected_map = crop_resize(expected.map, torch.tensor([content]), (image.shape[1], image.shape[2]))[0].numpy()
@@ -98,14 +115,14 @@ def assert_equal(made: PatchModel, file: ExportedDetector, array: np.ndarray, im
     [
         (EfficientNetLite0, {}),
         (EfficientNetLite0, {"patch_encoder": WindowEncoder}),
-        (EfficientNetLite0, {"scorer": partial(Scorer, combination="sum", image_score="max")}),
-        (EfficientNetLite0, {"tile": 48}),
-        (EfficientNetLite0, {"mode": "sliding"}),
+        (Tiny, {"scorer": partial(Scorer, combination="sum", image_score="max")}),
+        (Tiny, {"tile": 48}),
+        (Tiny, {"mode": "sliding"}),
+        (Tiny, {"subtract_mean_image": True}),
+        (Tiny, {"bank": partial(MemoryBank, baseline=0.0)}),
+        (Tiny, {"patch_encoder": TextureEncoder}),
         (VGG16, {"taps": PAPER_TAPS}),
-        (EfficientNetLite0, {"subtract_mean_image": True}),
-        (EfficientNetLite0, {"bank": partial(MemoryBank, baseline=0.0)}),
         (VGG16, {"patch_encoder": WindowEncoder, "taps": PAPER_TAPS}),
-        (EfficientNetLite0, {"patch_encoder": TextureEncoder}),
         (VGG19, {"taps": {32: "relu3_4", 16: "relu2_2"}}),
         *((backbone, {}) for backbone in (AlexNet, MobileNetV2, ResNet18, ResNet50)),
         *((partial(Timm, name), {}) for name in ("test_resnet", "test_vit")),
@@ -128,7 +145,7 @@ def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, argum
 def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr("patchad.memory.MemoryBank.exact_most", 60)
     monkeypatch.setattr("patchad.lists.PART", 5)
-    made = model(**arguments)
+    made = model(Tiny, **arguments)
     lists, parts, _ = made.bank(16).lists.shape
     assert lists > 16 and parts > 2
     file = exported(made, tmp_path)
@@ -144,14 +161,14 @@ def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path,
 
 
 def test_the_file_distorts_where_the_data_did(tmp_path):
-    made = model(size=(96, 80))
+    made = model(Tiny, size=(96, 80))
     file = exported(made, tmp_path, keep_aspect=False)
     array = np.random.default_rng(0).random((60, 130, 3), dtype=np.float32)
     assert_equal(made, file, array, torch.from_numpy(array).permute(2, 0, 1))
 
 
 def test_the_file_brings_images_to_the_light_that_the_data_had(tmp_path):
-    made = model()
+    made = model(Tiny)
     file = exported(made, tmp_path, brightness=0.4)
     dark = np.random.default_rng(0).random((60, 130, 3), dtype=np.float32) / 4
     assert_equal(made, file, dark, torch.from_numpy(dark).permute(2, 0, 1))
@@ -162,7 +179,7 @@ def test_the_file_brings_images_to_the_light_that_the_data_had(tmp_path):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> ExportedDetector:
     jaxtyping.config.update("jaxtyping_disable", True)
-    return exported(model(), tmp_path_factory.mktemp("export"))
+    return exported(model(Tiny), tmp_path_factory.mktemp("export"))
 
 
 def test_grey_16_bit_float_and_alpha_are_read_as_from_files(file, tmp_path):
@@ -228,8 +245,9 @@ def test_fitting_an_array_is_fitting_an_image():
     for size in [(31, 97), (300, 200), (64, 64)]:
         image = np.random.default_rng(1).random((3, *size), dtype=np.float32)
         for keep_aspect, brightness in [(True, None), (False, None), (True, 0.2)]:
-            expected, content = fit(torch.from_numpy(image), (64, 48), keep_aspect, brightness)
-            found, found_content = fit_array(image, (64, 48), keep_aspect, brightness)
+            canvas = Canvas((64, 48), keep_aspect, brightness)
+            expected, content = on_canvas(torch.from_numpy(image), canvas)
+            found, found_content = array_on_canvas(image, canvas)
             assert found_content == content
             np.testing.assert_allclose(found, expected.numpy(), atol=5e-6)
 
@@ -261,11 +279,11 @@ def test_an_empty_detector_is_not_exported_and_leaves_no_file(tmp_path):
 
 def test_a_folder_is_no_file_to_export_to(tmp_path):
     with pytest.raises(PatchadError, match=r"is a folder; give a file, such as .*model\.patchad"):
-        export(model(), tmp_path)
+        export(model(Tiny), tmp_path)
 
 
 def test_any_onnx_runtime_scores_the_file_without_patchad(file, tmp_path):
-    made = model()
+    made = model(Tiny)
     path = tmp_path / "model.patchad"
     export(made, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -275,7 +293,7 @@ def test_any_onnx_runtime_scores_the_file_without_patchad(file, tmp_path):
 
 
 def test_scoring_from_a_file_imports_neither_torch_nor_lightning(tmp_path):
-    exported(model(), tmp_path)
+    exported(model(Tiny), tmp_path)
     program = (
         "import sys, numpy, patchad; patchad.load('model.patchad')(numpy.zeros((50, 60), numpy.uint8));"
         "print([name for name in ('torch', 'pytorch_lightning', 'faiss') if name in sys.modules])"
@@ -288,11 +306,15 @@ def test_scoring_from_a_file_imports_neither_torch_nor_lightning(tmp_path):
 def fitted(product, tmp_path_factory) -> Path:
     """A folder with two checkpoints of fits from the command line that differ in their seed, and the first's export."""
     folder = tmp_path_factory.mktemp("fitted")
-    fit = [sys.executable, "-m", "patchad", "fit", f"--data.root={product}", *LITE, *SMALL]
-    for arguments in (fit, [*fit, "--model.bank.seed=1"]):
-        assert subprocess.run(arguments, cwd=folder, capture_output=True).returncode == 0
-    export = [sys.executable, "-m", "patchad", "export", f"--ckpt_path={CHECKPOINTS[0]}"]
-    assert subprocess.run(export, cwd=folder, capture_output=True).returncode == 0
+    fit = ["fit", f"--data.root={product}", *LITE, *SMALL]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["patchad"])
+        patch.setattr("sys.path", list(sys.path))
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        main(fit)
+        main([*fit, "--model.bank.seed=1"])
+        main(["export", f"--ckpt_path={CHECKPOINTS[0]}"])
     return folder
 
 
@@ -329,16 +351,19 @@ def test_verify_tells_a_file_of_another_threshold(fitted, here, capsys):  # noqa
     assert "model.patchad has the threshold" in capsys.readouterr().err
 
 
-def test_an_export_by_another_score_warns_that_the_threshold_does_not_fit(fitted, here):  # noqa: F811
-    with pytest.warns(UserWarning, match="verdicts do not"):
-        main(["export", f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--model.scorer.image_score=max"])
+def test_an_export_by_another_score_and_in_another_light_warns_that_the_threshold_does_not_fit(fitted, here):  # noqa: F811
+    changed = ["--model.scorer.image_score=max", "--data.brightness=0.5"]
+    with pytest.warns(UserWarning) as caught:
+        main(["export", f"--ckpt_path={fitted / CHECKPOINTS[0]}", *changed])
+    messages = [str(warning.message) for warning in caught if "verdicts do not" in str(warning.message)]
+    assert len(messages) == 2 and "images of brightness None, not 0.5" in messages[1]
+    assert "image_score=max" in messages[0]
 
 
 def test_images_in_another_light_than_the_checkpoints_are_told(fitted, here):  # noqa: F811
     light = [f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--data.brightness=0.5"]
-    for command in (["export"], ["test", "--trainer.enable_progress_bar=false"]):
-        with pytest.warns(UserWarning, match=r"images of brightness None, not 0\.5: verdicts do not hold"):
-            main([command[0], *light, *command[1:]])
+    with pytest.warns(UserWarning, match=r"images of brightness None, not 0\.5: verdicts do not hold"):
+        main(["test", *light, "--trainer.enable_progress_bar=false"])
 
 
 @pytest.mark.parametrize(("precision", "reduced"), [("32-true", False), ("bf16-mixed", True)])
@@ -408,6 +433,6 @@ def test_the_learned_encoder_of_a_lent_class_is_exported(tmp_path):
         def forward(self, features, step):
             return super().forward(features, step) * 2
 
-    made = model(patch_encoder=Wider)
+    made = model(Tiny, patch_encoder=Wider)
     array = np.random.default_rng(0).random((96, 96, 3), dtype=np.float32)
     assert_equal(made, exported(made, tmp_path), array, torch.from_numpy(array).permute(2, 0, 1))

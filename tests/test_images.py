@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from patchad.canvas import Canvas
 from patchad.errors import PatchadError
-from patchad.images import Augmentations, augment, draw_view, fit, native_size, read_image, read_mask, resize_mask
+from patchad.images import Augmentations, augment, draw_view, native_size, on_canvas, read_image, read_mask, resize_mask
 
 PIXELS = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
 
@@ -59,8 +60,8 @@ def test_images_of_line_cameras_may_be_larger_than_pillow_likes(tmp_path):
 
 def test_a_very_narrow_image_is_resized_as_its_transpose():
     image = torch.rand(3, 2000, 10)
-    tall, content = fit(image, (96, 96))
-    wide, _ = fit(image.transpose(1, 2), (96, 96))
+    tall, content = on_canvas(image, Canvas((96, 96)))
+    wide, _ = on_canvas(image.transpose(1, 2), Canvas((96, 96)))
     assert content == (96, 2) and tall[:, :, 0].std(1).min() > 0
     torch.testing.assert_close(tall.transpose(1, 2), wide)
 
@@ -141,7 +142,7 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("native", "content"), [((100, 50), (64, 32)), ((20, 80), (16, 64)), ((64, 64), (64, 64))])
 def test_aspect_is_kept_and_the_rest_repeats_the_edge(native, content):
-    image, found = fit(torch.rand(3, *native), (64, 64))
+    image, found = on_canvas(torch.rand(3, *native), Canvas((64, 64)))
     assert found == content and image.shape == (3, 64, 64)
     if content[0] < 64:
         assert torch.equal(image[:, content[0] :], image[:, content[0] - 1 : content[0]].expand(3, 64 - content[0], 64))
@@ -153,24 +154,26 @@ def test_aspect_is_kept_and_the_rest_repeats_the_edge(native, content):
 
 def test_an_image_that_fits_is_unchanged_and_a_distorted_one_is_filled():
     image = torch.rand(3, 64, 48)
-    assert torch.equal(fit(image, (64, 48))[0], image)
-    distorted, content = fit(image, (32, 32), keep_aspect=False)
+    assert torch.equal(on_canvas(image, Canvas((64, 48)))[0], image)
+    distorted, content = on_canvas(image, Canvas((32, 32), keep_aspect=False))
     assert content == (32, 32) and distorted.shape == (3, 32, 32)
 
 
 def test_a_brightness_makes_every_exposure_of_a_thing_the_same_image():
     thing = 0.6 * torch.rand(3, 50, 70)
-    expected, content = fit(thing, (64, 64), brightness=0.4)
+    expected, content = on_canvas(thing, Canvas((64, 64), brightness=0.4))
     for exposure in (0.2, 1.5):
-        torch.testing.assert_close(fit(exposure * thing, (64, 64), brightness=0.4)[0], expected)
+        torch.testing.assert_close(on_canvas(exposure * thing, Canvas((64, 64), brightness=0.4))[0], expected)
     height, width = content
     assert expected[:, :height, :width].mean() == pytest.approx(0.4)
-    torch.testing.assert_close(expected / expected.mean(), fit(thing, (64, 64))[0] / fit(thing, (64, 64))[0].mean())
+    torch.testing.assert_close(
+        expected / expected.mean(), on_canvas(thing, Canvas((64, 64)))[0] / on_canvas(thing, Canvas((64, 64)))[0].mean()
+    )
 
 
 def test_black_images_stay_black_and_nearly_black_ones_are_not_blown_up():
-    assert torch.equal(fit(torch.zeros(3, 8, 8), (8, 8), brightness=0.4)[0], torch.zeros(3, 8, 8))
-    assert fit(torch.full((3, 8, 8), 1e-4), (8, 8), brightness=0.4)[0].max() < 0.02
+    assert torch.equal(on_canvas(torch.zeros(3, 8, 8), Canvas((8, 8), brightness=0.4))[0], torch.zeros(3, 8, 8))
+    assert on_canvas(torch.full((3, 8, 8), 1e-4), Canvas((8, 8), brightness=0.4))[0].max() < 0.02
 
 
 def test_masks_are_resized_to_their_nearest_pixels():

@@ -388,3 +388,40 @@ def test_images_of_any_size_that_holds_a_side_are_learned(size, product, tmp_pat
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=0)
     run.fit(detector(), data)
     assert run.callback_metrics["train/loss"].isfinite()
+
+
+class Modes(Callback):
+    """Holds that probing and remembering leave a backbone that learns as training left it."""
+
+    def norm(self, pl_module) -> torch.nn.BatchNorm2d:
+        return next(part for part in pl_module.modules() if isinstance(part, torch.nn.BatchNorm2d))
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.before = self.norm(pl_module).running_mean.clone()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            assert torch.equal(self.norm(pl_module).running_mean, self.before)
+            assert self.norm(pl_module).training and pl_module.model.encoder.training
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.trained = self.norm(pl_module).running_mean.clone()
+
+    def on_validation_end(self, trainer, pl_module):
+        assert torch.equal(self.norm(pl_module).running_mean, self.trained)
+        assert not torch.equal(self.before, self.trained)
+
+
+def test_what_is_probed_and_remembered_is_embedded_as_it_is_scored_and_trains_nothing(product, tmp_path):
+    learning = partial(Learning, losses=[RelativeSimilarity()], clusters=8, warmup=0.0)
+    bank = partial(MemoryBank, max_vectors=None, baseline=0.0)
+    model = PatchDetector(EfficientNetLite0(trainable="all"), LearnedEncoder, learning=learning, bank=bank)
+    data = images(product, pyramids_per_image=4)
+    trainer(tmp_path, Modes(), max_epochs=2, check_val_every_n_epoch=1).fit(model, data)
+    batch = next(iter(data.normal_dataloader()))
+    with torch.no_grad():
+        embeddings = model.eval().model.embed(batch.image)[16].flatten(2).transpose(1, 2)
+    memory = model.model.bank(16)
+    for number in batch.number.tolist():
+        held = memory.keys[:, 0] == number
+        torch.testing.assert_close(memory.vectors[held], embeddings[number, memory.keys[held, 1]], rtol=1e-4, atol=1e-5)

@@ -130,7 +130,7 @@ def test_the_exported_search_finds_what_faiss_finds(group, block, monkeypatch):
     monkeypatch.setattr("patchad.nearest.BLOCK", block)
     bank, queries = filled(), torch.randn(2, 50, DIM, generator=torch.Generator().manual_seed(1))
     bank.baseline, bank.levels = 4.0, torch.rand(len(bank), generator=torch.Generator().manual_seed(2)).sqrt()
-    assert torch.equal(nearest_by_product(queries, bank.vectors, bank._known), bank._search(queries))
+    assert torch.equal(nearest_by_product(queries, bank.vectors, bank._allowance), bank._search(queries))
 
 
 def test_patches_that_do_not_count_stay_out():

@@ -208,7 +208,7 @@ def test_the_contact_sheet_shows_the_lowest_and_highest_scores_of_each_defect_ty
         for batch in data.test_dataloader():
             for defect, score in zip(batch.defect, model(batch.image, batch.content).score.tolist(), strict=True):
                 scores.setdefault(defect, []).append(score)
-    shown = {defect: [one.score for one in kept] for defect, kept in report.shown.items()}
+    shown = {defect: [one.score for one in kept] for defect, kept in report.entries.items()}
     assert shown == {defect: sorted({min(found), max(found)}) for defect, found in scores.items()}
     assert len(shown["good"]) == 2
 
@@ -243,6 +243,7 @@ def test_validation_gives_aurocs_of_labelled_images_alone(validate_on, product, 
     found = {name for name in run.callback_metrics if name.startswith("val/")}
     expected = {"val/detection_auroc", "val/segmentation_auroc", "val/detection_auroc_side_16"}
     assert found >= expected if validate_on != "none" else not found
+    assert not run.lightning_module.metrics.update_called  # the next validation measures its own images alone
     normals = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["model.scorer.normals"]
     assert len(normals) == 12 and normals.isfinite().all()
 
@@ -522,8 +523,8 @@ def test_a_few_real_bottles_are_told_apart(shared, tmp_path):
         (root / folder).mkdir(parents=True)
         for path in sorted((bottle / folder).iterdir())[:count]:
             (root / folder / path.name).symlink_to(path.resolve())
-    data = PyramidDataModule(root, num_workers=0)
-    run = trainer(tmp_path, limit_val_batches=0)
+    data = PyramidDataModule(root, image_size=(256, 256), num_workers=0)
+    run = trainer(tmp_path)
     model = PatchDetector(VGG16(str(shared / "weights/vgg16_features.pth")), bank=bank(max_vectors=2000))
     run.fit(model, data)
     run.save_checkpoint(tmp_path / "bottles.ckpt")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import ImageDraw
 
-from patchad.callbacks.pictures import RAMP, Shown, colour, contact_sheet, montage, overlay, row, show
+from patchad.callbacks.pictures import RAMP, SheetEntry, colour, contact_sheet, montage, overlay, row, sheet_entry
 from patchad.types import ImageBatch, Prediction
 
 
@@ -20,9 +20,9 @@ def test_an_overlay_is_half_image_and_half_heat_map():
     assert (overlay(image, heat) == 175).all()
 
 
-def shown(defect: str, anomalous: bool) -> Shown:
+def shown(defect: str, anomalous: bool) -> SheetEntry:
     plain = np.zeros((1, 2, 3), np.uint8)
-    return Shown("good/000.png", defect, 1.5, anomalous, plain, plain, np.array([[0.0, 3.0]]))
+    return SheetEntry("good/000.png", defect, 1.5, anomalous, plain, plain, np.array([[0.0, 3.0]]))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_what_is_shown_of_a_padded_image_is_its_content():
     batch = ImageBatch(
         image, content, content, zeros, zeros, zeros, mask, mask[:, 0, 0], ["a", "b"], ["a/0.png", "b/1.png"]
     )
-    found = show(Prediction(torch.tensor([1.0, 2.0]), torch.tensor([False, True]), values, {}, {}), batch, 1)
+    found = sheet_entry(Prediction(torch.tensor([1.0, 2.0]), torch.tensor([False, True]), values, {}, {}), batch, 1)
     assert found.name == "b/1.png" and found.score == 2.0 and found.anomalous and found.defect == "b"
     np.testing.assert_array_equal(found.image, (image[1, :, :6, :4].permute(1, 2, 0) * 255).round().byte().numpy())
     np.testing.assert_allclose(found.map, values[1, :6, :4].numpy())

@@ -7,6 +7,7 @@ from patchad.errors import PatchadError
 from patchad.pyramid import (
     at_pixels,
     covered,
+    covering_sums,
     crop_resize,
     cut,
     cut_grid,
@@ -18,7 +19,6 @@ from patchad.pyramid import (
     pad_to_multiple,
     positions,
     sample_pyramids,
-    spread,
     window_size,
 )
 from patchad.types import Pyramid
@@ -81,7 +81,7 @@ def test_folding_a_constant_gives_that_constant_everywhere():
 
 def test_spreading_keeps_the_sum_of_the_values_times_the_patch_area():
     values = torch.rand(1, 4, 6)
-    torch.testing.assert_close(4 * 4 * spread(values, width=4).sum(), values.sum() * 16 * 16)
+    torch.testing.assert_close(4 * 4 * covering_sums(values, width=4).sum(), values.sum() * 16 * 16)
 
 
 @pytest.mark.parametrize(("side", "stride"), [(64, 16), (32, 4), (16, 4), (16, 16), (32, 32)])
@@ -90,7 +90,7 @@ def test_counted_patches_cover_every_pixel_of_any_content(side, stride):
     grid = positions((size, size), side, stride)
     for height, width in [(1, 128), (17, 90), (40, 128), (64, 65), (97, 31), (127, 128), (128, 128)]:
         counted = inside(torch.tensor([[height, width]]), grid, side, stride)
-        cells = spread(counted.float(), side // stride)[0]
+        cells = covering_sums(counted.float(), side // stride)[0]
         covered = cells.repeat_interleave(stride, 0).repeat_interleave(stride, 1)[:height, :width]
         assert covered.min() >= 1
 

@@ -133,7 +133,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         if stage == "test":
             return
         normals = [sample for sample in samples if sample.split == "train"]
-        numbers = {thing: number for number, thing in enumerate(dict.fromkeys(one.thing for one in normals))}
+        numbers = {thing: number for number, thing in enumerate(dict.fromkeys(sample.thing for sample in normals))}
         training, held_out = self._split(normals)
         self.normal_set, self.train_set, self.held_out_set = (
             self._dataset(part, numbers) for part in (normals, training, held_out)
@@ -153,7 +153,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
         return [printable(sample) for sample in self.layout.samples(self.root)]
 
     def _dataset(self, samples: Sequence[Sample], numbers: Mapping[str, int] = MappingProxyType({})) -> ImageDataset:
-        return ImageDataset(samples, self.image_size, self.keep_aspect, self.metric_size, self.brightness, numbers)
+        return ImageDataset(samples, self.canvas, self.metric_size, numbers)
 
     def _split(self, normals: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         groups: dict[Any, list[Sample]] = {}
@@ -229,8 +229,10 @@ class PyramidDataModule(Configurable, LightningDataModule):
         """Warns where options bring images to something else than a checkpoint's; a fit fills a bank of its own."""
         if self._doing == TrainerFn.FITTING:
             return
-        now = self.state_dict()
-        changed = [f"{name} {value}, not {now[name]}" for name, value in state_dict.items() if now[name] != value]
+        settings = self.state_dict()
+        changed = [
+            f"{name} {value}, not {settings[name]}" for name, value in state_dict.items() if settings[name] != value
+        ]
         if changed:
             rank_zero_warn(f"bank and threshold are of images of {'; '.join(changed)}: verdicts do not hold")
 
@@ -248,8 +250,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
     def views_dataloader(self, views: Sequence[tuple[int, int, bool]]) -> DataLoader:
         """Views of the training normals, each once, by number, view, and whether defects are painted on it."""
         world, rank = self._place
-        mine = ViewDataset(self.pyramids, views[rank::world])  # where few are missing, none for some processes
-        return self._loader(mine, SequentialSampler(mine))
+        dataset = ViewDataset(self.pyramids, views[rank::world])  # where few are missing, none for some processes
+        return self._loader(dataset, SequentialSampler(dataset))
 
     def normal_dataloader(self) -> DataLoader:
         """All training normals, each once, as the bank and the threshold need them."""

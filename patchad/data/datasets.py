@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Int
 from torch.utils.data import Dataset, DistributedSampler
 
-from patchad.canvas import Size, content_size
+from patchad.canvas import Canvas, Size, content_size
 from patchad.data.defects import paint_defect, paint_defects
 from patchad.images import (
     Augmentations,
     View,
     augment,
     draw_view,
-    fit,
     native_size,
+    on_canvas,
     read_image,
     read_mask,
     resize_mask,
@@ -35,25 +35,21 @@ class ImageDataset(Dataset[ImageBatch]):
 
     Args:
         samples: what to decode.
-        image_size: height x width in pixels.
-        keep_aspect: pad instead of distorting.
+        canvas: what images are brought to.
         metric_size: height x width of masks.
-        brightness: mean to which the pixels of each image are scaled; None leaves them.
         numbers: of what images show; what is not among them gets -1.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        image_size: Size,
-        keep_aspect: bool,
+        canvas: Canvas,
         metric_size: Size,
-        brightness: float | None = None,
         numbers: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self.samples, self.image_size, self.keep_aspect = list(samples), image_size, keep_aspect
-        self.metric_size, self.brightness = metric_size, brightness
-        self.things: Int[torch.Tensor, " images"] = torch.tensor([numbers.get(one.thing, -1) for one in self.samples])
+        self.samples, self.canvas, self.metric_size = list(samples), canvas, metric_size
+        things = [numbers.get(sample.thing, -1) for sample in self.samples]
+        self.things: Int[torch.Tensor, " images"] = torch.tensor(things)
         """The number of what each image shows."""
 
     def __len__(self) -> int:
@@ -63,7 +59,7 @@ class ImageDataset(Dataset[ImageBatch]):
         sample = self.samples[index]
         native = read_image(sample.path)
         size = (native.shape[1], native.shape[2])
-        image, content = fit(native, self.image_size, self.keep_aspect, self.brightness)
+        image, content = on_canvas(native, self.canvas)
         mask = torch.zeros(self.metric_size, dtype=torch.bool)
         if sample.mask is not None:
             mask = resize_mask(read_mask(sample.mask, size), self.metric_size)
@@ -155,10 +151,10 @@ class PyramidDataset(Dataset[PyramidBatch]):
         views = self._views(epoch, generator)
         first, second = (self.drawn(number, view) for view in views)
         shift = (second.shift[0] - first.shift[0], second.shift[1] - first.shift[1])
-        size, content = self.images.image_size, self._content(number)
+        size, content = self.images.canvas.image_size, self._content(number)
         image, painted, mask = torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.bool)
         if not self.plan.cached_views:
-            image = self._both(number, first, second)
+            image = self._view_pair(number, first, second)
             if self.plan.painted:
                 painted, mask = self._painted(image[0], number, views[0])
         return PyramidBatch(
@@ -182,14 +178,15 @@ class PyramidDataset(Dataset[PyramidBatch]):
         first, second = generator.choice(cached, 2, replace=cached < 2).tolist()
         return first, second
 
-    def _both(self, number: int, first: View, second: View) -> torch.Tensor:
+    def _view_pair(self, number: int, first: View, second: View) -> torch.Tensor:
         image = self.images[number].image
         return torch.stack([augment(image, first), augment(image, second)])
 
     def _content(self, number: int) -> Size:
         if number not in self._contents:
             native = native_size(self.images.samples[number].path)
-            self._contents[number] = content_size(native, self.images.image_size, self.images.keep_aspect)
+            canvas = self.images.canvas
+            self._contents[number] = content_size(native, canvas.image_size, canvas.keep_aspect)
         return self._contents[number]
 
     def drawn(self, number: int, view: int) -> View:

@@ -248,7 +248,8 @@ def rotate(y: np.ndarray, x: np.ndarray, angle: float) -> tuple[np.ndarray, np.n
 def _sample(image: np.ndarray, rows: Plane, columns: Plane) -> np.ndarray:
     """The image `[height, width, channels]` at fractional rows and columns, mirrored beyond its edges."""
     channels = np.moveaxis(image, -1, 0)
-    return np.stack([ndimage.map_coordinates(one, (rows, columns), order=1, mode="reflect") for one in channels], -1)
+    places = (rows, columns)
+    return np.stack([ndimage.map_coordinates(plane, places, order=1, mode="reflect") for plane in channels], -1)
 
 
 def _resize(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:

@@ -47,10 +47,10 @@ def images_below(root: Path) -> list[Path]:
             f"{root} has the config.yaml of a run of patchad, whose pictures are no images of the product; keep images "
             "and runs apart"
         )
-    found = sorted(path for path in files_below(root) if is_image(path.relative_to(root)) and path.is_file())
-    if not found:
+    images = sorted(path for path in files_below(root) if is_image(path.relative_to(root)) and path.is_file())
+    if not images:
         raise PatchadError(f"no images below {root} (looked for {', '.join(IMAGE_SUFFIXES)})")
-    return found
+    return images
 
 
 def files_below(root: Path) -> Iterator[Path]:
@@ -60,8 +60,8 @@ def files_below(root: Path) -> Iterator[Path]:
     are no images of the product.
     """
     for place, inner, names in os.walk(root, followlinks=True):
-        folder, above = Path(place), Path(os.path.abspath(place)).parents
-        if folder.resolve() in (one.resolve() for one in above) or is_run(folder):
+        folder, parents = Path(place), Path(os.path.abspath(place)).parents
+        if folder.resolve() in (parent.resolve() for parent in parents) or is_run(folder):
             inner.clear()
             continue
         yield from (folder / name for name in names)
@@ -94,8 +94,8 @@ def folder_images(root: Path, name: str, required: bool = True) -> list[Path]:
     if not root.is_dir():
         raise PatchadError(f"data.root {root} does not exist or is no folder")
     if not (root / name).is_dir():
-        found = sorted(path.name for path in root.iterdir() if path.is_dir())
-        raise PatchadError(f"data.root {root} has no folder {name}; it has {', '.join(found) or 'no folder'}")
+        names = sorted(path.name for path in root.iterdir() if path.is_dir())
+        raise PatchadError(f"data.root {root} has no folder {name}; it has {', '.join(names) or 'no folder'}")
     return images_below(root / name)
 
 
@@ -187,9 +187,9 @@ class MagneticTile(Layout):
         defective = {path: kind for kind in self.defect_types for path in photographs(root, kind)}
         train, tested = self._choose(free, list(defective))
         faulty = [Sample(path, kind.lower(), path.with_suffix(".png"), "test") for path, kind in defective.items()]
-        every = tiles([*free, *defective]) if self.split == "by_tile" else []
-        shown = {path: str(number) for number, tile in enumerate(every) for path in tile}
-        trained = [sample._replace(group=shown.get(sample.path)) for sample in normals(train, "train")]
+        groups = tiles([*free, *defective]) if self.split == "by_tile" else []
+        tile_numbers = {path: str(number) for number, tile in enumerate(groups) for path in tile}
+        trained = [sample._replace(group=tile_numbers.get(sample.path)) for sample in normals(train, "train")]
         return trained + normals(tested, "test") + faulty
 
     def _published(self, free: list[Path], defective: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -288,18 +288,19 @@ class Folder(Layout):
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images."""
         defective = self._own_images(root, self.abnormal, required=self.abnormal != ABNORMAL)  # if the user named it
-        given = self._own_images(root, self.normal_test) if self.normal_test else []
+        test = self._own_images(root, self.normal_test) if self.normal_test else []
         normal = self._own_images(root, self.normal)
-        if defective and not given:
-            given = seeded_choice(normal, self.test_fraction, self.seed)
-        tested = set(given)
+        if defective and not test:
+            test = seeded_choice(normal, self.test_fraction, self.seed)
+        tested = set(test)
         train = [path for path in normal if path not in tested]
-        return normals(train, "train") + normals(given, "test") + [self._defective(root, path) for path in defective]
+        return normals(train, "train") + normals(test, "test") + [self._defective(root, path) for path in defective]
 
     def _own_images(self, root: Path, name: str, required: bool = True) -> list[Path]:
         """The images below a folder, without those of other folders that lie inside it."""
-        others = [root / other for other in (self.normal, self.abnormal, self.masks, self.normal_test) if other]
-        inner = [folder for folder in others if (root / name) in folder.parents]
+        names = (self.normal, self.abnormal, self.masks, self.normal_test)
+        folders = [root / folder_name for folder_name in names if folder_name]
+        inner = [folder for folder in folders if (root / name) in folder.parents]
         return [path for path in folder_images(root, name, required) if not any(map(path.is_relative_to, inner))]
 
     def _defective(self, root: Path, path: Path) -> Sample:
@@ -337,16 +338,16 @@ def detect_layout(root: Path) -> Layout:
     Raises:
         PatchadError: if none does.
     """
-    known = {"train/good": MVTecAD, "test/good": MVTecAD, "train/ok": BTAD, "test/ok": BTAD}
-    known |= {"MT_Free": MagneticTile, "normal": Folder}
+    layouts = {"train/good": MVTecAD, "test/good": MVTecAD, "train/ok": BTAD, "test/ok": BTAD}
+    layouts |= {"MT_Free": MagneticTile, "normal": Folder}
     if not root.is_dir():
         raise PatchadError(f"data.root {root} does not exist or is no folder")
-    for marker, layout in known.items():
+    for marker, layout in layouts.items():
         if (root / marker).is_dir():
             return layout()
-    there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folder"
+    folders = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folder"
     raise PatchadError(
-        f"the layout of {root} is not known: it has {there}, and none of {', '.join(known)}; name its folders, for "
-        "example --data.layout Folder --data.layout.normal ok --data.layout.abnormal scrap (--data.layout.normal . "
+        f"the layout of {root} is not known: it has {folders}, and none of {', '.join(layouts)}; name its folders, "
+        "for example --data.layout Folder --data.layout.normal ok --data.layout.abnormal scrap (--data.layout.normal . "
         "where every image is normal)"
     )

@@ -41,12 +41,12 @@ def _cloth(y: Plane, x: Plane, rng: np.random.Generator) -> Picture:
     """Plain weave with a random phase, a small turn, and threads that differ in tone."""
     turned = rotate(y, x, rng.uniform(-0.06, 0.06))
     weft, warp = ((plane / 0.042) + rng.uniform(8, 64) for plane in turned)
-    over = (np.floor(weft) + np.floor(warp)) % 2 == 0
-    thread, other = np.where(over, weft, warp), np.where(over, warp, weft)
-    round_thread = np.sin(np.pi * (thread % 1)) ** 0.7 * (0.6 + 0.4 * np.sin(np.pi * (other % 1)))
+    weft_on_top = (np.floor(weft) + np.floor(warp)) % 2 == 0
+    thread, crossing = np.where(weft_on_top, weft, warp), np.where(weft_on_top, warp, weft)
+    round_thread = np.sin(np.pi * (thread % 1)) ** 0.7 * (0.6 + 0.4 * np.sin(np.pi * (crossing % 1)))
     tones = rng.normal(0, 0.1, (2, 256))
-    tone = np.where(over, tones[0][weft.astype(int) % 256], tones[1][warp.astype(int) % 256])
-    shade = (0.35 + 0.9 * round_thread) * (1 + tone) + np.where(over, 0.08, -0.08)
+    tone = np.where(weft_on_top, tones[0][weft.astype(int) % 256], tones[1][warp.astype(int) % 256])
+    shade = (0.35 + 0.9 * round_thread) * (1 + tone) + np.where(weft_on_top, 0.08, -0.08)
     return CLOTH * shade[..., None].astype(np.float32)
 
 
@@ -140,9 +140,9 @@ def write_synthetic(
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".synthetic-", dir=root.parent) as folder:
-        made = Path(folder) / "set"
-        _write_all(made, parameters)
-        _move(made, root, parameters)
+        source = Path(folder) / "set"
+        _write_all(source, parameters)
+        _move(source, root, parameters)
 
 
 def _check(parameters: dict[str, int]) -> None:
@@ -161,26 +161,26 @@ def _is_finished(root: Path, parameters: dict[str, int]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / MANIFEST).read_text())
+        manifest = json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise PatchadError(
             f"{root} holds no synthetic set ({MANIFEST} is missing); give another data.root, or --data.layout null to "
             "read images of your own there"
         ) from error
-    if found != parameters:
+    if manifest != parameters:
         raise PatchadError(
-            f"{root} holds a synthetic set made with {found}, not {parameters}; give another data.root, or delete this "
-            "one to have it made anew"
+            f"{root} holds a synthetic set made with {manifest}, not {parameters}; give another data.root, or delete "
+            "this one to have it made anew"
         )
     return True
 
 
-def _move(made: Path, root: Path, parameters: dict[str, int]) -> None:
+def _move(source: Path, root: Path, parameters: dict[str, int]) -> None:
     """Renames the finished set to the root, unless another process was first."""
     try:
         if root.is_dir():
             root.rmdir()  # empty: not every system renames onto an empty folder
-        os.rename(made, root)
+        os.rename(source, root)
     except OSError:
         if not _is_finished(root, parameters):
             raise

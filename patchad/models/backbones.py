@@ -177,10 +177,10 @@ class Backbone(Configurable, nn.Module, ABC):
         Raises:
             PatchadError: if a tap is unknown.
         """
-        wanted = {self.tap(name).layer: name for name in names}
+        layers = {self.tap(name).layer: name for name in names}
         features = (image - self.input_mean) / self.input_deviation
-        maps = self.compute(features.contiguous(memory_format=torch.channels_last), wanted)
-        return {wanted[layer]: features for layer, features in maps.items()}
+        maps = self.compute(features.contiguous(memory_format=torch.channels_last), layers)
+        return {layers[layer]: features for layer, features in maps.items()}
 
     def compute(
         self, features: Float[Tensor, "batch 3 height width"], layers: Collection[int]

@@ -64,20 +64,20 @@ class FeatureCache(Configurable):
         padded = [length + -length % encoder.multiple for length in size]
         taps = {encoder.tap_names[side]: encoder.taps[side] for side in encoder.sides}.values()
         numbers = sum(tap.channels * padded[0] * padded[1] // tap.stride**2 for tap in taps)
-        self.wanted = [
-            (view, on_it) for on_it in ((False, True) if painted else (False,)) for view in range(self.views)
+        self.variants = [
+            (view, defects) for defects in ((False, True) if painted else (False,)) for view in range(self.views)
         ]
-        self.gigabytes = 2 * numbers * len(self.wanted) * len(set(self.images)) / 1e9
+        self.gigabytes = 2 * numbers * len(self.variants) * len(set(self.images)) / 1e9
         if self.gigabytes > self.max_gigabytes:
             raise PatchadError(
-                f"the features of {len(paths)} images x {len(self.wanted)} views need {self.gigabytes:.1f} GB in "
+                f"the features of {len(paths)} images x {len(self.variants)} views need {self.gigabytes:.1f} GB in "
                 f"{self.folder}, more than max_gigabytes {self.max_gigabytes:g}; raise it, or set learning.cache null"
             )
 
     def missing(self) -> list[tuple[int, int, bool]]:
         """Image, view, and whether it is painted, of what is not there yet, each file's once."""
         first = {image: number for number, image in reversed(list(enumerate(self.images)))}
-        pairs = ((number, *view) for number in sorted(first.values()) for view in self.wanted)
+        pairs = ((number, *view) for number in sorted(first.values()) for view in self.variants)
         return [pair for pair in pairs if not all(self._path(*pair, side).exists() for side in self.names)]
 
     def write(

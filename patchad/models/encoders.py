@@ -212,8 +212,8 @@ class PyramidEncoder(nn.Module, ABC):
     @property
     def standardizers(self) -> dict[int, Standardize]:
         """The standardised sides."""
-        found = {side: self.patch_encoder(side).standardize for side in self.sides}
-        return {side: standardize for side, standardize in found.items() if standardize is not None}
+        modules = {side: self.patch_encoder(side).standardize for side in self.sides}
+        return {side: standardize for side, standardize in modules.items() if standardize is not None}
 
     def observe(self, features: Mapping[int, Tensor]) -> None:
         """Lets the standardised sides take note of what their encoders read."""
@@ -256,18 +256,18 @@ class DenseEncoder(PyramidEncoder):
         return {side: self.patch_encoder(side)(features[side], steps[side]) for side in self.sides}
 
     def _embed_tiles(self, prepared: Tensor, tile: int) -> dict[int, Tensor]:
-        size, found = (prepared.shape[2], prepared.shape[3]), {}
+        size, embedded = (prepared.shape[2], prepared.shape[3]), {}
         rows, columns = (spans(length, round_up(tile, self.multiple), self.margin) for length in size)
         for row, column in itertools.product(rows, columns):
             part = prepared[:, :, row.outer_start : row.outer_stop, column.outer_start : column.outer_stop]
             for side, embeddings in self._embed(part).items():
                 grid, stride = self.grid(size, side), self.strides[side]
-                whole = found.setdefault(side, embeddings.new_empty(*embeddings.shape[:2], *grid))
+                whole = embedded.setdefault(side, embeddings.new_empty(*embeddings.shape[:2], *grid))
                 inner = whole[:, :, row.start // stride : row.stop // stride]
                 inner = inner[:, :, :, column.start // stride : column.stop // stride]
                 top, left = (row.start - row.outer_start) // stride, (column.start - column.outer_start) // stride
                 inner.copy_(embeddings[:, :, top : top + inner.shape[2], left : left + inner.shape[3]])
-        return found
+        return embedded
 
     @functools.cached_property
     def margin(self) -> int:
@@ -319,12 +319,12 @@ class SlidingEncoder(PyramidEncoder):
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
         """Embeddings at every scoring position."""
         self.check_size(image)
-        padded, found = pad_to_multiple(self.prepare(image), self.multiple), {}
+        padded, embedded = pad_to_multiple(self.prepare(image), self.multiple), {}
         for side, stride in self.strides.items():
             rows, columns = self.grid((image.shape[2], image.shape[3]), side)
             embeddings = self._encode(side, cut_grid(padded, side, stride))
-            found[side] = embeddings.unflatten(0, (image.shape[0], rows, columns)).permute(0, 3, 1, 2)
-        return found
+            embedded[side] = embeddings.unflatten(0, (image.shape[0], rows, columns)).permute(0, 3, 1, 2)
+        return embedded
 
     def observable(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
         """The taps of patches side by side."""
@@ -386,7 +386,7 @@ def default_stride(side: int, tap: Tap) -> int:
         [8, 4, 8, 4]
     """
     most = max(tap.stride, min(8, side // 2))
-    return max((one for one in range(tap.stride, most + 1, tap.stride) if side % one == 0), default=tap.stride)
+    return max((stride for stride in range(tap.stride, most + 1, tap.stride) if side % stride == 0), default=tap.stride)
 
 
 def check_stride(side: int, stride: int, tap_stride: int) -> None:

@@ -183,7 +183,7 @@ class TextureEncoder(WindowEncoder):
     def pool(self, features: Float[Tensor, "batch channels rows columns"], kernel: int, step: int) -> Tensor:
         """Means and deviations."""
         features = features.float()  # at reduced precision, the difference of squares would lose its digits
-        mean, square = (F.avg_pool2d(one, kernel, stride=step) for one in (features, features.square()))
+        mean, square = (F.avg_pool2d(values, kernel, stride=step) for values in (features, features.square()))
         return torch.cat([mean, ((square - mean.square()).clamp(min=0) + self.least_variance).sqrt()], dim=1)
 
 

@@ -52,11 +52,11 @@ class Timm(Backbone):
     def build(self) -> nn.Module:
         """The network without its classifier; taps, normalisation and size are what timm says of it."""
         network, any_size = create(self.name)
-        told = network.pretrained_cfg
-        self.mean, self.deviation = told["mean"], told["std"]
-        self.only_size = None if any_size or not told.get("fixed_input_size") else tuple(told["input_size"][1:])
-        maps = [(one["reduction"], one["num_chs"]) for one in network.feature_info]
-        self.taps = taps_by_depth([Tap(index, *one) for index, one in enumerate(maps)])
+        config = network.pretrained_cfg
+        self.mean, self.deviation = config["mean"], config["std"]
+        self.only_size = None if any_size or not config.get("fixed_input_size") else tuple(config["input_size"][1:])
+        shapes = [(info["reduction"], info["num_chs"]) for info in network.feature_info]
+        self.taps = taps_by_depth([Tap(index, *shape) for index, shape in enumerate(shapes)])
         self.side_taps = side_taps_by_depth(self.taps)
         return network
 
@@ -78,8 +78,8 @@ class Timm(Backbone):
 
     def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The classifier is left out."""
-        told = self.layers.pretrained_cfg.get("classifier") or ()
-        heads = tuple(f"{head}." for head in ([told] if isinstance(told, str) else told))
+        names = self.layers.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{head}." for head in ([names] if isinstance(names, str) else names))
         return {name: value for name, value in state.items() if not name.startswith(heads)}
 
     @property
@@ -110,17 +110,17 @@ class Timm(Backbone):
         Raises:
             PatchadError: if the network does not take images of that size, or a tap has other cells than timm says.
         """
-        wanted, strides = sorted(layers), {tap.layer: tap.stride for tap in self.taps.values()}
-        padded = self._padded(features, math.lcm(*(strides[layer] for layer in wanted)))
-        found = self.layers.forward_intermediates(padded, indices=wanted, stop_early=True, intermediates_only=True)
-        for layer, values in zip(wanted, found, strict=True):
+        depths, strides = sorted(layers), {tap.layer: tap.stride for tap in self.taps.values()}
+        padded = self._padded(features, math.lcm(*(strides[layer] for layer in depths)))
+        maps = self.layers.forward_intermediates(padded, indices=depths, stop_early=True, intermediates_only=True)
+        for layer, values in zip(depths, maps, strict=True):
             if values.shape[2:] != cells(padded, strides[layer]):
                 raise PatchadError(
                     f"{self.title} has {tuple(values.shape[2:])} cells where timm promises one every {strides[layer]} "
                     f"pixels of {tuple(padded.shape[2:])}; take another network, or other taps"
                 )
-        extents = {layer: cells(features, strides[layer]) for layer in wanted}
-        whole = zip(extents.items(), found, strict=True)
+        extents = {layer: cells(features, strides[layer]) for layer in depths}
+        whole = zip(extents.items(), maps, strict=True)
         return {layer: values[:, :, :rows, :columns] for (layer, (rows, columns)), values in whole}
 
     def _padded(self, features: Float[Tensor, "batch 3 height width"], multiple: int) -> Tensor:
@@ -167,8 +167,8 @@ def create(name: str, pretrained: bool = False) -> tuple[Any, bool]:
     """
     timm = import_timm()
     if not timm.is_model(name) or ("." in name and not timm.is_model_pretrained(name)):
-        known = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()])
-        nearest = f"; nearest: {', '.join(known)}" if known else ""
+        names = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()])
+        nearest = f"; nearest: {', '.join(names)}" if names else ""
         raise PatchadError(f"timm {timm.__version__} has no network {name}{nearest} (timm.list_models() names all)")
     try:
         network, any_size = timm.create_model(name, pretrained, num_classes=0, dynamic_img_size=True), True

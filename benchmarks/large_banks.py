@@ -12,11 +12,18 @@ from collections.abc import Iterator
 import numpy as np
 from jsonargparse import auto_cli
 
-from patchad.nearest import POINTS_PER_LIST, PROBES, faiss, list_count
+from patchad.nearest import faiss
 
 DIM, RANK, CHUNK = 64, 8, 250_000
 SAMPLE = 500_000
 """Vectors that lists and codes are trained on."""
+PROBES, POINTS_PER_LIST = 32, 64
+"""Lists that a query looks into, and vectors that a list's centre is trained on."""
+
+
+def list_count(vectors: int) -> int:
+    """Into how many lists an index of that many vectors is divided: 4 sqrt(vectors)."""
+    return 4 * round(vectors**0.5)
 
 
 def main(

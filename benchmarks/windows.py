@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
+from benchmarks.large_banks import POINTS_PER_LIST, PROBES, list_count
 from benchmarks.products import HALVES
 from patchad import PyramidDataModule
 from patchad.metrics import per_region_overlap
 from patchad.models import EfficientNetLite0, WindowEncoder
-from patchad.nearest import search, search_index
+from patchad.nearest import faiss, search
 from patchad.pyramid import fold
 from patchad.scoring import gaussian, top_mean
 
@@ -137,9 +138,13 @@ def embedded(encoder: WindowEncoder, step: int, values: Tensor) -> Tensor:
 
 
 def nearest(vectors: Tensor, queries: Tensor) -> Tensor:
-    """The distance of each query to the nearest vector that inverted lists find."""
-    number = search(search_index(vectors, exact_most=0), queries, 1)[:, 0]
-    return (queries - vectors[number]).norm(dim=1)
+    """The distance of each query to the nearest vector that inverted lists of half precision find."""
+    index = faiss.index_factory(vectors.shape[1], f"IVF{list_count(len(vectors))},SQfp16")
+    lists = faiss.extract_index_ivf(index)
+    lists.nprobe, lists.cp.max_points_per_centroid = PROBES, POINTS_PER_LIST
+    index.train(vectors.contiguous())
+    index.add(vectors.contiguous())
+    return (queries - vectors[search(index, queries, 1)[:, 0]]).norm(dim=1)
 
 
 def resized(maps: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def divide(vectors: Float[Tensor, "vectors dim"], seed: int = 0) -> Int[Tensor, 
     count = round(len(vectors) ** 0.5)
     step = max(1, len(vectors) // (SAMPLED * count))
     centres = kmeans(vectors[::step], count, iterations=ITERATIONS, seed=seed)
-    home = search(search_index(centres, exact_most=count), vectors, 1)[:, 0]
+    home = search(search_index(centres), vectors, 1)[:, 0]
     groups = home.argsort(stable=True).split(home.bincount(minlength=count).tolist())
     longest = math.ceil(len(vectors) / count)
     lists = [piece for members in groups if len(members) for piece in cut(members, vectors[members], longest)]

@@ -268,7 +268,7 @@ class MemoryBank(nn.Module):
         if self._index is None:
             allowance = self._allowance
             lifted = torch.cat([self.vectors, (allowance.max() - allowance).sqrt()[:, None]], dim=1)
-            self._index = search_index(lifted, exact_most=len(lifted))
+            self._index = search_index(lifted)
         flat = F.pad(queries.float().flatten(0, -2), (0, 1))
         return search(self._index, flat, 1)[:, 0].reshape(queries.shape[:-1])
 
@@ -342,4 +342,4 @@ def kcenter(vectors: Float[Tensor, "vectors dim"], count: int, progress: bool = 
 def kmeans_medoids(vectors: Float[Tensor, "vectors dim"], count: int, seed: int = 0) -> Int[Tensor, " chosen"]:
     """Numbers of the vectors nearest to the centroids of K-means; where two share one, there are fewer than `count`."""
     centroids = kmeans(vectors, count, iterations=REDUCING_ITERATIONS, seed=seed)
-    return search(search_index(vectors, exact_most=len(vectors)), centroids, 1).unique()
+    return search(search_index(vectors), centroids, 1).unique()

@@ -27,8 +27,6 @@ faiss.cvar.distance_compute_blas_threshold = 0
 GROUP, BLOCK = 20, 1000
 """In the search of exported files: vectors of which only the least distance is looked at first, and vectors, a multiple
 of them, whose distances are held at once."""
-PROBES, POINTS_PER_LIST = 32, 64
-"""In banks too large to search whole: lists that a query looks into, and vectors that a list's centre is trained on."""
 
 
 def on_device(index: faiss.Index, device: torch.device) -> faiss.Index:
@@ -45,22 +43,10 @@ def gpu_resources(number: int) -> "faiss.StandardGpuResources":
     return faiss.StandardGpuResources()
 
 
-def search_index(vectors: Float[Tensor, "vectors dim"], exact_most: int) -> faiss.Index:
-    """A faiss index of the vectors, on their GPU where they are on one.
-
-    Exact up to `exact_most` vectors. Above, vectors are stored at half precision in 4 sqrt(vectors) lists, of which a
-    query looks into the `PROBES` nearest; a test holds that nearly all neighbours are found.
-    """
-    count, dim = vectors.shape
-    index = faiss.IndexFlatL2(dim)
-    if count > exact_most:
-        index = faiss.index_factory(dim, f"IVF{list_count(count)},SQfp16")
-        lists = faiss.extract_index_ivf(index)
-        lists.nprobe, lists.cp.max_points_per_centroid = PROBES, POINTS_PER_LIST
-    index = on_device(index, vectors.device)
-    values = readable(vectors, index)
-    index.train(values)
-    index.add(values)
+def search_index(vectors: Float[Tensor, "vectors dim"]) -> faiss.Index:
+    """An exact faiss index of the vectors, on their GPU where they are on one."""
+    index = on_device(faiss.IndexFlatL2(vectors.shape[1]), vectors.device)
+    index.add(readable(vectors, index))
     return index
 
 
@@ -73,11 +59,6 @@ def readable(values: Tensor, index: faiss.Index) -> Tensor:
     """Values as an index takes them: contiguous float32, on its GPU or, where it has none, on the CPU."""
     on_gpu = hasattr(index, "getDevice")
     return (values if on_gpu else values.cpu()).float().contiguous()
-
-
-def list_count(vectors: int) -> int:
-    """Into how many lists an index of that many vectors is divided: 4 sqrt(vectors)."""
-    return 4 * round(vectors**0.5)
 
 
 def nearest_by_product(

@@ -40,6 +40,12 @@ def test_a_refit_starts_from_the_last_centroids(blobs):
     before = labels(blobs)
     labels.refit(blobs + 0.01)
     assert churn(before, labels(blobs + 0.01)) < 0.05  # the clusters keep their numbers
+    labels.refit(blobs)
+    before = labels(blobs)
+    with torch.no_grad():
+        labels.centroids.copy_(labels.centroids.flip(0))
+    labels.refit(blobs)
+    assert torch.equal(labels(blobs), 5 - before)  # from where they are, not from the seed
     other = PseudoLabels(6, 8, seed=1)
     other.refit(blobs)
     assert churn(before, other(blobs)) > 0.3

@@ -176,6 +176,27 @@ def test_magnetic_tile_has_the_published_counts(shared):
     assert found == expected | {("test", "crack"): 57, ("test", "fray"): 32, ("test", "uneven"): 103}
 
 
+def test_by_tile_whole_tiles_are_trained_on_tested_or_left_out(tmp_path):
+    """Ten clean tiles under three exposures each, and an eleventh that has a crack under the second."""
+    free = [f"MT_Free/Imgs/exp{e}_num_{10 * tile + e}.jpg" for tile in range(10) for e in (1, 2, 3)]
+    faulty = ["MT_Free/Imgs/exp1_num_200.jpg", "MT_Crack/Imgs/exp2_num_201.jpg", "MT_Free/Imgs/exp3_num_202.jpg"]
+    others = [f"MT_{kind}/Imgs/exp1_num_{n}.jpg" for n, kind in enumerate(("Blowhole", "Break", "Fray", "Uneven"), 300)]
+    touch(tmp_path, *free, *faulty, *others)
+    samples = MagneticTile("by_tile", test_fraction=0.3, seed=1).samples(tmp_path)
+    names = {
+        split: {s.path.name for s in samples if s.split == split and s.defect == "good"} for split in ("train", "test")
+    }
+    numbers = {split: {int(name.split("_")[-1][:-4]) // 10 for name in found} for split, found in names.items()}
+    assert len(numbers["test"]) == 3 and len(numbers["train"]) == 7 and not numbers["train"] & numbers["test"]
+    assert len(names["train"]) == 21 and len(names["test"]) == 9  # nothing of the tile with the crack
+    assert [sample.path.name for sample in samples if sample.defect == "crack"] == ["exp2_num_201.jpg"]
+    things: dict[str, set[int]] = {}
+    for sample in samples:
+        if sample.split == "train":
+            things.setdefault(sample.thing, set()).add(int(sample.path.stem.split("_")[-1]) // 10)
+    assert len(things) == 7 and all(len(tile) == 1 for tile in things.values())
+
+
 @pytest.mark.data
 def test_by_tile_no_tile_is_on_both_sides(shared):
     root = shared / "data/magnetic_tile"

@@ -503,6 +503,15 @@ def test_images_that_lie_in_the_bank_have_no_distance(product, tmp_path):
         assert values.max() < 0.02 * model.scorer.scale[model.model.sides.index(side)]
 
 
+@torch.inference_mode()
+def test_a_score_at_the_threshold_is_normal_and_one_above_it_anomalous(fitted):
+    model, image = PatchDetector.load_from_checkpoint(fitted, weights_only=True).eval(), torch.rand(1, 3, 96, 96)
+    score = model(image).score[0]
+    for threshold, anomalous in ((score, False), (score.nextafter(torch.zeros(())), True)):
+        model.scorer.threshold.fill_(threshold)
+        assert bool(model(image).anomalous) == anomalous
+
+
 def test_a_model_that_was_never_fitted_says_so():
     with pytest.raises(PatchadError, match="patchad fit"):
         detector().eval()(torch.rand(1, 3, 96, 96))

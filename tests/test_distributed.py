@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from patchad.cli import main
 from patchad.data.synthetic import write_synthetic
 
 OPTIONS = [
@@ -22,27 +23,32 @@ OPTIONS = [
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
-def patchad(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "patchad", *arguments]
-    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+def patchad(folder: Path, *arguments: str) -> None:
+    """In processes of its own where there are to be several, else in this one."""
+    if TWO[0] not in arguments:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["patchad"])
+            patch.setattr(sys, "path", list(sys.path))
+            return main(list(arguments))
+    command, threads = [sys.executable, "-m", "patchad", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=threads, timeout=300)
     assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    return None
 
 
 def run(folder: Path, root: Path, *options: str) -> tuple[dict, dict[str, float], list]:
     """Fits, tests and predicts: the tensors, the test metrics by name, and the rows of scores.csv."""
-    name = "two" if options else "one"
-    version = f"--trainer.logger.version={name}"
-    patchad(folder, "fit", f"--data.root={root}", *OPTIONS, *options, version)
-    checkpoint = f"runs/{name}/checkpoints/last.ckpt"
-    tested = patchad(folder, "test", f"--ckpt_path={checkpoint}", *OPTIONS[-2:], *options, version)
-    patchad(
-        folder, "predict", f"--ckpt_path={checkpoint}", f"--data.root={root}/test", *OPTIONS[-2:], *options, version
-    )
-    rows = [line.split("│") for line in tested.splitlines() if "test/" in line]
-    metrics = {row[1].strip(): float(row[2]) for row in rows}
-    scores = (folder / "runs" / name / "predictions/scores.csv").read_text().splitlines()
+    names = {verb: f"{verb}-{len(options)}" for verb in ("fit", "test", "predict")}
+    version = {verb: f"--trainer.logger.version={name}" for verb, name in names.items()}
+    checkpoint = f"runs/{names['fit']}/checkpoints/last.ckpt"
+    kept = [f"--ckpt_path={checkpoint}", *OPTIONS[-2:], *options]
+    patchad(folder, "fit", f"--data.root={root}", *OPTIONS, *options, version["fit"])
+    patchad(folder, "test", *kept, version["test"])
+    patchad(folder, "predict", f"--data.root={root}/test", *kept, version["predict"])
+    (row,) = csv.DictReader((folder / "runs" / names["test"] / "metrics.csv").read_text().splitlines())
+    metrics = {name: float(value) for name, value in row.items() if name.startswith("test/")}
+    scores = (folder / "runs" / names["predict"] / "predictions/scores.csv").read_text().splitlines()
     return torch.load(folder / checkpoint, weights_only=True)["state_dict"], metrics, list(csv.DictReader(scores))
 
 

@@ -152,3 +152,11 @@ def test_a_large_bank_finds_on_the_gpu_what_it_finds_on_the_cpu(large):
     found = bank(clustered(4000), exact_most=1000)
     found.load_state_dict(large.state_dict())
     torch.testing.assert_close(found.cuda().distances(queries.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_digits_are_kept_where_all_vectors_lie_far_from_zero():
+    vectors, queries = clustered(2000), clustered(100, seed=9)
+    near, far = bank(vectors, exact_most=1000), bank(vectors + 1000, exact_most=1000)
+    far.lists = near.lists
+    agree = near._nearest(queries[None]) == far._nearest(queries[None] + 1000)
+    assert agree.float().mean() > 0.9

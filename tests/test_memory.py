@@ -277,3 +277,23 @@ def test_a_bank_of_one_image_compares_it_with_nothing():
     bank.finish()
     with pytest.raises(PatchadError, match="patches of one image alone"):
         bank.distances(torch.rand(1, 5, 6), own=torch.tensor([0]))
+
+
+def test_the_exported_search_loses_no_digits_where_all_vectors_lie_far_from_zero():
+    random = torch.Generator().manual_seed(3)
+    vectors, queries = (1000 + torch.rand(count, 8, generator=random) for count in (300, 50))
+    expected = torch.cdist(queries.double(), vectors.double()).argmin(1)
+    assert torch.equal(nearest_by_product(queries[None], vectors, torch.zeros(300))[0], expected)
+
+
+@pytest.mark.parametrize("exact_most", [10, 1000])
+def test_a_bank_that_was_searched_forgets_its_index_when_another_is_loaded(exact_most, monkeypatch):
+    monkeypatch.setattr(MemoryBank, "exact_most", exact_most)
+    bank, other = filled(seed=0), filled(seed=0)
+    other.vectors.add_(5.0)
+    other._forget()
+    queries = torch.rand(1, 7, DIM)
+    before = bank.distances(queries)
+    bank.load_state_dict(other.state_dict())
+    torch.testing.assert_close(bank.distances(queries), other.distances(queries))
+    assert (bank.distances(queries) > before + 1).all()

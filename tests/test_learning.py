@@ -413,12 +413,15 @@ class Modes(Callback):
         assert not torch.equal(self.before, self.trained)
 
 
-def test_what_is_probed_and_remembered_is_embedded_as_it_is_scored_and_trains_nothing(product, tmp_path):
+@pytest.mark.parametrize("limit", [{}, {"limit_val_batches": 0}], ids=["before validations", "at the end"])
+def test_what_is_probed_and_remembered_is_embedded_as_it_is_scored_and_trains_nothing(limit, product, tmp_path):
     learning = partial(Learning, losses=[RelativeSimilarity()], clusters=8, warmup=0.0)
     bank = partial(MemoryBank, max_vectors=None, baseline=0.0)
     model = PatchDetector(EfficientNetLite0(trainable="all"), LearnedEncoder, learning=learning, bank=bank)
     data = images(product, pyramids_per_image=4)
-    trainer(tmp_path, Modes(), max_epochs=2, check_val_every_n_epoch=1).fit(model, data)
+    modes = Modes()
+    trainer(tmp_path, modes, max_epochs=2, check_val_every_n_epoch=1, **limit).fit(model, data)
+    assert torch.equal(modes.norm(model).running_mean, modes.trained)
     batch = next(iter(data.normal_dataloader()))
     with torch.no_grad():
         embeddings = model.eval().model.embed(batch.image)[16].flatten(2).transpose(1, 2)

@@ -83,7 +83,8 @@ class PatchadCLI(LightningCLI):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if checkpoint and self.trainer.is_global_zero:
-            print(f"checkpoint: {checkpoint}\nnext:       patchad test --ckpt_path {checkpoint}")
+            verb = "test" if len(self.datamodule.test_set) else "predict --data.root NEW_FOLDER"
+            print(f"checkpoint: {checkpoint}\nnext:       patchad {verb} --ckpt_path {checkpoint}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

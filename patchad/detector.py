@@ -100,17 +100,21 @@ class Detector(Configurable, LightningModule, Generic[Model]):
         raise NotImplementedError
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """None where nothing is learned."""
+        """None where nothing is learned; whatever was lent is taken back, now that it was looked at."""
+        self._take_back()
         return []
+
+    def _take_back(self) -> None:
+        if self._lends:
+            next(self.parameters()).requires_grad_(False)
+            self._lends = False
 
     # what is normal
 
     def on_fit_start(self) -> None:
         """Knows nothing yet: another fit of this model may take as many steps, and has images of its own."""
         self._known_at, self.model.canvas = None, self._data.canvas
-        if self._lends:
-            next(self.parameters()).requires_grad_(False)
-            self._lends = False
+        self._take_back()
 
     def on_fit_end(self) -> None:
         """Knows what is normal also where no epoch and no checkpoint asked for it."""

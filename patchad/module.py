@@ -128,7 +128,7 @@ class PatchDetector(Detector[PatchModel]):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam over all that is trainable; none where nothing is learned."""
         if self.learning is None:
-            return []
+            return super().configure_optimizers()
         trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
         return [torch.optim.Adam(trained, lr=self.learning.learning_rate)]
 
@@ -159,6 +159,8 @@ class PatchDetector(Detector[PatchModel]):
         paths = [str(sample.path) for sample in data.train_set.samples]
         missing = features.open(paths, data.view_settings, data.image_size, learning.paints)
         self.trainer.strategy.barrier()  # all processes have seen the same before one of them writes
+        if features.place:
+            rank_zero_info(f"feature cache: {features.place}, {len(missing)} views to compute")
         if missing:
             for views in self._batches(data.views_dataloader(missing), "Caching features"):
                 features.keep(*views)

@@ -181,6 +181,12 @@ class Watch(Callback):
 """
 
 
+def test_a_fit_of_good_images_alone_goes_on_with_predict(product, here, capsys):
+    good = ["--data.layout=Folder", "--data.layout.normal=.", f"--data.root={product}/train/good"]
+    main(["fit", *good, *LITE, *SMALL])
+    assert "next:       patchad predict --data.root NEW_FOLDER --ckpt_path runs/" in capsys.readouterr().out
+
+
 def test_configs_compose_and_print(here, capsys):
     (here / "fast").mkdir()  # a folder is no config
     layout = ["--data.layout=MagneticTile", "--data.layout.split=by_tile", "--data.root=x"]

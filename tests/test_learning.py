@@ -151,10 +151,12 @@ def test_sides_whose_neighbours_do_not_fit_are_named_with_the_size_they_need(pro
     assert len(said) == 1 and said[0].startswith("side 64") and said[0].endswith("they need image_size of at least 128")
 
 
-def test_the_same_seed_gives_the_same_tensors_with_workers_and_a_cache_that_is_filled(fitted, product):
+def test_the_same_seed_gives_the_same_tensors_with_workers_and_a_cache_that_is_filled(fitted, product, caplog):
     cache = FeatureCache(str(fitted / "features"))
     again = fitted / "again"
-    trainer(again).fit(detector(cache=cache), images(product, num_workers=2))
+    with caplog.at_level("INFO"):
+        trainer(again).fit(detector(cache=cache), images(product, num_workers=2))
+    assert f"feature cache: 0.00 GB in {cache.home}, 0 views to compute" in caplog.messages
     assert same(state(fitted), state(again))
 
 

@@ -20,9 +20,10 @@ class Features:
 
     Attributes:
         views: how many views of each image there are; 0 where each epoch makes views of its own.
+        place: how large what is kept is, and where it lies; empty where nothing is.
     """
 
-    views = 0
+    views, place = 0, ""
 
     def __init__(self, encoder: PyramidEncoder) -> None:
         self.encoder = encoder
@@ -82,6 +83,7 @@ class CachedFeatures(Features):
             PatchadError: if the cache would be too large, or the backbone is fine-tuned.
         """
         self.cache.open(paths, key, self.encoder, size, painted)
+        self.place = f"{self.cache.gigabytes:.2f} GB in {self.cache.home}"
         return self.cache.missing()
 
     def keep(self, numbers: Tensor, views: Tensor, painted: Tensor, images: Tensor, masks: Tensor) -> None:

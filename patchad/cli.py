@@ -20,7 +20,7 @@ from patchad.commands import DetectorTrainer
 from patchad.data.datamodule import PyramidDataModule
 from patchad.detector import Detector
 from patchad.errors import PatchadError
-from patchad.model import read_checkpoint
+from patchad.model import check_exists, read_checkpoint
 
 CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
@@ -71,7 +71,7 @@ class PatchadCLI(LightningCLI):
         """Checks one that a config names; Lightning would put the checkpoint's settings above the caller's options."""
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and not is_lightnings(str(path)):
-            check_exists(Path(path))
+            check_exists(Path(path), "--ckpt_path")
 
     def predict(self, **settings: Any) -> None:
         """Lightning's, which would keep every map in memory; the `Predictions` callback has written them."""
@@ -192,12 +192,6 @@ def with_checkpoint_settings(arguments: list[str]) -> list[str]:
 def is_lightnings(path: str) -> bool:
     """Whether only Lightning knows where that checkpoint is."""
     return path in LIGHTNINGS_WORDS or "://" in path
-
-
-def check_exists(path: Path) -> None:
-    """Raises PatchadError unless there is a checkpoint."""
-    if not path.is_file():
-        raise PatchadError(f"--ckpt_path {path} does not exist; patchad fit prints the path of its checkpoint")
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:

@@ -22,7 +22,7 @@ from patchad.metrics import AnomalyMetrics
 from patchad.model import CHECKPOINT_FORMAT, ScoringModel, check_format
 from patchad.pyramid import crop_resize
 from patchad.scoring import Scorer
-from patchad.spec import Configurable, spec
+from patchad.spec import Configurable, changed_settings, spec
 from patchad.types import ImageBatch, Prediction
 
 Model = TypeVar("Model", bound=ScoringModel)
@@ -114,7 +114,7 @@ class Detector(Configurable, LightningModule, Generic[Model]):
     def on_fit_start(self) -> None:
         """Knows nothing yet: another fit of this model may take as many steps, and has images of its own."""
         self._known_at, self.model.canvas = None, self._data.canvas
-        self._take_back()
+        self._take_back()  # also where another configure_optimizers, such as of --optimizer, took this one's place
 
     def on_fit_end(self) -> None:
         """Knows what is normal also where no epoch and no checkpoint asked for it."""
@@ -247,9 +247,7 @@ class Detector(Configurable, LightningModule, Generic[Model]):
         self.model.check_fitted(fitted)
         if checkpoint["patchad_canvas"] is not None:
             self.model.canvas = Canvas.of(checkpoint["patchad_canvas"])
-        changed = [f"{name} {value}, not {current[name]}" for name, value in fitted.items() if current[name] != value]
-        if changed and not self._fitting:
-            settings = "; ".join(changed)
+        if (settings := changed_settings(fitted, current)) and not self._fitting:
             rank_zero_warn(f"the threshold was set with {settings}: verdicts do not hold; fit for one of its own")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

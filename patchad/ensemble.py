@@ -86,8 +86,9 @@ class Ensemble(Detector[EnsembleModel]):
     def _member(self, source: str) -> PatchModel:
         if source.startswith("{"):  # a checkpoint of the ensemble fills it
             return made(PatchModel, json.loads(source))
-        self.fitted_on[source] = read_checkpoint(Path(source), "member")[PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY]
-        return PatchModel.load(source)
+        checkpoint = read_checkpoint(Path(source), "member")
+        self.fitted_on[source] = checkpoint[PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY]
+        return PatchModel.of_checkpoint(checkpoint, source)
 
     def setup(self, stage: str) -> None:
         """Also checks that the members were fitted on what the ensemble is fitted on.

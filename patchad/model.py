@@ -58,7 +58,15 @@ class ScoringModel(Configurable, nn.Module):
         Raises:
             PatchadError: if there is no checkpoint, or it is of another kind of model.
         """
-        checkpoint = read_checkpoint(Path(path))
+        return cls.of_checkpoint(read_checkpoint(Path(path)), path).to(device)
+
+    @classmethod
+    def of_checkpoint(cls: type["Loaded"], checkpoint: Mapping[str, Any], path: str | Path) -> "Loaded":
+        """The model of a checkpoint that was read, in eval mode; an error names its path.
+
+        Raises:
+            PatchadError: if it is of another kind of model.
+        """
         try:
             model = made(cls, checkpoint["patchad_model"])
         except PatchadError as error:
@@ -66,7 +74,7 @@ class ScoringModel(Configurable, nn.Module):
         state = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
         model.canvas = Canvas.of(checkpoint["patchad_canvas"])
-        return model.to(device).eval()
+        return model.eval()
 
     def forward(
         self,
@@ -416,8 +424,7 @@ def read_checkpoint(path: Path, name: str = "checkpoint") -> dict[str, Any]:
     Raises:
         PatchadError: if it is missing, not readable, or of another format.
     """
-    if not path.is_file():
-        raise PatchadError(f"{name} {path} does not exist; patchad fit prints the path of its checkpoint")
+    check_exists(path, name)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -425,6 +432,12 @@ def read_checkpoint(path: Path, name: str = "checkpoint") -> dict[str, Any]:
         raise PatchadError(f"{name} {path} is not a checkpoint of patchad's: {reason}") from error
     check_format(checkpoint, f"{name} {path}")
     return checkpoint
+
+
+def check_exists(path: Path, name: str) -> None:
+    """Raises PatchadError unless there is a checkpoint, which an error calls by that name."""
+    if not path.is_file():
+        raise PatchadError(f"{name} {path} does not exist; patchad fit prints the path of its checkpoint")
 
 
 def check_format(checkpoint: Mapping[str, Any], name: str = "the checkpoint") -> None:

@@ -87,8 +87,10 @@ class PatchDetector(Detector[PatchModel]):
 
     def _made(self, learning: LearningFactory | None) -> Learning | None:
         """The learning, where there is something to learn."""
-        if learning is None or self.model.learns:
-            return learning and learning(self.model.encoder)
+        if learning is None:
+            return None
+        if self.model.learns:
+            return learning(self.model.encoder)
         rank_zero_warn(f"{self._encoder_name} does not learn: model.learning is left out; give --config learned")
         return None
 

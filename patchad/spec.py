@@ -150,6 +150,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(spec(value), sort_keys=True).encode()).hexdigest()[:8]
 
 
+def changed_settings(fitted: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """What a fit had otherwise, in words; empty where nothing changed.
+
+    Example:
+        >>> changed_settings({"mode": "dense", "tile": 8}, {"mode": "sliding", "tile": 8})
+        'mode dense, not sliding'
+    """
+    names = [name for name in fitted if current[name] != fitted[name]]
+    return "; ".join(f"{name} {fitted[name]}, not {current[name]}" for name in names)
+
+
 def hyperparameters(configurable: Configurable) -> dict[str, Any]:
     """What Lightning stores in a checkpoint to build the object again, in the format of its command line.
 

@@ -11,19 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import SMALL
 
 from patchad import PatchModel
 from patchad.cli import CONFIGS, main
 from patchad.data.synthetic import write_synthetic
 from patchad.images import read_image
 
-SMALL = [
-    "--data.image_size=[96,96]",
-    "--data.metric_size=[96,96]",
-    "--data.num_workers=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-]
 FEW = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--trainer.limit_train_batches=2"]
 SHORTER = {
     "default": [],

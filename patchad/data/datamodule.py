@@ -25,11 +25,8 @@ from patchad.data.datasets import (
 from patchad.data.defects import FORMAT, SMALLEST
 from patchad.data.layouts import Layout, detect_layout, images_below, printable
 from patchad.errors import PatchadError
-from patchad.images import (
-    Augmentations,
-    native_size,
-)
-from patchad.spec import Configurable, hyperparameters
+from patchad.images import Augmentations, native_size
+from patchad.spec import Configurable, changed_settings, hyperparameters
 from patchad.types import NORMAL, UNKNOWN, PyramidPlan, Sample
 
 MOST_SHIFT = 2
@@ -229,12 +226,8 @@ class PyramidDataModule(Configurable, LightningDataModule):
         """Warns where options bring images to something else than a checkpoint's; a fit fills a bank of its own."""
         if self._doing == TrainerFn.FITTING:
             return
-        settings = self.state_dict()
-        changed = [
-            f"{name} {value}, not {settings[name]}" for name, value in state_dict.items() if settings[name] != value
-        ]
-        if changed:
-            rank_zero_warn(f"bank and threshold are of images of {'; '.join(changed)}: verdicts do not hold")
+        if settings := changed_settings(state_dict, self.state_dict()):
+            rank_zero_warn(f"bank and threshold are of images of {settings}: verdicts do not hold")
 
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""

@@ -7,7 +7,9 @@ under the hash of its resolved configuration, so a table that was stopped goes o
 the code: after a change that fits or scores differently, give another `--folder`.
 """
 
+import contextlib
 import csv
+import io
 import json
 import statistics
 import subprocess
@@ -25,6 +27,7 @@ from torch import nn
 
 import patchad.models
 from benchmarks.speed import filled
+from patchad import cli
 from patchad.model import ScoringModel
 from patchad.spec import digest
 from patchad.timing import alternate
@@ -137,7 +140,7 @@ def main(
 
 
 @torch.inference_mode()
-def print_models(names: Sequence[str]) -> None:
+def print_models(names: Sequence[str], repeats: int = 10) -> None:
     """Size, depth and time of each backbone up to its deepest tap, and of the whole model, with random weights."""
     print("| backbone | convolutions | its parameters | those of the encoders | its ms per image | all ms per image |")
     print("|---|---|---|---|---|---|")
@@ -147,7 +150,7 @@ def print_models(names: Sequence[str]) -> None:
         taps = sorted(set(model.encoder.tap_names.values()))
         tasks[name, "backbone"] = partial(model.encoder.backbone, image, taps)
         tasks[name, "all"] = partial(model, image)
-    times = {task: statistics.median(runs) for task, runs in alternate(tasks, repeats=10).items()}
+    times = {task: statistics.median(runs) for task, runs in alternate(tasks, repeats).items()}
     for name, model in scoring.items():
         encoder = model.encoder
         used = encoder.backbone.until(encoder.tap_names.values())
@@ -191,7 +194,7 @@ def fit(
     members = [fit(member, images, seed, weights, folder, validations, options) for member in row.get("members", [])]
     if members:
         given += ["--model.members", json.dumps([str(member.checkpoint) for member in members])]
-    resolved = yaml.safe_load(run_patchad("fit", *given, *images.options, "--print_config"))
+    resolved = configuration(*given, *images.options)
     key = f"{digest(without_place(resolved))}-{digest([images.options, validations])}-{seed}"
     epochs = resolved["trainer"]["max_epochs"]
     watched = ["--data.validate_on", "test" if validations > 1 else "none"]
@@ -225,25 +228,31 @@ def tested(row: dict[str, Any], fitted: Fitted) -> Result:
     )
 
 
-def run_patchad(*arguments: str) -> str:
-    """What a command of patchad prints.
+def configuration(*options: str) -> dict[str, Any]:
+    """What a fit with these options resolves to.
+
+    Raises:
+        RuntimeError: if they are refused.
+    """
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        cli.main(["fit", *options, "--print_config"])
+    if not printed.getvalue():
+        raise RuntimeError(f"patchad fit refuses {' '.join(options)}")
+    return yaml.safe_load(printed.getvalue())
+
+
+def timed(*arguments: str) -> float:
+    """The seconds that a command of patchad takes, in a process of its own.
 
     Raises:
         NoWeightsError: if it ends with an error about weights.
     """
-    command = [sys.executable, "-m", "patchad", *arguments]
+    command, start = [sys.executable, "-m", "patchad", *arguments], time.perf_counter()
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         if NO_WEIGHTS in ended.stderr:
             raise NoWeightsError
         raise RuntimeError(f"{' '.join(command)}\n{ended.stderr}")
-    return ended.stdout
-
-
-def timed(*arguments: str) -> float:
-    """The seconds that a command takes."""
-    start = time.perf_counter()
-    run_patchad(*arguments)
     return time.perf_counter() - start
 
 

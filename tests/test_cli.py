@@ -407,8 +407,7 @@ def test_a_bug_keeps_its_traceback(here, product):
         "    def samples(self, root):",
         "        unknown_name",
     ]
-    (here / "mine.py").write_text("\n".join(body))
-    command = [sys.executable, "-m", "patchad", "fit", f"--data.root={product}", "--data.layout=mine.Twice", *LITE]
-    finished = subprocess.run([*command, *SMALL], capture_output=True, text=True, env={**os.environ})
-    assert finished.returncode == 1
-    assert "NameError: name 'unknown_name'" in finished.stderr and "Traceback" in finished.stderr
+    (here / "broken.py").write_text("\n".join(body))
+    with pytest.raises(NameError, match="name 'unknown_name'") as raised:
+        main(["fit", f"--data.root={product}", "--data.layout=broken.Twice", *LITE, *SMALL])
+    assert raised.traceback[-1].path == here / "broken.py"

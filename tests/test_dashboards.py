@@ -2,14 +2,16 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
+
+from patchad.cli import main
 
 BLOCK, FILE_HEADER, CHUNK_HEADER = 32768, 7, 7
 SMALL = [
@@ -44,21 +46,26 @@ def records(path: Path) -> list:
     return found
 
 
-def patchad(folder: Path, *arguments: str) -> None:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment = {**own, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    command = [sys.executable, "-m", "patchad", *arguments]
-    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-
-
 @pytest.fixture(scope="module")
 def runs(product, tmp_path_factory) -> Path:
     """A fit and a test with a wandb dashboard."""
     folder = tmp_path_factory.mktemp("dashboard")
-    patchad(folder, "fit", f"--data.root={product}", "--config=logger/wandb", *SMALL)
     last = "runs/version_0/checkpoints/last.ckpt"
-    patchad(folder, "test", f"--ckpt_path={last}", "--config=logger/wandb", "--trainer.enable_progress_bar=false")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["patchad"])
+        patch.setattr(sys, "path", list(sys.path))
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        for command in (
+            ["fit", f"--data.root={product}", *SMALL],
+            ["test", f"--ckpt_path={last}", "--trainer.enable_progress_bar=false"],
+        ):
+            main([*command, "--config=logger/wandb"])
+            wandb.finish()
+        wandb.teardown()  # its service would live on, and serve other tests
     return folder / "runs"
 
 

@@ -56,7 +56,7 @@ class Tiny(Backbone):
         raise NotImplementedError
 
 
-PAPER_TAPS = {32: "relu3_3", 16: "relu2_2"}
+PAPER_TAPS = {32: "relu3_3"}
 """Random weights of VGG's deeper layers hardly tell patches apart, and standardising them would magnify rounding."""
 
 
@@ -73,6 +73,8 @@ PRODUCT = partial(Scorer, combination="product", smoothing=4.0)
 
 ONE_SIDE = {"sides": (16,)}
 """For what is the same on each side: half of a graph is exported in half of the time."""
+DEEP_SIDE = {"sides": (32,)}
+"""For a network, of which a side with an earlier tap runs a part."""
 
 
 def model(backbone=EfficientNetLite0, size=(96, 96), **arguments) -> PatchModel:
@@ -117,19 +119,17 @@ def assert_equal(made: PatchModel, file: ExportedDetector, array: np.ndarray, im
 @pytest.mark.parametrize(
     ("backbone", "arguments"),
     [
-        (EfficientNetLite0, {}),
-        (EfficientNetLite0, {"patch_encoder": WindowEncoder}),
+        (EfficientNetLite0, DEEP_SIDE),
+        (EfficientNetLite0, {"patch_encoder": WindowEncoder, **DEEP_SIDE}),
         (Tiny, {"scorer": partial(Scorer, combination="sum", image_score="max")}),
         (Tiny, {"tile": 48, **ONE_SIDE}),
-        (Tiny, {"mode": "sliding", **ONE_SIDE}),
-        (Tiny, {"subtract_mean_image": True, **ONE_SIDE}),
-        (Tiny, {"bank": partial(MemoryBank, baseline=0.0), **ONE_SIDE}),
-        (Tiny, {"patch_encoder": TextureEncoder, **ONE_SIDE}),
-        (VGG16, {"taps": PAPER_TAPS}),
-        (VGG16, {"patch_encoder": WindowEncoder, "taps": PAPER_TAPS}),
-        (VGG19, {"taps": {32: "relu3_4", 16: "relu2_2"}}),
-        *((backbone, {}) for backbone in (AlexNet, MobileNetV2, ResNet18, ResNet50)),
-        *((partial(Timm, name), {}) for name in ("test_resnet", "test_vit")),
+        (Tiny, {"mode": "sliding", "subtract_mean_image": True, **ONE_SIDE}),
+        (Tiny, {"patch_encoder": TextureEncoder, "bank": partial(MemoryBank, baseline=0.0), **ONE_SIDE}),
+        (VGG16, {"taps": PAPER_TAPS, **DEEP_SIDE}),
+        (VGG16, {"patch_encoder": WindowEncoder, "taps": PAPER_TAPS, **DEEP_SIDE}),
+        (VGG19, {"taps": {32: "relu3_4"}, **DEEP_SIDE}),
+        *((backbone, DEEP_SIDE) for backbone in (AlexNet, MobileNetV2, ResNet18, ResNet50)),
+        *((partial(Timm, name), DEEP_SIDE) for name in ("test_resnet", "test_vit")),
     ],
 )
 def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, arguments, tmp_path):
@@ -143,7 +143,7 @@ def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, argum
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"bank": partial(MemoryBank, baseline=0.0), **ONE_SIDE}, {"scorer": Scorer}],
+    [{"bank": partial(MemoryBank, baseline=0.0), **ONE_SIDE}, {"scorer": Scorer, **ONE_SIDE}],
     ids=["no baseline", "excess"],
 )
 def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path, monkeypatch):
@@ -164,26 +164,28 @@ def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path,
             np.testing.assert_allclose(one.map, values, atol=TOLERANCE * float(values.max()))
 
 
-def test_the_file_distorts_where_the_data_did(tmp_path):
-    made = model(Tiny, size=(96, 80))
-    file = exported(made, tmp_path, keep_aspect=False)
-    array = np.random.default_rng(0).random((60, 130, 3), dtype=np.float32)
-    assert_equal(made, file, array, torch.from_numpy(array).permute(2, 0, 1))
-
-
-def test_the_file_brings_images_to_the_light_that_the_data_had(tmp_path):
-    made = model(Tiny)
-    file = exported(made, tmp_path, brightness=0.4)
+def test_the_file_distorts_where_the_data_did_and_brings_images_to_the_light_that_they_had(tmp_path):
+    made = model(Tiny, size=(96, 80), **ONE_SIDE)
+    file = exported(made, tmp_path, keep_aspect=False, brightness=0.4)
     dark = np.random.default_rng(0).random((60, 130, 3), dtype=np.float32) / 4
     assert_equal(made, file, dark, torch.from_numpy(dark).permute(2, 0, 1))
-    file(dark).map[:] = 0  # it is the caller's
     assert file(2 * dark).score == pytest.approx(file(dark).score, rel=TOLERANCE)
+    file(dark).map[:] = 0  # it is the caller's
+    assert_equal(made, file, dark, torch.from_numpy(dark).permute(2, 0, 1))
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory) -> ExportedDetector:
+def path(tmp_path_factory) -> Path:
+    """An exported file."""
     jaxtyping.config.update("jaxtyping_disable", True)
-    return exported(model(Tiny), tmp_path_factory.mktemp("export"))
+    output = tmp_path_factory.mktemp("export") / "model.patchad"
+    export(model(Tiny, **ONE_SIDE), output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def file(path) -> ExportedDetector:
+    return patchad.load(path)
 
 
 def test_grey_16_bit_float_and_alpha_are_read_as_from_files(file, tmp_path):
@@ -286,23 +288,19 @@ def test_a_folder_is_no_file_to_export_to(tmp_path):
         export(model(Tiny), tmp_path)
 
 
-def test_any_onnx_runtime_scores_the_file_without_patchad(file, tmp_path):
-    made = model(Tiny)
-    path = tmp_path / "model.patchad"
-    export(made, path)
+def test_any_onnx_runtime_scores_the_file_without_patchad(file, path):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     image = np.random.default_rng(0).random((1, 3, 96, 96), dtype=np.float32)
     score, _ = session.run(["score", "map"], {"image": image, "content": np.array([[96, 96]])})
     assert score[0] == pytest.approx(file(image[0].transpose(1, 2, 0)).score, rel=1e-5)
 
 
-def test_scoring_from_a_file_imports_neither_torch_nor_lightning(tmp_path):
-    exported(model(Tiny), tmp_path)
+def test_scoring_from_a_file_imports_neither_torch_nor_lightning(path):
     program = (
         "import sys, numpy, patchad; patchad.load('model.patchad')(numpy.zeros((50, 60), numpy.uint8));"
         "print([name for name in ('torch', 'pytorch_lightning', 'faiss') if name in sys.modules])"
     )
-    finished = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    finished = subprocess.run([sys.executable, "-c", program], cwd=path.parent, capture_output=True, text=True)
     assert finished.stdout.strip() == "[]", finished.stderr
 
 
@@ -310,7 +308,7 @@ def test_scoring_from_a_file_imports_neither_torch_nor_lightning(tmp_path):
 def fitted(product, tmp_path_factory) -> Path:
     """A folder with two checkpoints of fits from the command line that differ in their seed, and the first's export."""
     folder = tmp_path_factory.mktemp("fitted")
-    fit = ["fit", f"--data.root={product}", *LITE, *SMALL]
+    fit = ["fit", f"--data.root={product}", *LITE, *SMALL, "--model.sides=[32,16]"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["patchad"])
@@ -330,7 +328,7 @@ def test_the_file_says_where_it_came_from(fitted):
     assert metadata["checkpoint"]["name"] == "last.ckpt"
     assert metadata["checkpoint"]["sha256"] == hashlib.sha256((fitted / CHECKPOINTS[0]).read_bytes()).hexdigest()
     assert metadata["model"]["init_args"]["backbone"]["class_path"].endswith("EfficientNetLite0")
-    assert metadata["vectors"] == {"64": 108, "32": 300, "16": 500}
+    assert metadata["vectors"] == {"32": 300, "16": 500}
 
 
 def test_verify_shows_that_the_file_is_that_of_the_checkpoint(fitted, here, capsys):  # noqa: F811
@@ -355,9 +353,17 @@ def test_verify_tells_a_file_of_another_threshold(fitted, here, capsys):  # noqa
     assert "model.patchad has the threshold" in capsys.readouterr().err
 
 
-def test_an_export_by_another_score_and_in_another_light_warns_that_the_threshold_does_not_fit(fitted, here):  # noqa: F811
+def test_an_export_by_another_score_and_in_another_light_warns_before_the_work_that_the_threshold_does_not_fit(
+    fitted,
+    here,  # noqa: F811
+    monkeypatch,
+):
+    def stop(*_, **__):
+        raise PatchadError("it was told")
+
+    monkeypatch.setattr(torch.onnx, "export", stop)
     changed = ["--model.scorer.image_score=max", "--data.brightness=0.5"]
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning) as caught, pytest.raises(SystemExit):
         main(["export", f"--ckpt_path={fitted / CHECKPOINTS[0]}", *changed])
     messages = [str(warning.message) for warning in caught if "verdicts do not" in str(warning.message)]
     assert len(messages) == 2 and "images of brightness None, not 0.5" in messages[1]
@@ -437,6 +443,6 @@ def test_the_learned_encoder_of_a_lent_class_is_exported(tmp_path):
         def forward(self, features, step):
             return super().forward(features, step) * 2
 
-    made = model(Tiny, patch_encoder=Wider)
+    made = model(Tiny, patch_encoder=Wider, **ONE_SIDE)
     array = np.random.default_rng(0).random((96, 96, 3), dtype=np.float32)
     assert_equal(made, exported(made, tmp_path), array, torch.from_numpy(array).permute(2, 0, 1))

@@ -20,7 +20,7 @@ from patchad.callbacks.report import aurocs, report_page
 from patchad.data.synthetic import write_synthetic
 from patchad.losses import RelativeSimilarity
 from patchad.memory import MemoryBank
-from patchad.models import VGG16, EfficientNetLite0, LearnedEncoder, WindowEncoder
+from patchad.models import AlexNet, EfficientNetLite0, LearnedEncoder, WindowEncoder
 from patchad.scoring import Scorer, gaussian
 
 UNSCALED = functools.partial(WindowEncoder, standardized=False)
@@ -534,7 +534,7 @@ def test_a_few_real_bottles_are_told_apart(shared, tmp_path):
             (root / folder / path.name).symlink_to(path.resolve())
     data = PyramidDataModule(root, image_size=(256, 256), num_workers=0)
     run = trainer(tmp_path)
-    model = PatchDetector(VGG16(str(shared / "weights/vgg16_features.pth")), bank=bank(max_vectors=2000))
+    model = PatchDetector(AlexNet(str(shared / "weights/alexnet_features.pth")), bank=bank(max_vectors=2000))
     run.fit(model, data)
     run.save_checkpoint(tmp_path / "bottles.ckpt")
     metrics = run.test(model, data, verbose=False)[0]

@@ -39,17 +39,16 @@ def test_the_wheel_holds_callbacks_configs_and_the_published_split(wheel):
 def test_the_installed_wheel_runs_the_quickstart_outside_the_checkout(wheel, tmp_path):
     site, folder = tmp_path / "site", tmp_path / "elsewhere"
     folder.mkdir()
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
-    subprocess.run(install, check=True, capture_output=True)
-    small = ["--data.layout.train=8", "--data.layout.test_normal=2", "--data.layout.test_defective=2"]
-    run = [sys.executable, "-m", "patchad", "fit", "--config", "quickstart", "--trainer.max_epochs=1", *small]
+    zipfile.ZipFile(wheel).extractall(site)
+    counts = [f"--data.layout.{part}=4" for part in ("train", "test_normal", "test_defective")]
+    small = [*counts, "--data.image_size=[96,96]"]
+    program = "import patchad.callbacks as c, patchad.__main__ as m; print(c.__file__); m.main()"
+    run = [sys.executable, "-c", program, "fit", "--config", "quickstart", *small]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     finished = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert (folder / "runs/version_0/checkpoints/last.ckpt").is_file()
-    where = [sys.executable, "-c", "import patchad.callbacks, patchad.configs; print(patchad.callbacks.__file__)"]
-    found = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.startswith(str(site))
+    assert finished.stdout.startswith(str(site))
 
 
 def test_every_dependency_has_its_reason_beside_it():
@@ -63,8 +62,10 @@ def test_every_dependency_has_its_reason_beside_it():
         assert any(f'"{requirement}",' in line and "#" in line.split('",')[1] for line in lines), requirement
 
 
-def test_no_module_is_collected_twice():
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "patchad", "callbacks"]
-    collected = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.splitlines()
+def test_no_module_is_collected_twice(capsys):
+    folders = [str(CHECKOUT / name) for name in ("patchad", "callbacks")]
+    options = ["--collect-only", "-q", "--override-ini=addopts=--doctest-modules", f"--rootdir={CHECKOUT}"]
+    assert pytest.main([*options, *folders]) == pytest.ExitCode.OK
+    collected = capsys.readouterr().out.splitlines()
     assert not [line for line in collected if line.startswith("patchad/callbacks/")]
     assert len(collected) == len(set(collected))

@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 
 import pytest
@@ -96,14 +94,14 @@ def test_without_timm_the_extra_is_named(monkeypatch):
         Timm("resnet18", weights="none")
 
 
-def test_without_network_the_other_ways_to_weights_are_named_in_one_line(product, tmp_path):
-    """In a process of its own: the hub reads once whether it is offline."""
-    command = [sys.executable, "-m", "patchad", "fit", f"--data.root={product}", *SMALL]
-    command += ["--model.backbone=patchad.models.Timm", "--model.backbone.name=test_vit"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 2
-    said = finished.stderr.splitlines()[-1]
+def test_without_network_the_other_ways_to_weights_are_named_in_one_line(product, here, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it reads its environment only once
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here))
+    timm = ["--model.backbone=patchad.models.Timm", "--model.backbone.name=test_vit"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--data.root={product}", *SMALL, *timm])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("patchad: error: cannot download test_vit (")
     assert "https://huggingface.co/timm/test_vit" in said
     assert "--model.backbone.weights" in said and "installed with patchad" in said

@@ -1,6 +1,8 @@
 """`patchad predict` -> scores.csv, and a heat map and a float32 map per image."""
 
 import csv
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,9 @@ from patchad.detector import Detector
 from patchad.files import write_array, write_whole
 from patchad.pyramid import crop_resize
 from patchad.types import ImageBatch, Prediction
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What begins a cell that a spreadsheet runs."""
 
 
 class Row(NamedTuple):
@@ -41,7 +46,8 @@ class Predictions(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: Detector) -> None:
         """Starts with no rows."""
         self.folder = run_folder(trainer) / "predictions"
-        self.rows = []
+        self.rows, self.kept = [], self.folder / f".{trainer.global_rank}.csv.part"
+        self.kept.unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self,
@@ -52,21 +58,24 @@ class Predictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Writes the maps of a batch."""
+        """Writes the maps of a batch, and keeps its scores."""
         root, scorer = Path(trainer.datamodule.root), pl_module.scorer  # type: ignore[attr-defined]
         limits, p_values = (scorer.normal_level, float(scorer.threshold)), scorer.p_value(outputs.score)
+        first = len(self.rows)
         for number, name in enumerate(batch.path):
             size = (int(batch.size[number, 0]), int(batch.size[number, 1]))
             values = crop_resize(outputs.map[number, None], batch.content[number, None], size)[0].cpu().numpy()
             write_maps(self.folder / "maps" / Path(name).relative_to(root), values, limits)
             verdict = "anomalous" if outputs.anomalous[number] else "normal"
             self.rows.append(Row(name, float(outputs.score[number]), float(p_values[number]), verdict))
+        append_scores(self.kept, self.rows[first:])
 
     def on_exception(self, trainer: Trainer, pl_module: Detector, exception: BaseException) -> None:
-        """Writes the scores found until then, where there is one process: what cannot be read costs none of them."""
-        if self.rows and trainer.predicting and trainer.world_size == 1:
-            write_scores(self.folder / "scores.csv", sorted(self.rows))
-            rank_zero_info(f"scores of the {len(self.rows)} images until then: {self.folder / 'scores.csv'}")
+        """Leaves the scores kept until then: they cost no further space, should the disk be full."""
+        if self.rows and trainer.predicting:
+            rest = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"
+            scores = self.kept.replace(self.folder / f"scores{rest}.csv")
+            print(f"scores of the {len(self.rows)} images until then: {scores}", file=sys.stderr)
 
     def on_predict_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes scores.csv, the rows of all processes sorted by path."""
@@ -77,18 +86,35 @@ class Predictions(Callback):
         if trainer.is_global_zero:
             write_scores(self.folder / "scores.csv", sorted(row for rows in gathered for row in rows))
             rank_zero_info(f"predictions: {self.folder}")
+        self.kept.unlink(missing_ok=True)
 
 
-def write_scores(path: Path, rows: list[Row]) -> None:
+def write_scores(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows as CSV."""
+    write_whole(path, lambda part: append_scores(part, rows))
 
-    def write(part: Path) -> None:
-        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any name of a file
-            writer = csv.writer(file)
+
+def append_scores(path: Path, rows: Sequence[Row]) -> None:
+    """Adds rows to a CSV, which begins with the names of the columns."""
+    begins = not path.is_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any name of a file
+        writer = csv.writer(file)
+        if begins:
             writer.writerow(Row._fields)
-            writer.writerows((row.path, repr(row.score), f"{row.p_value:.4g}", row.verdict) for row in rows)
+        writer.writerows((cell(row.path), repr(row.score), f"{row.p_value:.4g}", row.verdict) for row in rows)
 
-    write_whole(path, write)
+
+def cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: an apostrophe stands before what would begin one.
+
+    Source: OWASP, CSV Injection, https://owasp.org/www-community/attacks/CSV_Injection
+
+    Example:
+        >>> cell("=cmd.png"), cell("images/a.png")
+        ("'=cmd.png", 'images/a.png')
+    """
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def write_maps(path: Path, values: np.ndarray, limits: tuple[float, float]) -> None:

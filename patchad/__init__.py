@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchad.errors import PatchadError
 from patchad.runtime import load
+from patchad.trust import allow
 
 if TYPE_CHECKING:
     from patchad.data import PyramidDataModule
@@ -27,6 +28,7 @@ __all__ = [
     "PatchadError",
     "Prediction",
     "PyramidDataModule",
+    "allow",
     "load",
 ]
 

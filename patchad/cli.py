@@ -16,11 +16,13 @@ import yaml
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from patchad.checkpoint import check_exists, read_checkpoint
 from patchad.commands import DetectorTrainer
 from patchad.data.datamodule import PyramidDataModule
 from patchad.detector import Detector
 from patchad.errors import PatchadError
-from patchad.model import check_exists, read_checkpoint
+from patchad.spec import described, spec
+from patchad.trust import allow, check_slots, check_trusted, foreign_modules
 
 CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
@@ -58,8 +60,14 @@ class PatchadCLI(LightningCLI):
     """LightningCLI with patchad's defaults, and a checkpoint that brings its settings along."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Every subcommand starts from the packaged default.yaml."""
+        """Every subcommand starts from the packaged default.yaml, and may trust a checkpoint's classes."""
         parser.default_config_files = [str(CONFIGS / "default.yaml")]
+        parser.add_argument(
+            "--allow",
+            type=str | list[str],
+            default=[],
+            help="Modules of your own, such as mine, whose classes a checkpoint may name.",
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -73,6 +81,17 @@ class PatchadCLI(LightningCLI):
         if path and not is_lightnings(str(path)):
             check_exists(Path(path), "--ckpt_path")
 
+    def before_instantiate_classes(self) -> None:
+        """Refuses what would be called and is no class of its slot."""
+        config = self.config[self.config.subcommand]
+        for name, kind in {"model": Detector, "data": PyramidDataModule}.items():
+            check_slots(kind, config[name].as_dict(), name)
+
+    def instantiate_classes(self) -> None:
+        """Also notes where a checkpoint says what the data are."""
+        super().instantiate_classes()
+        self.datamodule.from_checkpoint = self.config[self.config.subcommand].get("ckpt_path") is not None
+
     def predict(self, **settings: Any) -> None:
         """Lightning's, which would keep every map in memory; the `Predictions` callback has written them."""
         self.trainer.predict(**{**settings, "return_predictions": False})
@@ -84,7 +103,9 @@ class PatchadCLI(LightningCLI):
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if checkpoint and self.trainer.is_global_zero:
             verb = "test" if len(self.datamodule.test_set) else "predict --data.root NEW_FOLDER"
-            print(f"checkpoint: {checkpoint}\nnext:       patchad {verb} --ckpt_path {checkpoint}")
+            own = sorted(foreign_modules([{**self.model.hparams}, {**self.datamodule.hparams}, spec(self.model.model)]))
+            options = "".join(f" --allow {module}" for module in own)
+            print(f"checkpoint: {checkpoint}\nnext:       patchad {verb} --ckpt_path {checkpoint}{options}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder
     try:
         resolved = resolve_configs(nest_nulls(name_exported(command)))
+        allow(*allowed_modules(resolved))
         sys.argv[1:] = with_checkpoint_settings(resolved)  # Lightning starts further processes from these
         PatchadCLI(
             Detector,
@@ -182,11 +204,21 @@ def with_checkpoint_settings(arguments: list[str]) -> list[str]:
     Raises:
         PatchadError: if the checkpoint is missing or not readable.
     """
-    path = option_value(arguments, "--ckpt_path")
+    path = next(iter(option_values(arguments, "--ckpt_path")), None)
     if path is None or (arguments[0] == "fit" and is_lightnings(path)):
         return arguments
     settings = read_settings(Path(path), with_weights=arguments[0] == "fit")  # further fits may begin anew by them
     return [arguments[0], "--config", json.dumps(settings), *arguments[1:]]
+
+
+def allowed_modules(arguments: Sequence[str]) -> set[str]:
+    """The modules that `--allow` names, on the command line or in a config file of the user's."""
+    named: list[Any] = option_values(arguments, "--allow")
+    for path in (value for option in CONFIG_OPTIONS for value in option_values(arguments, option)):
+        if "{" not in path and Path(path).is_file():
+            config = yaml.safe_load(Path(path).read_text())
+            named.append(config.get("allow") if isinstance(config, dict) else None)
+    return {name for value in named for name in re.findall(r"[\w.]+", str(value or ""))}
 
 
 def is_lightnings(path: str) -> bool:
@@ -194,14 +226,14 @@ def is_lightnings(path: str) -> bool:
     return path in LIGHTNINGS_WORDS or "://" in path
 
 
-def option_value(arguments: Sequence[str], option: str) -> str | None:
-    """The value of `--option value` or `--option=value`."""
-    for number, argument in enumerate(arguments):
-        if argument == option and number + 1 < len(arguments):
-            return arguments[number + 1]
-        if argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
-    return None
+def option_values(arguments: Sequence[str], option: str) -> list[str]:
+    """The values of each `--option value` and `--option=value`."""
+    following = [*arguments, ""][1:]
+    return [
+        argument.partition("=")[2] if "=" in argument else value
+        for argument, value in zip(arguments, following, strict=True)
+        if argument.partition("=")[0] == option
+    ]
 
 
 def read_settings(path: Path, with_weights: bool = False) -> dict[str, dict]:
@@ -222,15 +254,20 @@ def read_settings(path: Path, with_weights: bool = False) -> dict[str, dict]:
     hyperparameters = {name: dict(checkpoint.get(key, {})) for name, key in keys.items()}
     if with_weights and "patchad_backbone" in checkpoint:
         hyperparameters["model"]["backbone"] = checkpoint["patchad_backbone"]
-    return {
-        name: class_and_arguments(settings) for name, settings in hyperparameters.items() if "_class_path" in settings
-    }
+    settings = {name: described(parameters) for name, parameters in hyperparameters.items() if parameters}
+    for name, kind in {"model": Detector, "data": PyramidDataModule}.items():
+        check_trusted(kind, settings.get(name), f"--ckpt_path {path}: {name}")
+    keep_cache_inside(settings.get("model", {}))
+    return settings
 
 
-def class_and_arguments(settings: dict) -> dict:
-    """Hyperparameters as Lightning keeps them, in the form of a config."""
-    arguments = {name: value for name, value in settings.items() if name not in ("_class_path", "_instantiator")}
-    return {"class_path": settings["_class_path"], "init_args": arguments}
+def keep_cache_inside(model: dict[str, Any]) -> None:
+    """Lets features be cached where the checkpoint says only if that is below the current folder."""
+    learning = model.get("init_args", {}).get("learning") or {}
+    cache = (learning.get("init_args", {}).get("cache") or {}).get("init_args", {})
+    folder = Path(cache.get("folder", ""))
+    if folder.is_absolute() or ".." in folder.parts:
+        del cache["folder"]
 
 
 def find_mendable(error: Exception) -> PatchadError | OSError | None:

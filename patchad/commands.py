@@ -8,12 +8,13 @@ import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
 
+from patchad.checkpoint import read_checkpoint
 from patchad.data.datamodule import PyramidDataModule
 from patchad.data.datasets import ImageDataset
 from patchad.detector import Detector
 from patchad.errors import PatchadError
 from patchad.export import MAP_TOLERANCE, TOLERANCE, compare, export
-from patchad.model import PatchModel, ScoringModel, read_checkpoint
+from patchad.model import PatchModel, ScoringModel
 from patchad.runtime import load
 from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, reset_peak_memory, stage_table
 

@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -14,21 +15,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from patchad.canvas import Canvas
+from patchad.checkpoint import CHECKPOINT_FORMAT, Checkpointed, WholeCheckpoints, check_format
 from patchad.conformal import images_needed
 from patchad.data.datamodule import PyramidDataModule
 from patchad.errors import PatchadError
 from patchad.learning import Learning
 from patchad.metrics import AnomalyMetrics
-from patchad.model import CHECKPOINT_FORMAT, ScoringModel, check_format
+from patchad.model import ScoringModel
 from patchad.pyramid import crop_resize
+from patchad.runtime import check_scores
 from patchad.scoring import Scorer
-from patchad.spec import Configurable, changed_settings, spec
+from patchad.spec import changed_settings, spec
 from patchad.types import ImageBatch, Prediction
 
 Model = TypeVar("Model", bound=ScoringModel)
 
 
-class Detector(Configurable, LightningModule, Generic[Model]):
+class Detector(Checkpointed, LightningModule, Generic[Model]):
     """The Lightning side of a `ScoringModel`. A subclass says how it gets to know what is normal (`know_normals`).
 
     Before each validation and each checkpoint of `fit` it gets to know what is normal. All of that are buffers: a
@@ -60,7 +63,7 @@ class Detector(Configurable, LightningModule, Generic[Model]):
         return self.model.scorer
 
     def setup(self, stage: str) -> None:
-        """Makes the metrics, which know the defect types of the test set.
+        """Makes the metrics, which know the defect types of the test set; checkpoints are written whole.
 
         Raises:
             PatchadError: if device or precision cannot hold the figures.
@@ -76,6 +79,8 @@ class Detector(Configurable, LightningModule, Generic[Model]):
             self.metrics = AnomalyMetrics(self.model.sides, stage == "test", defects, progress=self._shows_bars)
         if stage == "fit" and not self.learns:
             self.trainer.fit_loop.max_epochs = 0
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not what the user gave
+            self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
     def configure_model(self) -> None:
         """Lends a parameter to DistributedDataParallel, which is made next and refuses a model that trains nothing."""
@@ -215,10 +220,15 @@ class Detector(Configurable, LightningModule, Generic[Model]):
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Prediction:
         """Scores images."""
-        return self(batch.image, batch.content)
+        return self._scored(batch)
+
+    def _scored(self, batch: ImageBatch, thing: Tensor | None = None) -> Prediction:
+        prediction = self(batch.image, batch.content, thing)
+        check_scores(prediction.score.float().cpu().numpy())
+        return prediction
 
     def _measure(self, batch: ImageBatch) -> Prediction:
-        prediction = self(batch.image, batch.content, batch.thing)
+        prediction = self._scored(batch, batch.thing)
         size = (batch.mask.shape[1], batch.mask.shape[2])
         maps = {"combined": prediction.map, **prediction.side_maps}
         resized = {name: crop_resize(values, batch.content, size) for name, values in maps.items()}

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from patchad.checkpoint import read_checkpoint
 from patchad.data.datamodule import PyramidDataModule
 from patchad.detector import Detector
 from patchad.errors import PatchadError
-from patchad.model import PatchModel, ScoringModel, read_checkpoint, without_weights
+from patchad.model import PatchModel, ScoringModel, without_weights
 from patchad.pyramid import at_pixels
 from patchad.scoring import Scorer, ScorerFactory
 from patchad.spec import hyperparameters, made, spec
@@ -85,7 +86,7 @@ class Ensemble(Detector[EnsembleModel]):
 
     def _member(self, source: str) -> PatchModel:
         if source.startswith("{"):  # a checkpoint of the ensemble fills it
-            return made(PatchModel, json.loads(source))
+            return made(PatchModel, json.loads(source), "a member")
         checkpoint = read_checkpoint(Path(source), "member")
         self.fitted_on[source] = checkpoint[PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY]
         return PatchModel.of_checkpoint(checkpoint, source)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from patchad.errors import PatchadError
 from patchad.files import check_writable, write_whole
 from patchad.model import ScoringModel
-from patchad.runtime import EXPORT_FORMAT, ExportedDetector
+from patchad.runtime import CHECKSUM, EXPORT_FORMAT, ExportedDetector, digest
 from patchad.spec import spec
 
 TOLERANCE = 1e-4
@@ -82,8 +82,16 @@ def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None) -> 
         )
     assert program is not None
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {"patchad": json.dumps(metadata(model, ckpt_path))})
-    write_whole(output, lambda part: onnx.save_model(proto, part))
+    onnx.helper.set_model_props(proto, {"patchad": json.dumps({**metadata(model, ckpt_path), "checksum": "0" * 64})})
+    write_whole(output, lambda part: part.write_bytes(with_checksum(proto.SerializeToString())))
+
+
+def with_checksum(content: bytes) -> bytes:
+    """The content of a file with its checksum in place of the zeros that its metadata have there."""
+    place = CHECKSUM.search(content)
+    assert place is not None
+    start, end = place.span(1)
+    return content[:start] + digest(content, (start, end)) + content[end:]
 
 
 def metadata(model: ScoringModel, ckpt_path: Path | None) -> dict[str, Any]:

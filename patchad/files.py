@@ -1,8 +1,10 @@
 """Files that are whole or not there: written under a temporary name and renamed."""
 
+import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,19 +18,39 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         path: the file; its folder is made.
         write: writes to the path that it is given.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{uuid4().hex}.part")  # shorter than the longest name that there may be
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{uuid4().hex}.part")  # shorter than the longest name that there may be
+        try:
+            write(part)
+            flush(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file where the system refuses what was done for it under another name."""
     try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def flush(path: Path) -> None:
+    """Waits until the disk has the file: before that, a rename might leave an empty one where power fails."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def check_writable(path: Path) -> None:
     """Raises OSError unless a file can be made beside the path: before the work of what is to be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
@@ -38,9 +60,6 @@ def write_array(path: Path, values: np.ndarray) -> None:
         path: the file; its folder is made.
         values: of any shape and type.
     """
-
-    def write(part: Path) -> None:
-        with part.open("wb") as file:  # to a path, numpy.save would append .npy
-            np.save(file, values)
-
-    write_whole(path, write)
+    content = io.BytesIO()
+    np.save(content, values)
+    write_whole(path, lambda part: part.write_bytes(content.getbuffer()))

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from patchad.canvas import Canvas, Size
+from patchad.checkpoint import read_checkpoint
 from patchad.errors import PatchadError
 from patchad.images import on_canvas
 from patchad.memory import BankFactory, MemoryBank
@@ -22,13 +23,11 @@ from patchad.models.backbones import Backbone, EfficientNetLite0
 from patchad.models.encoders import MODES
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
 from patchad.pyramid import at_pixels, crop_resize, fold
-from patchad.runtime import Scored, to_rgb
+from patchad.runtime import Scored, check_scores, to_rgb
 from patchad.scoring import Scorer, ScorerFactory
 from patchad.spec import Configurable, made
 from patchad.types import ImageBatch, Prediction
 
-CHECKPOINT_FORMAT = 11
-"""Raised whenever checkpoints of an older patchad no longer load."""
 Loaded = TypeVar("Loaded", bound="ScoringModel")
 LEAST_SCALE = 1e-4
 """Mean distance of normal images over the spread of the bank's vectors, below which it is rounding or nothing."""
@@ -67,10 +66,7 @@ class ScoringModel(Configurable, nn.Module):
         Raises:
             PatchadError: if it is of another kind of model.
         """
-        try:
-            model = made(cls, checkpoint["patchad_model"])
-        except PatchadError as error:
-            raise PatchadError(f"checkpoint {path} is of another model: {error}") from error
+        model = made(cls, checkpoint["patchad_model"], f"checkpoint {path}")
         state = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
         model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
         model.canvas = Canvas.of(checkpoint["patchad_canvas"])
@@ -123,6 +119,7 @@ class ScoringModel(Configurable, nn.Module):
         fitted, (height, width) = on_canvas(native, self.canvas)
         content, device = torch.tensor([[height, width]]), self.scorer.scale.device
         prediction = self.eval()(fitted[None].to(device), content.to(device))
+        check_scores(prediction.score.cpu().numpy())
         values = crop_resize(prediction.map, content, (native.shape[1], native.shape[2]))[0].cpu().numpy()
         p_value = self.scorer.p_value(prediction.score)
         return Scored(float(prediction.score), bool(prediction.anomalous), float(p_value), values)
@@ -412,43 +409,6 @@ def check_finite(embeddings: Mapping[int, Tensor]) -> None:
                 f"embeddings of side {side} are nan or infinite: training has diverged, or began with such weights; "
                 f"lower model.learning.learning_rate, or mend the loss whose train/..._side_{side} is nan"
             )
-
-
-def read_checkpoint(path: Path, name: str = "checkpoint") -> dict[str, Any]:
-    """What `patchad fit` wrote.
-
-    Args:
-        path: of the checkpoint.
-        name: what to call it in an error.
-
-    Raises:
-        PatchadError: if it is missing, not readable, or of another format.
-    """
-    check_exists(path, name)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise PatchadError(f"{name} {path} is not a checkpoint of patchad's: {reason}") from error
-    check_format(checkpoint, f"{name} {path}")
-    return checkpoint
-
-
-def check_exists(path: Path, name: str) -> None:
-    """Raises PatchadError unless there is a checkpoint, which an error calls by that name."""
-    if not path.is_file():
-        raise PatchadError(f"{name} {path} does not exist; patchad fit prints the path of its checkpoint")
-
-
-def check_format(checkpoint: Mapping[str, Any], name: str = "the checkpoint") -> None:
-    """Raises PatchadError unless this patchad can load the checkpoint, which an error calls by that name."""
-    fitted = checkpoint.get("patchad_format")
-    if fitted != CHECKPOINT_FORMAT:
-        reason = "is not one of patchad's" if fitted is None else f"has format {fitted}"
-        raise PatchadError(
-            f"{name} {reason}; this patchad reads format {CHECKPOINT_FORMAT}: fit again, or install the patchad that "
-            "wrote it"
-        )
 
 
 def without_weights(model: Mapping[str, Any]) -> dict[str, Any]:

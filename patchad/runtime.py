@@ -3,7 +3,11 @@
 ONNX Runtime runs the graph; see benchmarks/learned.md for why.
 """
 
+import hashlib
 import json
+import math
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +26,11 @@ AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 CHANNELS = (1, 3, 4)
 """Grey, RGB, RGB and alpha."""
 
-EXPORT_FORMAT = 4
+EXPORT_FORMAT = 5
 """Raised whenever exported files of an older patchad no longer load."""
+
+CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
+"""Where a file notes SHA-256 of itself, in which these digits are zeros."""
 
 
 class Scored(NamedTuple):
@@ -58,12 +65,16 @@ class ExportedDetector:
         metadata: all that the file says of where it came from.
 
     Raises:
-        PatchadError: if the file is missing, or not one of patchad's.
+        PatchadError: if the file is missing, damaged, or not one of patchad's, or there are no such threads.
     """
 
     def __init__(
         self, path: str | Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
     ) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise PatchadError(f"a {type(path).__name__} is no path of a file that patchad export wrote")
+        if threads is not None and not (isinstance(threads, int) and threads > 0):
+            raise PatchadError(f"threads {threads!r} must be a number of at least 1, or None for one per core")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         self._session = open_session(Path(path), options, providers)
@@ -72,6 +83,17 @@ class ExportedDetector:
         self.threshold = float(self.metadata["threshold"])
         self.normal_level = float(self.metadata["normal_level"])
         self.canvas = Canvas.of(self.metadata["canvas"])
+
+    @property
+    def threshold(self) -> float:
+        """Scores above it are anomalous."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        if math.isnan(threshold):
+            raise PatchadError("threshold nan is no number: every image would be normal")
+        self._threshold = float(threshold)
 
     def __call__(self, image: np.ndarray | str | Path) -> Scored:
         """Scores one image.
@@ -96,20 +118,28 @@ class ExportedDetector:
         return promised
 
     def score(self, images: Sequence[np.ndarray | str | Path]) -> list[Scored]:
-        """Scores several images, which may differ in size, in one pass."""
-        if not len(images):
+        """Scores several images, which may differ in size, in one pass.
+
+        Raises:
+            PatchadError: if one is no image, or has no score.
+        """
+        if isinstance(images, (np.ndarray, str, Path)):
+            raise PatchadError("score takes a list of images; call the detector with one image")
+        images = list(images)
+        if not images:
             return []
         native = [to_rgb(image) for image in images]
         fitted = [on_canvas(image, self.canvas) for image in native]
         inputs = {"image": np.stack([image for image, _ in fitted]), "content": np.array([size for _, size in fitted])}
         scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
+        check_scores(scores)
         shares = p_values(scores, self.normals)
         maps = [
             off_canvas(values, content, image.shape[1:])
             for values, (_, content), image in zip(maps, fitted, native, strict=True)
         ]
         return [
-            Scored(float(score), bool(score > self.threshold), float(share), values)
+            Scored(float(score), float(score) > self.threshold, float(share), values)
             for score, share, values in zip(scores, shares, maps, strict=True)
         ]
 
@@ -129,12 +159,34 @@ def open_session(
     Raises:
         PatchadError: if there is no file, or no graph in it.
     """
+    if path.is_dir():
+        raise PatchadError(f"{path} is a folder; give the file that patchad export wrote")
     if not path.is_file():
         raise PatchadError(f"{path} does not exist; patchad export --ckpt_path ... --output {path} writes it")
+    if not is_whole(path):
+        raise PatchadError(f"{path} is damaged: its checksum does not fit; copy it again, or export again")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no class
         raise PatchadError(f"{path} is not a file that patchad export wrote: {error}") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the checksum of a file fits; one without is none of patchad's, or older, which its metadata tell."""
+    content = path.read_bytes()
+    return not (noted := CHECKSUM.search(content)) or digest(content, noted.span(1)) == noted[1]
+
+
+def digest(content: bytes, place: tuple[int, int]) -> bytes:
+    """Hexadecimal SHA-256 of a file whose bytes at a place are taken as zeros, for they hold what this returns."""
+    start, end = place
+    return hashlib.sha256(content[:start] + b"0" * (end - start) + content[end:]).hexdigest().encode()
+
+
+def check_scores(scores: np.ndarray) -> None:
+    """Raises PatchadError where a score is no number: no verdict holds then."""
+    if not np.isfinite(scores).all():
+        raise PatchadError("the score of an image is nan or infinite: weights or banks of the detector are; fit again")
 
 
 def read_metadata(path: Path, session: onnxruntime.InferenceSession) -> dict[str, Any]:
@@ -147,10 +199,11 @@ def read_metadata(path: Path, session: onnxruntime.InferenceSession) -> dict[str
     if noted is None:
         raise PatchadError(f"{path} is an ONNX file, but not one that patchad export wrote")
     metadata = json.loads(noted)
-    if metadata["format"] != EXPORT_FORMAT:
-        raise PatchadError(
-            f"{path} has format {metadata['format']}; this patchad reads format {EXPORT_FORMAT}: export again"
-        )
+    fitted = metadata.get("format") if isinstance(metadata, dict) else None
+    if fitted != EXPORT_FORMAT:
+        raise PatchadError(f"{path} has format {fitted!r}; this patchad reads format {EXPORT_FORMAT}: export again")
+    if "checksum" not in metadata:
+        raise PatchadError(f"{path} has no checksum: another program wrote it; export again")
     return metadata
 
 

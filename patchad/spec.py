@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser
 
 from patchad.errors import PatchadError
+from patchad.trust import check_trusted
 
 Kind = TypeVar("Kind")  # beartype, which checks the tests' calls, does not know Self here
 
@@ -119,22 +120,23 @@ def factory_spec(kind: type, keywords: Mapping[str, Any], name: str) -> dict[str
     return {"class_path": class_path(kind), "init_args": spec({**defaults(kind), **keywords}, name)}
 
 
-def made(kind: type[Kind], described: Mapping[str, Any]) -> Kind:
-    """An object of the class or of a subclass, from its `spec`.
+def made(kind: type[Kind], described: Mapping[str, Any], name: str = "the checkpoint") -> Kind:
+    """An object of the class or of a subclass, from the `spec` in a checkpoint, which an error calls by that name.
 
     Raises:
-        PatchadError: if there is no such subclass, or an argument does not fit.
+        PatchadError: if there is no such subclass, it is not trusted (`patchad.trust`), or an argument does not fit.
 
     Example:
         >>> made(Configurable, {"class_path": "patchad.losses.Position", "init_args": {"weight": 0.5}}).weight
         0.5
     """
+    check_trusted(kind, described, name)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "made", fail_untyped=False)
     try:
         return parser.instantiate_classes(parser.parse_object({"made": dict(described)}))["made"]
     except ArgumentError as error:
-        raise PatchadError(f"{described['class_path']} is no {kind.__name__} that can be made: {error}") from error
+        raise PatchadError(f"{name} names {described['class_path']}, which cannot be made: {error}") from error
 
 
 def digest(value: Any) -> str:
@@ -159,6 +161,12 @@ def changed_settings(fitted: Mapping[str, Any], current: Mapping[str, Any]) -> s
     """
     names = [name for name in fitted if current[name] != fitted[name]]
     return "; ".join(f"{name} {fitted[name]}, not {current[name]}" for name in names)
+
+
+def described(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The `spec` of what Lightning stored in a checkpoint; empty where it stored nothing."""
+    arguments = {name: value for name, value in hyperparameters.items() if name not in ("_class_path", "_instantiator")}
+    return {"class_path": hyperparameters["_class_path"], "init_args": arguments} if arguments else {}
 
 
 def hyperparameters(configurable: Configurable) -> dict[str, Any]:

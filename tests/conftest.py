@@ -3,10 +3,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
-
-from patchad.data.synthetic import write_synthetic
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 4.49 renamed
 
@@ -26,7 +22,13 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def memory_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line keeps torch from filling what it allocates; later tests shall notice what was not written."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
+
+
+@pytest.fixture(autouse=True)
+def own_modules_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test allows is no longer allowed in the next."""
+    monkeypatch.setattr("patchad.trust._trusted", {"patchad"})
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +43,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic product in MVTec AD's layout: 12 training images, 4 + 6 test images of 96 x 96 pixels."""
+    from patchad.data.synthetic import write_synthetic  # where several processes test, the first one only waits
+
     root = tmp_path_factory.mktemp("products") / "product"
     write_synthetic(root, train=12, test_normal=4, test_defective=7, size=96)
     return root
@@ -49,6 +53,10 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def padded_product(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `product`, of 8 training images; every third image is cut to 96 x 72 pixels, so that it is padded."""
+    from PIL import Image
+
+    from patchad.data.synthetic import write_synthetic
+
     root = tmp_path_factory.mktemp("products") / "padded"
     write_synthetic(root, train=8, test_normal=4, test_defective=6, size=96)
     for path in sorted(root.glob("t*/*/*.png"))[::3]:

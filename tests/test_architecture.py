@@ -12,6 +12,7 @@ from patchad import PatchDetector
 CHECKOUT = Path(__file__).parent.parent
 ORDER = [
     "errors",
+    "trust",
     "canvas",
     "decoding",
     "images",
@@ -20,6 +21,7 @@ ORDER = [
     "runtime",
     "types",
     "spec",
+    "checkpoint",
     "pyramid",
     "data",
     "models",

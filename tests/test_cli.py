@@ -245,7 +245,11 @@ def test_the_examples_of_docs_extend_run_and_their_checkpoints_reload(own, here,
     main(["fit", f"--data.root={product}", *LEARN, *FEW, *OWN[own]])
     assert LOGGED[own] in (here / "runs/version_0/metrics.csv").read_text()
     path = "runs/version_0/checkpoints/last.ckpt"
-    main(["test", "--ckpt_path", path, "--trainer.enable_progress_bar=false"])
+    assert f"test --ckpt_path {path} --allow mine\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["test", "--ckpt_path", path])
+    assert "give --allow mine" in capsys.readouterr().err
+    main(["test", "--ckpt_path", path, "--allow", "mine", "--trainer.enable_progress_bar=false"])
     assert "test/detection_auroc" in capsys.readouterr().out
     settings = torch.load(path, weights_only=True)["hyper_parameters"]
     assert "mine." in str(settings) or own == "a detector of their own"
@@ -367,7 +371,10 @@ MISTAKES = {
     "a missing checkpoint in a config": (missing_in_config, r"--ckpt_path gone\.ckpt does not exist"),
     "runs among images": (runs_among_images, r"parts has the config\.yaml of a run of patchad"),
     "a run folder that cannot be": (unwritable, r"Not a directory: .*file/runs"),
-    "what is no checkpoint": (no_checkpoint, r"--ckpt_path other\.ckpt is not a checkpoint of patchad's: "),
+    "what is no checkpoint": (
+        no_checkpoint,
+        r"other\.ckpt is not a checkpoint of patchad's, or is damaged: ",
+    ),
     "an unknown config": (lambda *_: ["fit", "--config", "quick"], r"--config quick is neither a file nor one of"),
     "a side too large": (
         lambda _, product: ["fit", f"--data.root={product}", *LITE, *SMALL, "--data.image_size=[32,32]"],

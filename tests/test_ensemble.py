@@ -105,7 +105,7 @@ def test_what_is_no_ensemble_is_told(members, fitted, tmp_path):
         ([members[0], "gone.ckpt"], r"member gone\.ckpt does not exist"),
         (
             [members[0], str(fitted)],
-            r"last\.ckpt is of another model: patchad\.ensemble\.EnsembleModel is no PatchModel",
+            r"last\.ckpt names patchad\.ensemble\.EnsembleModel, which is no PatchModel",
         ),
     ):
         with pytest.raises(PatchadError, match=message):

@@ -1,4 +1,6 @@
 import hashlib
+import json
+import math
 import re
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from torch import nn
 import patchad
 from patchad import PatchadError, PatchModel
 from patchad.canvas import Canvas
+from patchad.checkpoint import save
 from patchad.cli import main
 from patchad.export import TOLERANCE, export
 from patchad.images import on_canvas, read_image
@@ -273,6 +276,79 @@ def test_a_file_that_is_missing_broken_or_a_strangers_is_refused(tmp_path):
         patchad.load(tmp_path / "stranger")
 
 
+@pytest.mark.parametrize("part", [0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1])
+def test_a_flipped_bit_is_refused(part, path, tmp_path):
+    content = bytearray(path.read_bytes())
+    content[round(part * (len(content) - 1))] ^= 4
+    (tmp_path / "flipped").write_bytes(content)
+    with pytest.raises(PatchadError, match="flipped is damaged: its checksum does not fit"):
+        patchad.load(tmp_path / "flipped")
+
+
+def without_checksum(metadata: dict) -> None:
+    del metadata["checksum"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_checksum, "has no checksum"),
+        (lambda metadata: metadata.update(format=4), "is damaged|has format 4; this patchad reads format 5"),
+        (lambda metadata: metadata.update(threshold=math.nan), "is damaged"),
+    ],
+)
+def test_metadata_that_another_program_wrote_are_refused(change, words, path, tmp_path):
+    proto = onnx.load(path)
+    metadata = json.loads(proto.metadata_props[0].value)
+    change(metadata)
+    onnx.helper.set_model_props(proto, {"patchad": json.dumps(metadata)})
+    onnx.save_model(proto, tmp_path / "changed")
+    with pytest.raises(PatchadError, match=f"changed ({words})"):
+        patchad.load(tmp_path / "changed")
+
+
+@pytest.mark.parametrize("metadata", ["[1, 2]", "null", "7", "{}"])
+def test_metadata_that_are_none_of_ours_are_refused(metadata, path, tmp_path):
+    proto = onnx.load(path)
+    onnx.helper.set_model_props(proto, {"patchad": metadata})
+    onnx.save_model(proto, tmp_path / "changed")
+    with pytest.raises(PatchadError, match="changed has format None; this patchad reads format 5"):
+        patchad.load(tmp_path / "changed")
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda path: patchad.load(path.parent), "is a folder; give the file"),
+        (lambda path: patchad.load(bytes(path)), "a bytes is no path"),
+        (lambda path: patchad.load(path, threads="two"), "threads 'two' must be a number"),
+        (lambda path: patchad.load(path, threads=0), "threads 0 must be a number of at least 1"),
+        (lambda path: patchad.load(path).score(np.zeros((96, 96, 3), np.uint8)), "score takes a list of images"),
+        (lambda path: setattr(patchad.load(path), "threshold", math.nan), "threshold nan is no number"),
+    ],
+)
+def test_what_the_caller_can_mend_is_told(ask, words, path):
+    with pytest.raises(PatchadError, match=words):
+        ask(path)
+
+
+def test_any_collection_of_images_is_scored(file):
+    images = [np.full((96, 96), value, np.float32) for value in (0.2, 0.8)]
+    expected = [found.score for found in file.score(images)]
+    assert [found.score for found in file.score(image for image in images)] == expected
+    assert [found.score for found in file.score(tuple(images))] == expected
+
+
+def test_a_score_that_is_no_number_is_no_verdict(tmp_path):
+    made = model(Tiny, **ONE_SIDE)
+    made.scorer.scale[:] = math.nan
+    image = np.zeros((96, 96, 3), np.uint8)
+    with pytest.raises(PatchadError, match="the score of an image is nan"):
+        exported(made, tmp_path)(image)
+    with pytest.raises(PatchadError, match="the score of an image is nan"):
+        made.predict(image)
+
+
 def test_an_empty_detector_is_not_exported_and_leaves_no_file(tmp_path):
     empty = PatchModel(EfficientNetLite0(weights="none"), sides=(32,)).eval()
     with pytest.raises(PatchadError, match="knows no image_size"):
@@ -347,7 +423,7 @@ def test_verify_tells_a_file_of_another_checkpoint(fitted, here, capsys):  # noq
 def test_verify_tells_a_file_of_another_threshold(fitted, here, capsys):  # noqa: F811
     checkpoint = torch.load(fitted / CHECKPOINTS[0], weights_only=True)
     checkpoint["state_dict"]["model.scorer.normals"] *= 2
-    torch.save(checkpoint, here / "other.ckpt")
+    save(checkpoint, here / "other.ckpt")
     with pytest.raises(SystemExit):
         main(["verify", str(fitted / "model.patchad"), "--ckpt_path=other.ckpt", "--images=1"])
     assert "model.patchad has the threshold" in capsys.readouterr().err

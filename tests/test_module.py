@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback
 from patchad import Learning, PatchadError, PatchDetector, PyramidDataModule
 from patchad.callbacks import LastCheckpoint, Predictions, Report
 from patchad.callbacks.report import aurocs, report_page
+from patchad.checkpoint import save
 from patchad.data.synthetic import write_synthetic
 from patchad.losses import RelativeSimilarity
 from patchad.memory import MemoryBank
@@ -519,7 +520,7 @@ def test_a_model_that_was_never_fitted_says_so():
 
 def test_a_checkpoint_of_another_format_is_refused(fitted, tmp_path):
     checkpoint = torch.load(fitted, weights_only=True)
-    torch.save(checkpoint | {"patchad_format": 999}, tmp_path / "future.ckpt")
+    save(checkpoint | {"patchad_format": 999}, tmp_path / "future.ckpt")
     with pytest.raises(PatchadError, match="has format 999"):
         PatchDetector.load_from_checkpoint(tmp_path / "future.ckpt", weights_only=True)
 

@@ -24,10 +24,11 @@ SHORTER = {
     "fast": [],
     "learned": [*FEW, "--data.pyramids_per_image=16"],
     "paper": [
-        *FEW,
         "--data.root=tiny",
         "--data.image_size=[64,64]",
         "--trainer.limit_train_batches=1",
+        "--trainer.max_epochs=1",
+        "--trainer.check_val_every_n_epoch=1",
         "--data.pyramids_per_image=20",
         "--model.scoring_strides={64: 16, 32: 16, 16: 16}",
         "--model.backbone.weights=none",

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
 from patchad.canvas import Canvas, content_size
+from patchad.checkpoint import Checkpointed
 from patchad.data.datasets import (
     PROBE_EPOCH,
     EpochSampler,
@@ -26,7 +27,7 @@ from patchad.data.defects import FORMAT, SMALLEST
 from patchad.data.layouts import Layout, detect_layout, images_below, printable
 from patchad.errors import PatchadError
 from patchad.images import Augmentations, native_size
-from patchad.spec import Configurable, changed_settings, hyperparameters
+from patchad.spec import changed_settings, hyperparameters
 from patchad.types import NORMAL, UNKNOWN, PyramidPlan, Sample
 
 MOST_SHIFT = 2
@@ -35,7 +36,7 @@ PROBE_IMAGES = 32
 """Most images that the clusters are fitted on, each with `pyramids_per_image` anchors."""
 
 
-class PyramidDataModule(Configurable, LightningDataModule):
+class PyramidDataModule(Checkpointed, LightningDataModule):
     """Images of one product: normal ones to learn from, others to test.
 
     Training batches hold two views of each image and pyramids of patches of 64, 32 and 16 pixels in them; the detector
@@ -114,7 +115,7 @@ class PyramidDataModule(Configurable, LightningDataModule):
 
     def prepare_data(self) -> None:
         """Lets the layout write what it makes itself, once per machine; a folder that does not fit makes no run."""
-        if self.layout is not None and self._doing != TrainerFn.PREDICTING:
+        if self.layout is not None and self._doing != TrainerFn.PREDICTING and not self.from_checkpoint:
             self.layout.prepare(self.root)
         self._samples(predicting=self._doing == TrainerFn.PREDICTING)
 

@@ -270,7 +270,7 @@ def without_place(config: dict[str, Any]) -> dict[str, Any]:
     config = json.loads(json.dumps(config))
     for name in ("config", "ckpt_path", "seed_everything"):
         config.pop(name, None)
-    for name in ("root", "layout", "seed", "num_workers", "validate_on"):
+    for name in ("root", "layout", "seed", "num_workers", "max_megapixels", "validate_on"):
         config["data"]["init_args"].pop(name, None)
     for name in ("logger", "check_val_every_n_epoch", "default_root_dir"):
         config["trainer"].pop(name, None)

@@ -1,5 +1,7 @@
 """Image files -> pixels, without torch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,41 +9,83 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from patchad.errors import PatchadError
 
-Image.MAX_IMAGE_PIXELS = None  # files are the user's own; a line camera's may have more than Pillow's 179 million
+Image.MAX_IMAGE_PIXELS = None  # a line camera's may have more than Pillow's 179 million; ours is below
+MAX_MEGAPIXELS = 500.0
+"""Millions of pixels of the largest image that is decoded; 500 take 6 GB as float32."""
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
+"""Of Pillow; of others, such as EPS, some start another program."""
+SAMPLE_FORMAT, SIGNED = 339, 2
+"""The TIFF tag, and what it says of whole numbers that may be negative."""
 
 
-def read_pixels(path: Path) -> np.ndarray:
+def read_pixels(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """The pixels of an image file, turned as its EXIF orientation says.
 
     16-bit grey is divided by 65535, floating-point files are taken as they are, alpha is dropped.
+
+    Args:
+        path: of the file.
+        max_megapixels: a larger image is refused by what its header says.
 
     Returns:
         Float32 in [0, 1]: `[height, width]` of grey images, RGB `[height, width, 3]` of all others.
 
     Raises:
-        PatchadError: if the file cannot be read, its numbers leave [0, 1] or 16 bits, or its colours have 16 bits.
+        PatchadError: if the file cannot be read or is too large, its numbers leave [0, 1] or 16 bits, its colours have
+            16 bits, or it has several pages.
     """
-    return to_float(decode(path), path)
+    return to_float(decode(path, max_megapixels), path)
 
 
-def decode(path: Path) -> Image.Image:
+def decode(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     """The decoded file, upright.
 
     Raises:
-        PatchadError: if it is missing, truncated or no image, or has colours of 16 bits.
+        PatchadError: if it is missing, truncated, no image or too large, has several pages, or colours of 16 bits.
     """
-    try:
-        with Image.open(path) as image:
-            deep = has_deep_colour(image)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise PatchadError(f"cannot read image {path}: {error}") from error
+    with opened(path, max_megapixels) as image:
+        check_pages(image, path)
+        deep = has_deep_colour(image)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
     if deep:
         raise PatchadError(
             f"{path} has colours of 16 bits, which cannot be read; save it with 8 bits, or as 16-bit grey"
         )
     return upright
+
+
+@contextmanager
+def opened(path: Path, max_megapixels: float) -> Iterator[ImageFile.ImageFile]:
+    """An image file of which the header was read.
+
+    Raises:
+        PatchadError: if it, or what is done with it, shows that it is no image that can be read.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > max_megapixels * 1e6:
+                raise PatchadError(
+                    f"{path} has {image.height} x {image.width} pixels (height x width), more than "
+                    f"{max_megapixels:g} million: raise data.max_megapixels if memory holds it"
+                )
+            yield image
+    except PatchadError:
+        raise
+    except UnidentifiedImageError as error:
+        raise PatchadError(f"cannot read image {path}: it is none of {', '.join(FORMATS)}, or damaged") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise PatchadError(f"cannot read image {path}: {error}") from error
+
+
+def check_pages(image: ImageFile.ImageFile, path: Path) -> None:
+    """Raises PatchadError if a TIFF file has more than one page, or signed numbers of 8 bits, which Pillow wraps."""
+    if image.format != "TIFF":
+        return
+    if (pages := getattr(image, "n_frames", 1)) > 1:
+        raise PatchadError(f"{path} has {pages} pages, of which one would be read; save each as a file")
+    if image.mode == "L" and SIGNED in image.tag_v2.get(SAMPLE_FORMAT, ()):  # type: ignore[attr-defined]
+        raise PatchadError(f"{path} holds signed numbers of 8 bits; save unsigned ones")
 
 
 def has_deep_colour(image: ImageFile.ImageFile) -> bool:
@@ -53,10 +97,12 @@ def to_float(image: Image.Image, path: Path) -> np.ndarray:
     """Float32 in [0, 1]: `[height, width]` of grey images, `[height, width, 3]` of all others.
 
     Raises:
-        PatchadError: if a floating-point image leaves [0, 1], or one of whole numbers 16 bits.
+        PatchadError: if a floating-point image leaves [0, 1], or one of whole numbers 16 bits, or it holds nan.
     """
     if image.mode.startswith(("I", "F")):
         values, most = np.asarray(image), 1 if image.mode == "F" else 65535  # 16-bit grey: I;16, I;16B or, widened, I
+        if not np.isfinite(values).all():
+            raise PatchadError(f"{path} holds nan or infinite values; give them a number in [0, {most}]")
         if not (values.min() >= 0 and values.max() <= most):
             raise PatchadError(
                 f"{path} holds values from {values.min():g} to {values.max():g}; scale them to [0, {most}]"

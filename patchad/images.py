@@ -6,41 +6,41 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 from patchad.canvas import Canvas, Size, content_size, gain
-from patchad.decoding import decode, read_pixels
+from patchad.decoding import MAX_MEGAPIXELS, decode, opened, read_pixels
 from patchad.errors import PatchadError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 """Lower case; files are matched in any case."""
 ORIENTATION = 0x0112
 """The EXIF tag."""
 
 
-def read_image(path: Path) -> Float[Tensor, "3 height width"]:
+def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Float[Tensor, "3 height width"]:
     """RGB in [0, 1] of an image file, as `read_pixels` reads it; grey images get three equal channels.
 
     Raises:
-        PatchadError: if the file cannot be read, its numbers leave [0, 1] or 16 bits, or its colours have 16 bits.
+        PatchadError: as `read_pixels` does.
     """
-    values = torch.from_numpy(read_pixels(path))
+    values = torch.from_numpy(read_pixels(path, max_megapixels))
     return values.expand(3, -1, -1).contiguous() if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
 
 
-def read_mask(path: Path, size: Size) -> Bool[Tensor, "height width"]:
+def read_mask(path: Path, size: Size, max_megapixels: float = MAX_MEGAPIXELS) -> Bool[Tensor, "height width"]:
     """True on defects: where the mask file is above 128 (of 255), at the file's own size.
 
     Args:
         path: of the mask.
         size: height x width of its image in pixels.
+        max_megapixels: a larger mask is refused.
 
     Raises:
         PatchadError: if the file cannot be read, has another size than its image, or marks defects by small numbers.
     """
-    values = read_image(path).mean(0)
+    values = read_image(path, max_megapixels).mean(0)
     if values.shape != size:
         raise PatchadError(
             f"mask {path} has {values.shape[0]} x {values.shape[1]} pixels (height x width), "
@@ -78,24 +78,21 @@ def on_canvas(
     return F.pad(image[None], padding, mode="replicate")[0], content
 
 
-def native_size(path: Path) -> Size:
+def native_size(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:
     """Height x width of the upright image in a file, in pixels.
 
     The header tells it; a PNG file is decoded, because its orientation may stand behind the pixels, and so is a TIFF
     file, because versions of Pillow differ in whether its header's size is upright.
 
     Raises:
-        PatchadError: if the file is missing or no image.
+        PatchadError: if the file is missing, no image, or too large.
     """
     if path.suffix.lower() in (".tif", ".tiff"):
-        width, height = decode(path).size
+        width, height = decode(path, max_megapixels).size
         return height, width
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ORIENTATION, 1) >= 5  # a quarter turn, mirrored or not
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise PatchadError(f"cannot read image {path}: {error}") from error
+    with opened(path, max_megapixels) as image:
+        width, height = image.size
+        turned = image.getexif().get(ORIENTATION, 1) >= 5  # a quarter turn, mirrored or not
     return (width, height) if turned else (height, width)
 
 

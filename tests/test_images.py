@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from patchad.canvas import Canvas
+from patchad.data.layouts import images_below
 from patchad.errors import PatchadError
 from patchad.images import Augmentations, augment, draw_view, native_size, on_canvas, read_image, read_mask, resize_mask
 
@@ -38,7 +39,10 @@ def png_of_16_bit_colours(pixels: np.ndarray) -> bytes:
     """A file of `[height, width, 3]`, which Pillow cannot write."""
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return png((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+
+
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
     made = [
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     ]
@@ -56,6 +60,52 @@ def test_16_bit_colours_are_refused_since_half_of_them_would_be_lost(tmp_path):
 def test_images_of_line_cameras_may_be_larger_than_pillow_likes(tmp_path):
     Image.new("1", (15_000, 12_000)).save(tmp_path / "a.png")
     assert native_size(tmp_path / "a.png") == (12_000, 15_000)
+
+
+def test_an_image_beyond_the_limit_is_refused_by_its_header(tmp_path):
+    """No memory could hold what it promises."""
+    header = struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(png((b"IHDR", header), (b"IDAT", zlib.compress(b"\0"))))
+    for read in (read_image, native_size):
+        with pytest.raises(PatchadError, match=r"bomb\.png has 2147483647 x 2147483647 pixels .*more than 500 million"):
+            read(tmp_path / "bomb.png")
+    Image.new("L", (1000, 1001)).save(tmp_path / "a.png")
+    with pytest.raises(PatchadError, match=r"more than 1 million: raise data\.max_megapixels"):
+        read_image(tmp_path / "a.png", 1)
+    assert read_image(tmp_path / "a.png", 1.001).shape == (3, 1001, 1000)
+
+
+@pytest.mark.parametrize("suffix", ["jpe", "jfif", "pgm", "ppm", "JPG", "webp", "bmp"])
+def test_formats_of_cameras_are_images(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(PIXELS[:, :, 0] if suffix == "pgm" else PIXELS).save(path, format=FORMAT.get(suffix))
+    assert read_image(path).shape == (3, 6, 8)
+    assert images_below(tmp_path) == [path]
+
+
+FORMAT = {"jpe": "JPEG", "jfif": "JPEG", "pgm": "PPM", "ppm": "PPM"}
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "PDF", "ICO"])
+def test_what_is_named_an_image_and_is_of_another_format_is_refused(kind, tmp_path, monkeypatch):
+    """Pillow would start Ghostscript for one of them."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("a program was started"))
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", format=kind)
+    with pytest.raises(PatchadError, match=r"cannot read image .*a\.png: it is none of PNG, JPEG"):
+        read_image(tmp_path / "a.png")
+
+
+def test_several_pages_signed_bytes_and_numbers_that_are_none_are_refused(tmp_path):
+    page = Image.fromarray(PIXELS)
+    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page])
+    with pytest.raises(PatchadError, match=r"pages\.tif has 2 pages"):
+        read_image(tmp_path / "pages.tif")
+    Image.fromarray(PIXELS[:, :, 0]).save(tmp_path / "signed.tif", tiffinfo={339: 2})
+    with pytest.raises(PatchadError, match=r"signed\.tif holds signed numbers of 8 bits"):
+        read_image(tmp_path / "signed.tif")
+    Image.fromarray(np.full((6, 8), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(PatchadError, match=r"nan\.tif holds nan or infinite values"):
+        read_image(tmp_path / "nan.tif")
 
 
 def test_a_very_narrow_image_is_resized_as_its_transpose():

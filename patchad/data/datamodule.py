@@ -25,6 +25,7 @@ from patchad.data.datasets import (
 )
 from patchad.data.defects import FORMAT, SMALLEST
 from patchad.data.layouts import Layout, detect_layout, images_below, printable
+from patchad.decoding import MAX_MEGAPIXELS
 from patchad.errors import PatchadError
 from patchad.images import Augmentations, native_size
 from patchad.spec import changed_settings, hyperparameters
@@ -58,6 +59,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         colour_deviation: of what is added to each channel of a view, of [0, 1]; 0.02 in the paper.
         noise_deviation: of what is added to each pixel of a view, of [0, 1]; 0.02 in the paper.
         num_workers: processes that decode images.
+        max_megapixels: an image of more million pixels is refused by what its header says.
         held_out_fraction: share of the training normals that encoders do not learn from (at least one image).
         validate_on: `synthetic_defects` paints defects on 20 images that are not learned from; `test` watches the test
             images (for watching only); `none` leaves validations out, and the pictures and checkpoints that come with
@@ -88,6 +90,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         colour_deviation: float = 0.0,
         noise_deviation: float = 0.0,
         num_workers: int = 2,
+        max_megapixels: float = MAX_MEGAPIXELS,
         held_out_fraction: float = 0.1,
         validate_on: Literal["synthetic_defects", "test", "none"] = "synthetic_defects",
         seed: int = 0,
@@ -110,6 +113,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size
         self.brightness = brightness
         self.batch_size, self.pyramids_per_image, self.num_workers = batch_size, pyramids_per_image, num_workers
+        self.max_megapixels = max_megapixels
         self.held_out_fraction, self.validate_on, self.seed = held_out_fraction, validate_on, seed
         self.save_hyperparameters(hyperparameters(self), logger=False)  # the whole config is logged; both have a seed
 
@@ -151,7 +155,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         return [printable(sample) for sample in self.layout.samples(self.root)]
 
     def _dataset(self, samples: Sequence[Sample], numbers: Mapping[str, int] = MappingProxyType({})) -> ImageDataset:
-        return ImageDataset(samples, self.canvas, self.metric_size, numbers)
+        return ImageDataset(samples, self.canvas, self.metric_size, numbers, self.max_megapixels)
 
     def _split(self, normals: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         groups: dict[Any, list[Sample]] = {}
@@ -176,7 +180,9 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
 
     def _check_room_for_defects(self) -> None:
         for sample in self.held_out_set.samples[: SyntheticDefects.most]:
-            height, width = content_size(native_size(sample.path), self.image_size, self.keep_aspect)
+            height, width = content_size(
+                native_size(sample.path, self.max_megapixels), self.image_size, self.keep_aspect
+            )
             if min(height, width) < SMALLEST:
                 raise PatchadError(
                     f"{sample.path} is {height} x {width} pixels (height x width) at image_size {self.image_size}; "

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from patchad.canvas import Canvas, Size, content_size
 from patchad.data.defects import paint_defect, paint_defects
+from patchad.decoding import MAX_MEGAPIXELS
 from patchad.images import (
     Augmentations,
     View,
@@ -38,6 +39,7 @@ class ImageDataset(Dataset[ImageBatch]):
         canvas: what images are brought to.
         metric_size: height x width of masks.
         numbers: of what images show; what is not among them gets -1.
+        max_megapixels: a larger file is refused.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class ImageDataset(Dataset[ImageBatch]):
         canvas: Canvas,
         metric_size: Size,
         numbers: Mapping[str, int] = MappingProxyType({}),
+        max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
+        self.max_megapixels = max_megapixels
         self.samples, self.canvas, self.metric_size = list(samples), canvas, metric_size
         things = [numbers.get(sample.thing, -1) for sample in self.samples]
         self.things: Int[torch.Tensor, " images"] = torch.tensor(things)
@@ -57,12 +61,12 @@ class ImageDataset(Dataset[ImageBatch]):
 
     def __getitem__(self, index: int) -> ImageBatch:
         sample = self.samples[index]
-        native = read_image(sample.path)
+        native = read_image(sample.path, self.max_megapixels)
         size = (native.shape[1], native.shape[2])
         image, content = on_canvas(native, self.canvas)
         mask = torch.zeros(self.metric_size, dtype=torch.bool)
         if sample.mask is not None:
-            mask = resize_mask(read_mask(sample.mask, size), self.metric_size)
+            mask = resize_mask(read_mask(sample.mask, size, self.max_megapixels), self.metric_size)
         return ImageBatch(
             image=image,
             content=torch.tensor(content),
@@ -184,7 +188,7 @@ class PyramidDataset(Dataset[PyramidBatch]):
 
     def _content(self, number: int) -> Size:
         if number not in self._contents:
-            native = native_size(self.images.samples[number].path)
+            native = native_size(self.images.samples[number].path, self.images.max_megapixels)
             canvas = self.images.canvas
             self._contents[number] = content_size(native, canvas.image_size, canvas.keep_aspect)
         return self._contents[number]

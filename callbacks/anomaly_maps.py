@@ -5,6 +5,7 @@ from pytorch_lightning import Callback, Trainer
 from patchad.callbacks.pictures import SheetEntry, sheet, sheet_entry
 from patchad.callbacks.publish import publish_picture, run_folder
 from patchad.detector import Detector
+from patchad.errors import check_range
 from patchad.types import ImageBatch, Prediction
 
 
@@ -16,6 +17,7 @@ class AnomalyMaps(Callback):
     """
 
     def __init__(self, images: int = 8) -> None:
+        check_range({"images": images}, 1)
         self.images = images
 
     def on_validation_start(self, trainer: Trainer, pl_module: Detector) -> None:

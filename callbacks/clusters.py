@@ -12,6 +12,7 @@ from patchad.callbacks.pictures import montage, to_rgb
 from patchad.callbacks.publish import publish_picture, run_folder
 from patchad.data.datasets import PyramidDataset
 from patchad.detector import Detector
+from patchad.errors import check_range
 from patchad.pyramid import cut
 from patchad.types import PyramidBatch
 
@@ -25,6 +26,7 @@ class Clusters(Callback):
     """
 
     def __init__(self, clusters: int = 10, patches: int = 12) -> None:
+        check_range({"clusters": clusters, "patches": patches}, 1)
         self.clusters, self.patches = clusters, patches
         self.views: dict[tuple[int, int], Tensor] = {}
 

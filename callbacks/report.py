@@ -11,6 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from patchad.callbacks.pictures import SheetEntry, sheet, sheet_entry
 from patchad.callbacks.publish import publish_picture, publish_table, run_folder
 from patchad.detector import Detector
+from patchad.errors import check_range
 from patchad.files import write_whole
 from patchad.types import NORMAL, ImageBatch, Prediction
 
@@ -26,6 +27,7 @@ class Report(Callback):
     """
 
     def __init__(self, images_per_defect: int = 2) -> None:
+        check_range({"images_per_defect": images_per_defect}, 0)
         self.images_per_defect = images_per_defect
 
     def on_test_start(self, trainer: Trainer, pl_module: Detector) -> None:

@@ -1,5 +1,29 @@
 """The one error that a user can mend."""
 
+import math
+from collections.abc import Mapping
+
 
 class PatchadError(ValueError):
     """Something that the user can mend: the command line prints it as one line and exits with 2."""
+
+
+def check_range(
+    options: Mapping[str, int | float | None], low: int | float, high: int | float = math.inf, above: bool = False
+) -> None:
+    """Raises PatchadError unless options are finite numbers of a range; None is left alone.
+
+    Args:
+        options: by their names.
+        low: the least number.
+        high: the highest.
+        above: whether they must lie above the least.
+
+    Example:
+        >>> check_range({"smoothing": 0.5, "tile": None}, 0, 1)
+    """
+    for name, value in options.items():
+        if value is not None and not (math.isfinite(value) and low <= value <= high and not (above and value == low)):
+            least = f"lie above {low:g}" if above else f"be at least {low:g}"
+            most = "" if math.isinf(high) else f" and be at most {high:g}" if above else f" and at most {high:g}"
+            raise PatchadError(f"{name} {value} must {least}{most}")

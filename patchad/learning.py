@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchad.canvas import Size
 from patchad.clustering import PseudoLabels, churn
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
 from patchad.model import check_finite
 from patchad.models.cache import FeatureCache
@@ -61,6 +61,10 @@ class Learning(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_range({"clusters": clusters}, 1)
+        check_range({"warmup": warmup}, 0, 1)
+        check_range({"learning_rate": learning_rate}, 0, 1, above=True)
+        check_range({"seed": seed}, 0)
         terms = (Position(), RelativeSimilarity(), Clustering()) if losses is None else losses
         check_losses(terms)
         self.features = Features(encoder) if cache is None else CachedFeatures(encoder, cache)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.pyramid import DIRECTIONS
 from patchad.spec import Configurable
 from patchad.types import PatchViews
@@ -35,8 +35,7 @@ class PatchLoss(Configurable, nn.Module, ABC):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        if weight < 0:
-            raise PatchadError(f"weight {weight} of {type(self).__name__} must not be negative")
+        check_range({f"weight of {type(self).__name__}": weight}, 0)
         self.weight = weight
 
     @abstractmethod
@@ -169,8 +168,8 @@ class Separation(PatchLoss):
 
     def __init__(self, weight: float = 1.0, least_share: float = 0.02, most: int = 1500) -> None:
         super().__init__(weight)
-        if not 0 <= least_share <= 1 or most < 1:
-            raise PatchadError(f"least_share {least_share} must lie in [0, 1], most {most} must be at least 1")
+        check_range({"least_share": least_share}, 0, 1)
+        check_range({"most": most}, 1)
         self.least_share, self.most = least_share, most
 
     def forward(self, views: PatchViews) -> Scalar:

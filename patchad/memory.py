@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchad.clustering import kmeans
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.lists import Lists, as_lists, divide, nearest_in_lists
 from patchad.nearest import faiss, nearest_by_product, search, search_index
 
@@ -75,12 +75,10 @@ class MemoryBank(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if max_vectors is not None and max_vectors < 1:
-            raise PatchadError(f"max_vectors {max_vectors} keeps nothing; give at least 1, or null to keep all")
+        check_range({"max_vectors": max_vectors}, 1)
+        check_range({"baseline": baseline, "seed": seed}, 0)
         if reduce not in get_args(Reduction):
             raise PatchadError(f"reduce {reduce} is none of {', '.join(get_args(Reduction))}")
-        if baseline < 0:
-            raise PatchadError(f"baseline {baseline} must not be negative; 0 takes distances as they are")
         self.side, self.max_vectors, self.reduce, self.seed = side, max_vectors, reduce, seed
         self.baseline = baseline
         self._cap = max_vectors if reduce == "random" or max_vectors is None else max(max_vectors, CANDIDATES)

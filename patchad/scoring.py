@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchad.conformal import conformal_threshold, p_values
-from patchad.errors import PatchadError
+from patchad.errors import check_range
 from patchad.pyramid import enlarge
 
 NOISE = 0.01
@@ -64,11 +64,8 @@ class Scorer(nn.Module):
         target_fpr: float = 0.05,
     ) -> None:
         super().__init__()
-        for name, value in (("top_fraction", top_fraction), ("target_fpr", target_fpr)):
-            if not 0 < value <= 1:
-                raise PatchadError(f"{name} {value} must lie above 0 and be at most 1")
-        if smoothing < 0:
-            raise PatchadError(f"smoothing {smoothing} must not be negative; 0 leaves the map as it is")
+        check_range({"top_fraction": top_fraction, "target_fpr": target_fpr}, 0, 1, above=True)
+        check_range({"smoothing": smoothing}, 0)
         self.combination, self.image_score = combination, image_score
         self.top_fraction, self.smoothing, self.target_fpr = top_fraction, smoothing, target_fpr
         self.sides = tuple(sides)

@@ -239,7 +239,7 @@ def test_the_probe_is_the_same_on_every_call(product):
 
 
 def test_a_shift_that_pyramids_have_no_room_for_is_refused(product):
-    with pytest.raises(PatchadError, match="shift 3 leaves no room for the pyramids of side 16"):
+    with pytest.raises(PatchadError, match="shift 3 must be at least 0 and at most 2"):
         images(product, shift=3)
 
 

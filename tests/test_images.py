@@ -71,7 +71,7 @@ def test_an_image_beyond_the_limit_is_refused_by_its_header(tmp_path):
             read(tmp_path / "bomb.png")
     Image.new("L", (1000, 1001)).save(tmp_path / "a.png")
     with pytest.raises(PatchadError, match=r"more than 1 million: raise data\.max_megapixels"):
-        read_image(tmp_path / "a.png", 1)
+        read_image(tmp_path / "a.png", 1.0)
     assert read_image(tmp_path / "a.png", 1.001).shape == (3, 1001, 1000)
 
 

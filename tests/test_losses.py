@@ -158,12 +158,12 @@ def test_separation_thins_out_evenly_to_the_most_that_it_compares():
 
 
 def test_separation_that_compares_nothing_is_refused():
-    with pytest.raises(PatchadError, match=r"least_share 2.0 must lie in \[0, 1\]"):
+    with pytest.raises(PatchadError, match=r"least_share 2.0 must be at least 0 and at most 1"):
         Separation(least_share=2.0)
 
 
 def test_a_negative_weight_is_refused():
-    with pytest.raises(PatchadError, match=r"weight -1\.0 of Position"):
+    with pytest.raises(PatchadError, match=r"weight of Position -1\.0 must be at least 0"):
         Position(weight=-1.0)
 
 

@@ -233,7 +233,7 @@ def test_a_bank_without_patches_has_no_levels():
 
 
 def test_a_negative_baseline_is_refused():
-    with pytest.raises(PatchadError, match=r"baseline -0\.5 must not be negative"):
+    with pytest.raises(PatchadError, match=r"baseline -0\.5 must be at least 0"):
         MemoryBank(side=16, baseline=-0.5)
 
 

@@ -26,11 +26,15 @@ from patchad.data.datasets import (
 from patchad.data.defects import FORMAT, SMALLEST
 from patchad.data.layouts import Layout, detect_layout, images_below, printable
 from patchad.decoding import MAX_MEGAPIXELS
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.images import Augmentations, native_size
 from patchad.spec import changed_settings, hyperparameters
 from patchad.types import NORMAL, UNKNOWN, PyramidPlan, Sample
 
+MOST_HELD_OUT = 0.99
+"""Share of the training normals; something must be left to learn from."""
+MOST_PYRAMIDS = 100_000
+"""Of an image and side."""
 MOST_SHIFT = 2
 """Pixels; two views then differ by at most 4, which the window of side 16's pyramids has room for."""
 PROBE_IMAGES = 32
@@ -98,16 +102,17 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         super().__init__()
         if root is None:
             raise PatchadError("no images: give --data.root FOLDER, or try --config quickstart")
-        if not 0 < held_out_fraction < 1:
-            raise PatchadError(f"held_out_fraction {held_out_fraction} must lie between 0 and 1")
-        if min(*image_size, *metric_size, batch_size, pyramids_per_image) < 1:
-            raise PatchadError("image_size, metric_size, batch_size and pyramids_per_image must be at least 1")
-        if brightness is not None and not 0 < brightness <= 1:
-            raise PatchadError(f"brightness {brightness} must lie above 0 and be at most 1; null leaves images alone")
-        if min(shift, colour_deviation, noise_deviation) < 0:
-            raise PatchadError("shift, colour_deviation and noise_deviation must not be negative")
-        if shift > MOST_SHIFT:
-            raise PatchadError(f"shift {shift} leaves no room for the pyramids of side 16; give at most {MOST_SHIFT}")
+        check_range({"held_out_fraction": held_out_fraction}, 0, MOST_HELD_OUT, above=True)
+        check_range({"brightness": brightness}, 0, 1, above=True)
+        check_range({"colour_deviation": colour_deviation, "noise_deviation": noise_deviation}, 0, 1)
+        check_range({"max_megapixels": max_megapixels}, 0, above=True)
+        check_range({"shift": shift}, 0, MOST_SHIFT)
+        check_range({"num_workers": num_workers, "seed": seed}, 0)
+        check_range({"batch_size": batch_size}, 1)
+        check_range({"pyramids_per_image": pyramids_per_image}, 1, MOST_PYRAMIDS)
+        for name, (height, width) in {"image_size": image_size, "metric_size": metric_size}.items():
+            check_range({f"height of {name}": height, f"width of {name}": width}, 1)
+            check_range({f"megapixels of {name}": height * width / 1e6}, 0, max_megapixels)
         self.augmentations = Augmentations(shift, colour_deviation, noise_deviation)
         self.root, self.layout = Path(root), layout
         self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size

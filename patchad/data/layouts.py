@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from patchad.data.synthetic import write_synthetic
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.images import IMAGE_SUFFIXES
 from patchad.spec import Configurable
 from patchad.types import NORMAL, Sample
@@ -177,6 +177,8 @@ class MagneticTile(Layout):
         seed: int = 0,
     ) -> None:
         splits = {"published": self._published, "random": self._random, "by_tile": self._by_tile}
+        check_range({"test_fraction": test_fraction}, 0, 1, above=True)
+        check_range({"seed": seed}, 0)
         if split not in splits:
             raise PatchadError(f"split {split} is unknown; choose one of {', '.join(splits)}")
         self._choose, self.split, self.test_fraction, self.seed = splits[split], split, test_fraction, seed
@@ -280,6 +282,8 @@ class Folder(Layout):
         test_fraction: float = 0.2,
         seed: int = 0,
     ) -> None:
+        check_range({"test_fraction": test_fraction}, 0, 1)
+        check_range({"seed": seed}, 0)
         if Path(masks) in (Path(normal), Path(abnormal)):
             raise PatchadError(f"masks and images cannot both lie in {masks}; put the masks into a folder of their own")
         self.normal, self.abnormal, self.masks, self.normal_test = normal, abnormal, masks, normal_test

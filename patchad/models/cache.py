@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from patchad.canvas import Size
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.files import write_array
 from patchad.models.encoders import DenseEncoder
 from patchad.pyramid import window_size
@@ -34,10 +34,8 @@ class FeatureCache(Configurable):
     """
 
     def __init__(self, folder: str = "runs/features", views: int = 2, max_gigabytes: float = 30.0) -> None:
-        if views < 1:
-            raise PatchadError(
-                f"views {views} of a cache must be at least 1; model.learning.cache null switches it off"
-            )
+        check_range({"views": views}, 1)
+        check_range({"max_gigabytes": max_gigabytes}, 0, above=True)
         self.folder, self.views, self.max_gigabytes = Path(folder), views, max_gigabytes
 
     def open(self, paths: Sequence[str], key: str, encoder: DenseEncoder, size: Size, painted: bool = False) -> None:

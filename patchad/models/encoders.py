@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from patchad.canvas import Size
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.models.backbones import Backbone, Tap, receptive_radius
 from patchad.models.patches import PatchEncoder, PatchEncoderFactory, Standardize, check_side
 from patchad.pyramid import (
@@ -103,8 +103,8 @@ class PyramidEncoder(nn.Module, ABC):
         tile: int | None = None,
     ) -> None:
         super().__init__()
-        if tile is not None and tile < 1:
-            raise PatchadError(f"tile {tile} must be at least 1 pixel; null passes every image whole")
+        check_range({"tile": tile}, 1)
+        check_sides(sides)
         self.tile = tile
         self.backbone, self.mean_image = backbone, MeanImage() if subtract_mean_image else None
         self.sides = tuple(sides)
@@ -389,8 +389,16 @@ def default_stride(side: int, tap: Tap) -> int:
     return max((stride for stride in range(tap.stride, most + 1, tap.stride) if side % stride == 0), default=tap.stride)
 
 
+def check_sides(sides: Sequence[int]) -> None:
+    """Raises PatchadError unless sides are one or more different positive numbers."""
+    if not sides or len(set(sides)) < len(sides):
+        raise PatchadError(f"sides {list(sides)} must be one or more different numbers of pixels")
+    check_range({f"side number {number}": side for number, side in enumerate(sides)}, 1)
+
+
 def check_stride(side: int, stride: int, tap_stride: int) -> None:
     """Raises PatchadError unless the scoring stride is a multiple of the tap's stride and divides the side."""
+    check_range({f"scoring stride of side {side}": stride}, 1)
     if stride % tap_stride or side % stride:
         raise PatchadError(
             f"scoring stride {stride} of side {side} must be a multiple of its tap's stride {tap_stride} "

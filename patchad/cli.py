@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentError
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -20,7 +23,7 @@ from patchad.checkpoint import check_exists, read_checkpoint
 from patchad.commands import DetectorTrainer
 from patchad.data.datamodule import PyramidDataModule
 from patchad.detector import Detector
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.spec import described, spec
 from patchad.trust import allow, check_slots, check_trusted, foreign_modules
 
@@ -28,6 +31,19 @@ CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
 LIGHTNINGS_WORDS = ("best", "last", "hpc", "null")
 """What `fit --ckpt_path` takes beside a path."""
+
+UNION = "Does not validate against any of the Union subtypes"
+STRUCTURE = re.compile(
+    rf"Parser key|Problem with|Type .* expects|{UNION}|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
+)
+"""Lines of jsonargparse's that tell where, but not what."""
+EXPECTED = re.compile(r"Expected an? (?:<class ')?(?:\w+\.)*([^'<>]+?(?:\[.*\])?)(?:'>)?$")
+GIVEN = re.compile(
+    r"(?:Got value: |Given value: (?:NestedArg\(key='.*', val=)?)'?(?!Namespace)([^'\n]*?)'?\)?(?:\. Got|$)", re.M
+)
+"""What types it would take, and what it was given."""
+OTHERS_REFUSALS = (ArgumentError, MisconfigurationException, OmegaConfBaseException, ModuleNotFoundError)
+"""What jsonargparse, Lightning and OmegaConf raise of an option, and what comes of a library that is not there."""
 
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen backbones are meant to be
@@ -87,6 +103,23 @@ class PatchadCLI(LightningCLI):
         for name, kind in {"model": Detector, "data": PyramidDataModule}.items():
             check_slots(kind, config[name].as_dict(), name)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Also checks what Lightning would trip over later."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if not isinstance(config.seed_everything, bool):
+            check_range({"--seed_everything": config.seed_everything}, 0, 2**32 - 1)
+        check_range({"--trainer.check_val_every_n_epoch": config.trainer.check_val_every_n_epoch}, 1)
+        if config.get("lr_scheduler") and not config.get("optimizer"):
+            raise PatchadError("--lr_scheduler has nothing to steer: give --optimizer, too")
+
+    def instantiate_trainer(self, **settings: Any) -> Trainer:
+        """Lightning's; what it refuses is an option."""
+        try:
+            return super().instantiate_trainer(**settings)
+        except (ValueError, TypeError) as error:
+            raise PatchadError(f"--trainer: {error}") from error
+
     def instantiate_classes(self) -> None:
         """Also notes where a checkpoint says what the data are."""
         super().instantiate_classes()
@@ -131,16 +164,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf", "description": "Finds defects after seeing good images only."},
+            parser_kwargs={
+                "parser_mode": "omegaconf",
+                "description": "Finds defects after seeing good images only.",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
             seed_everything_default=0,
         )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # else its threads may abort the process at its exit
-    except (ValueError, OSError) as error:
-        mendable = find_mendable(error)
-        if mendable is None:
+    except (ValueError, OSError, *OTHERS_REFUSALS) as error:
+        mistake = find_mistake(error)
+        if mistake is None:
             raise
-        print(f"patchad: error: {one_line(mendable)}", file=sys.stderr)
+        print(f"patchad: error: {mistake}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -205,6 +243,8 @@ def with_checkpoint_settings(arguments: list[str]) -> list[str]:
         PatchadError: if the checkpoint is missing or not readable.
     """
     path = next(iter(option_values(arguments, "--ckpt_path")), None)
+    if path == "":
+        raise PatchadError("--ckpt_path is empty; patchad fit prints the path of its checkpoint")
     if path is None or (arguments[0] == "fit" and is_lightnings(path)):
         return arguments
     settings = read_settings(Path(path), with_weights=arguments[0] == "fit")  # further fits may begin anew by them
@@ -216,9 +256,23 @@ def allowed_modules(arguments: Sequence[str]) -> set[str]:
     named: list[Any] = option_values(arguments, "--allow")
     for path in (value for option in CONFIG_OPTIONS for value in option_values(arguments, option)):
         if "{" not in path and Path(path).is_file():
-            config = yaml.safe_load(Path(path).read_text())
-            named.append(config.get("allow") if isinstance(config, dict) else None)
+            named.append(read_config(Path(path)).get("allow"))
     return {name for value in named for name in re.findall(r"[\w.]+", str(value or ""))}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a config file.
+
+    Raises:
+        PatchadError: if it is no YAML, or holds no settings.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PatchadError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise PatchadError(f"--config {path} holds {config!r}; give settings, such as model: or data:")
+    return config
 
 
 def is_lightnings(path: str) -> bool:
@@ -270,14 +324,32 @@ def keep_cache_inside(model: dict[str, Any]) -> None:
         del cache["folder"]
 
 
-def find_mendable(error: Exception) -> PatchadError | OSError | None:
-    """The PatchadError that it is or came from (jsonargparse wraps those of constructors), or what the system said."""
+def find_mistake(error: BaseException) -> str | None:
+    """What the user can mend, in one line; None where the error is a bug.
+
+    jsonargparse wraps what constructors raise, and data workers pass on their traceback as text.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, PatchadError):
         cause = cause.__cause__ or cause.__context__
-    return cause or (error if isinstance(error, OSError) else None)
+    if cause is not None or isinstance(error, OSError):
+        last = str(cause or error).strip().splitlines()[-1]
+        return last.removeprefix(f"{PatchadError.__module__}.PatchadError: ")
+    if isinstance(error, ArgumentError) or str(error).startswith(UNION):
+        return explained(str(error))
+    return " ".join(str(error).split()) if isinstance(error, OTHERS_REFUSALS) else None
 
 
-def one_line(error: Exception) -> str:
-    """The message; of an error that a data worker passed on, the last line of its traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix(f"{PatchadError.__module__}.PatchadError: ")
+def explained(text: str) -> str:
+    r"""What jsonargparse says of an option, in one line: its name, and what it would take.
+
+    Example:
+        >>> explained('Parser key "data":\n  Parser key "seed":\n    Expected a <class \'int\'>. Got value: x')
+        '--data.seed: expected int, not x'
+    """
+    lines = [line.strip(" -").partition(". Got value: ")[0] for line in text.splitlines()]
+    reasons = [EXPECTED.sub(r"expected \1", line) for line in lines if line and not STRUCTURE.match(line)]
+    keys, given = re.findall(r'Parser key "([^"]+)"', text), GIVEN.findall(text)
+    value = f", not {given[0]}" if given else ""
+    said = "; or ".join(dict.fromkeys(reasons)) + value
+    return f"--{'.'.join(keys)}: {said}" if keys else said

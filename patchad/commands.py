@@ -12,7 +12,7 @@ from patchad.checkpoint import read_checkpoint
 from patchad.data.datamodule import PyramidDataModule
 from patchad.data.datasets import ImageDataset
 from patchad.detector import Detector
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.export import MAP_TOLERANCE, TOLERANCE, compare, export
 from patchad.model import PatchModel, ScoringModel
 from patchad.runtime import load
@@ -61,13 +61,12 @@ class DetectorTrainer(Trainer):
         Raises:
             PatchadError: if it says something else, or holds another threshold.
         """
-        if images < 1:
-            raise PatchadError(f"--images {images} shows nothing; give at least 1")
+        check_range({"--images": images}, 1)
         scoring, runtime = restored(model, datamodule, ckpt_path), load(exported)
         datamodule.setup("predict")
         print("| image | score | map | verdict |\n|---|---|---|---|")
         dataset = datamodule.predict_set
-        paths = [dataset.samples[number].path for number in evenly_spread(dataset, images)]
+        paths = [dataset.samples[number].path for number in evenly_spread(dataset, min(images, len(dataset)))]
         differences = [compare(scoring, runtime, path) for path in paths]
         for difference in differences:
             verdict = "same" if difference.same_verdict else "DIFFERENT"
@@ -100,6 +99,7 @@ class DetectorTrainer(Trainer):
             batch_sizes: images per batch.
             repeats: timed runs.
         """
+        check_range({"--repeats": repeats, "--batch_sizes": min(batch_sizes)}, 1)
         device, threads = self.strategy.root_device, torch.get_num_threads()
         scoring = restored(model, datamodule, ckpt_path).to(device)
         if not isinstance(scoring, PatchModel):

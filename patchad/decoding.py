@@ -64,7 +64,7 @@ def opened(path: Path, max_megapixels: float) -> Iterator[ImageFile.ImageFile]:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > max_megapixels * 1e6:
+            if image.width * image.height / 1e6 > max_megapixels:
                 raise PatchadError(
                     f"{path} has {image.height} x {image.width} pixels (height x width), more than "
                     f"{max_megapixels:g} million: raise data.max_megapixels if memory holds it"

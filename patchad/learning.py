@@ -62,8 +62,7 @@ class Learning(nn.Module):
     ) -> None:
         super().__init__()
         check_range({"clusters": clusters}, 1)
-        check_range({"warmup": warmup}, 0, 1)
-        check_range({"learning_rate": learning_rate}, 0, 1, above=True)
+        check_range({"warmup": warmup, "learning_rate": learning_rate}, 0, 1)
         check_range({"seed": seed}, 0)
         terms = (Position(), RelativeSimilarity(), Clustering()) if losses is None else losses
         check_losses(terms)

@@ -58,7 +58,6 @@ class ExportedDetector:
         providers: of ONNX Runtime, in order of preference.
 
     Attributes:
-        threshold: scores above it are anomalous; it may be set to any number.
         normals: scores of the normal images of the fit, each compared with the others.
         canvas: what images are brought to.
         normal_level: about the mean of a map on normal images.
@@ -86,7 +85,7 @@ class ExportedDetector:
 
     @property
     def threshold(self) -> float:
-        """Scores above it are anomalous."""
+        """Scores above it are anomalous; it may be set to any number."""
         return self._threshold
 
     @threshold.setter

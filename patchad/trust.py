@@ -118,8 +118,9 @@ def classes(hint: Any) -> Iterator[type]:
     """The classes, beside numbers, of which an argument of that annotation takes objects, or makes them.
 
     Example:
-        >>> [*classes(dict[str, Path] | None)], [*classes(Callable[[int], Path])]
-        ([<class 'str'>, <class 'pathlib.Path'>], [<class 'pathlib.Path'>])
+        >>> from collections.abc import Callable
+        >>> [kind.__name__ for kind in classes(dict[str, Path] | Callable[[int], PatchadError] | None)]
+        ['str', 'Path', 'PatchadError']
     """
     if inspect.isclass(hint) and not get_args(hint) and hint not in NUMBERS:
         yield hint

@@ -91,7 +91,7 @@ def learn(folder: Path, root: Path, devices: int) -> None:
     model = PatchDetector(EfficientNetLite0(), LearnedEncoder, learning=learning, bank=bank)
     nothing = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "limit_val_batches": 0}
     strategy = "ddp" if devices == 2 else "auto"
-    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_epochs=3, **nothing)
+    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_epochs=2, **nothing)
     trainer.fit(model, data)
     torch.save(model.state_dict(), folder / f"state-{devices}-{trainer.global_rank}.pt")
 

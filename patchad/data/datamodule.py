@@ -52,11 +52,11 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     Args:
         root: the folder of images.
         layout: how the folder is arranged; found from the folder names when left out.
-        image_size: height x width in pixels that images are brought to.
+        image_size: height x width in pixels that images are brought to; one number is both.
         keep_aspect: keep the aspect and pad the right or bottom edge; otherwise distort.
         brightness: mean to which the pixels of each image are scaled, so that exposure and lamp make no difference.
             Not in the paper; None leaves images as they are, for products whose light itself is to be watched.
-        metric_size: height x width in pixels at which pixel metrics are computed.
+        metric_size: height x width in pixels at which pixel metrics are computed; one number is both.
         batch_size: images per batch.
         pyramids_per_image: pyramids of patches that are drawn per side, image and epoch.
         shift: most rows and columns in pixels by which a view of a training image is moved; at most 2.
@@ -84,10 +84,10 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         self,
         root: str | Path | None = None,
         layout: Layout | None = None,
-        image_size: tuple[int, int] = (384, 384),
+        image_size: tuple[int, int] | int = (384, 384),
         keep_aspect: bool = True,
         brightness: float | None = None,
-        metric_size: tuple[int, int] = (256, 256),
+        metric_size: tuple[int, int] | int = (256, 256),
         batch_size: int = 8,
         pyramids_per_image: int = 256,
         shift: int = 2,
@@ -100,7 +100,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if root is None:
+        if root is None or not str(root):
             raise PatchadError("no images: give --data.root FOLDER, or try --config quickstart")
         check_range({"held_out_fraction": held_out_fraction}, 0, MOST_HELD_OUT, above=True)
         check_range({"brightness": brightness}, 0, 1, above=True)
@@ -110,12 +110,14 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         check_range({"num_workers": num_workers, "seed": seed}, 0)
         check_range({"batch_size": batch_size}, 1)
         check_range({"pyramids_per_image": pyramids_per_image}, 1, MOST_PYRAMIDS)
-        for name, (height, width) in {"image_size": image_size, "metric_size": metric_size}.items():
+        sizes = {"image_size": both(image_size), "metric_size": both(metric_size)}
+        for name, (height, width) in sizes.items():
             check_range({f"height of {name}": height, f"width of {name}": width}, 1)
             check_range({f"megapixels of {name}": height * width / 1e6}, 0, max_megapixels)
         self.augmentations = Augmentations(shift, colour_deviation, noise_deviation)
         self.root, self.layout = Path(root), layout
-        self.image_size, self.keep_aspect, self.metric_size = image_size, keep_aspect, metric_size
+        self.image_size, self.metric_size, self.keep_aspect = *sizes.values(), keep_aspect
+        self.init_args |= sizes
         self.brightness = brightness
         self.batch_size, self.pyramids_per_image, self.num_workers = batch_size, pyramids_per_image, num_workers
         self.max_megapixels = max_megapixels
@@ -310,3 +312,8 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
             persistent_workers=keep_workers and self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),  # its own: reading draws nothing from training
         )
+
+
+def both(size: tuple[int, int] | int) -> tuple[int, int]:
+    """Height x width, which one number is both of."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

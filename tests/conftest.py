@@ -16,6 +16,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(50_000)  # exports and parsers make many short-lived objects
     gc.enable()
 
 

@@ -70,6 +70,7 @@ def test_the_hash_of_a_configuration_is_that_of_the_method_and_not_of_the_place(
     assert resolved("--config=learned", "--data.root=a", "--model.learning.clusters=51") != learned
 
 
+@pytest.mark.slow
 def test_a_row_is_run_once_and_its_weights_may_be_absent(product, tmp_path, monkeypatch, capsys):
     small = ["--data.image_size=[64,64]", "--data.metric_size=[64,64]", "--data.num_workers=0"]
     absent = ["--model.backbone=patchad.models.VGG16", "--model.backbone.weights=imagenet"]

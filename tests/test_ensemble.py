@@ -88,6 +88,7 @@ def test_the_threshold_is_that_of_the_normals_each_compared_with_the_others(fitt
     assert float(again.threshold) == pytest.approx(float(alone.scorer.threshold))
 
 
+@pytest.mark.slow
 def test_an_exported_ensemble_says_the_same(fitted, product, here, capsys):  # noqa: F811
     jaxtyping.config.update("jaxtyping_disable", True)  # shapes that the exporter traces are symbols
     try:

@@ -321,19 +321,19 @@ def test_sliding_patches_learn_and_score_as_in_the_paper(product, tmp_path):
 
 
 class Epochs(Callback):
-    """Which epochs had batches; each is said, and the third one dawdles."""
+    """Which epochs had batches; each is said, and one may wait to be killed."""
 
-    def __init__(self) -> None:
-        self.trained = set()
+    def __init__(self, waits: int | None) -> None:
+        self.trained, self.waits = set(), waits
 
     def on_train_batch_end(self, trainer, *_):
         self.trained.add(trainer.current_epoch)
         print("epoch", trainer.current_epoch, flush=True)
-        time.sleep(0.5 if trainer.current_epoch == 2 else 0)
+        time.sleep(60 if trainer.current_epoch == self.waits else 0)
 
 
-def four_epochs(folder: Path, root: Path, ckpt_path: Path | None = None) -> set[int]:
-    epochs = Epochs()
+def four_epochs(folder: Path, root: Path, ckpt_path: Path | None = None, waits: int | None = None) -> set[int]:
+    epochs = Epochs(waits)
     run = trainer(folder, epochs, max_epochs=4, check_val_every_n_epoch=2)
     run.fit(detector(), images(root, num_workers=2), ckpt_path=ckpt_path, weights_only=True)
     return epochs.trained
@@ -341,7 +341,7 @@ def four_epochs(folder: Path, root: Path, ckpt_path: Path | None = None) -> set[
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_in_mid_epoch_resumes_and_ends_with_the_tensors_of_one_that_was_not(product, tmp_path):
-    program = "import sys; from tests.test_learning import *; four_epochs(Path(sys.argv[1]), Path(sys.argv[2]))"
+    program = "import sys; from tests.test_learning import *; four_epochs(*map(Path, sys.argv[1:]), waits=2)"
     command = [sys.executable, "-c", program, str(tmp_path / "killed"), str(product)]
     with subprocess.Popen(command, cwd=Path(__file__).parent.parent, text=True, stdout=subprocess.PIPE) as killed:
         next(line for line in killed.stdout if line.startswith("epoch 2"))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from patchad.errors import PatchadError
 from patchad.runtime import load
-from patchad.trust import allow
 
 if TYPE_CHECKING:
     from patchad.data import PyramidDataModule
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from patchad.learning import Learning
     from patchad.model import PatchModel
     from patchad.module import PatchDetector
+    from patchad.trust import allow
     from patchad.types import ImageBatch, Prediction
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 HOMES = {
+    "allow": "patchad.trust",
     "Ensemble": "patchad.ensemble",
     "ImageBatch": "patchad.types",
     "Learning": "patchad.learning",

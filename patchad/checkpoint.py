@@ -61,7 +61,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Reads what patchad wrote."""
         if "://" in str(path):
-            return super().load_checkpoint(path, map_location, weights_only)
+            return super().load_checkpoint(path, map_location, weights_only=True)
         return read_checkpoint(Path(path))
 
 

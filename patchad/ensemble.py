@@ -16,7 +16,8 @@ from patchad.errors import PatchadError
 from patchad.model import PatchModel, ScoringModel, without_weights
 from patchad.pyramid import at_pixels
 from patchad.scoring import Scorer, ScorerFactory
-from patchad.spec import hyperparameters, made, spec
+from patchad.spec import hyperparameters, spec
+from patchad.trust import made
 from patchad.types import Prediction
 
 SHARED = ("image_size", "keep_aspect", "brightness", "held_out_fraction", "seed")

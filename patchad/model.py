@@ -25,7 +25,8 @@ from patchad.models.patches import PatchEncoderFactory, WindowEncoder
 from patchad.pyramid import at_pixels, crop_resize, fold
 from patchad.runtime import Scored, check_scores, to_rgb
 from patchad.scoring import Scorer, ScorerFactory
-from patchad.spec import Configurable, made
+from patchad.spec import Configurable
+from patchad.trust import made
 from patchad.types import ImageBatch, Prediction
 
 Loaded = TypeVar("Loaded", bound="ScoringModel")

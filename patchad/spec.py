@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from patchad.errors import PatchadError
-from patchad.trust import check_trusted
 
 Kind = TypeVar("Kind")  # beartype, which checks the tests' calls, does not know Self here
 
@@ -118,25 +115,6 @@ def factory_spec(kind: type, keywords: Mapping[str, Any], name: str) -> dict[str
         {'class_path': 'pathlib.Path', 'init_args': {'parts': 3}}
     """
     return {"class_path": class_path(kind), "init_args": spec({**defaults(kind), **keywords}, name)}
-
-
-def made(kind: type[Kind], described: Mapping[str, Any], name: str = "the checkpoint") -> Kind:
-    """An object of the class or of a subclass, from the `spec` in a checkpoint, which an error calls by that name.
-
-    Raises:
-        PatchadError: if there is no such subclass, it is not trusted (`patchad.trust`), or an argument does not fit.
-
-    Example:
-        >>> made(Configurable, {"class_path": "patchad.losses.Position", "init_args": {"weight": 0.5}}).weight
-        0.5
-    """
-    check_trusted(kind, described, name)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "made", fail_untyped=False)
-    try:
-        return parser.instantiate_classes(parser.parse_object({"made": dict(described)}))["made"]
-    except ArgumentError as error:
-        raise PatchadError(f"{name} names {described['class_path']}, which cannot be made: {error}") from error
 
 
 def digest(value: Any) -> str:

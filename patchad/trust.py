@@ -1,12 +1,16 @@
 """What a checkpoint may name: patchad's own classes and those of modules that the user allows, each in its slot."""
 
+import contextlib
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
 
+from jsonargparse import ArgumentError, ArgumentParser
+
 from patchad.errors import PatchadError
+from patchad.spec import Configurable, Kind
 
 NUMBERS = (bool, int, float, type(None))
 EXPANDED = "${"
@@ -24,6 +28,25 @@ def allow(*modules: str) -> None:
         >>> allow("mine")
     """
     _trusted.update(module.partition(".")[0] for module in modules)
+
+
+def made(kind: type[Kind], described: Mapping[str, Any], name: str = "the checkpoint") -> Kind:
+    """An object of the class or of a subclass, from the `spec` in a checkpoint, which an error calls by that name.
+
+    Raises:
+        PatchadError: if there is no such subclass, it is not trusted (`patchad.trust`), or an argument does not fit.
+
+    Example:
+        >>> made(Configurable, {"class_path": "patchad.losses.Position", "init_args": {"weight": 0.5}}).weight
+        0.5
+    """
+    check_trusted(kind, described, name)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "made", fail_untyped=False)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"made": dict(described)}))["made"]
+    except ArgumentError as error:
+        raise PatchadError(f"{name} names {described['class_path']}, which cannot be made: {error}") from error
 
 
 def check_trusted(kind: type, described: Any, name: str) -> None:
@@ -60,6 +83,8 @@ def foreign_modules(described: Any) -> set[str]:
 
 
 def _check(value: Any, kinds: Collection[type], name: str, trusted: Collection[str] | None) -> None:
+    if trusted is None and not kinds:
+        return  # what the user gives an argument without annotation
     if isinstance(value, Mapping) and "class_path" in value:
         _check_object(value, kinds, name, trusted)
     elif isinstance(value, Mapping):
@@ -69,7 +94,7 @@ def _check(value: Any, kinds: Collection[type], name: str, trusted: Collection[s
             _check(item, kinds, name, trusted)
     elif isinstance(value, str):
         _check_text(value, kinds, name, trusted)
-    elif callable(value):  # a class or a function, which the parser has found already
+    elif callable(value) and kinds:  # a class or a function, which the parser has found already
         _check_class(value, kinds, name)
 
 
@@ -98,20 +123,26 @@ def _check_object(
 
 
 def _check_class(path: Any, kinds: Collection[type], name: str) -> type:
+    """The class of that path; where annotations do not say of which kind it must be, one that a `spec` may hold."""
     try:
         named = resolve_name(path) if isinstance(path, str) else path
     except (ImportError, AttributeError, ValueError) as error:
         raise PatchadError(f"{name} names {path}, which is not there: {error}") from error
-    if not (inspect.isclass(named) and issubclass(named, tuple(kinds))):
-        wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
-        raise PatchadError(f"{name} names {path}, which is no {wanted or 'argument'}")
+    wanted = tuple(kinds) or (Configurable,)
+    if not (inspect.isclass(named) and issubclass(named, wanted)):
+        kind = " or ".join(sorted(kind.__name__ for kind in wanted))
+        raise PatchadError(f"{name} names {path}, which is no {kind}")
     return named
 
 
 def hints(kind: type) -> dict[str, Any]:
-    """Annotations of the arguments of a class, those that it hands on to its bases among them."""
-    constructors = (vars(base)["__init__"] for base in reversed(kind.__mro__) if "__init__" in vars(base))
-    return {name: hint for constructor in constructors for name, hint in get_type_hints(constructor).items()}
+    """Annotations of the arguments of a class, those that it hands on to its bases among them, as far as known."""
+    known: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if "__init__" in vars(base):
+            with contextlib.suppress(NameError):  # of what is imported for type checkers alone
+                known |= get_type_hints(vars(base)["__init__"])
+    return known
 
 
 def classes(hint: Any) -> Iterator[type]:

@@ -12,7 +12,6 @@ from patchad import PatchDetector
 CHECKOUT = Path(__file__).parent.parent
 ORDER = [
     "errors",
-    "trust",
     "canvas",
     "decoding",
     "images",
@@ -21,6 +20,7 @@ ORDER = [
     "runtime",
     "types",
     "spec",
+    "trust",
     "checkpoint",
     "pyramid",
     "data",

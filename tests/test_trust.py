@@ -14,6 +14,9 @@ import patchad
 from patchad import PatchadError, PatchDetector, PatchModel, PyramidDataModule
 from patchad.checkpoint import save
 from patchad.cli import main
+from patchad.losses import PatchLoss
+from patchad.spec import Configurable, spec
+from patchad.trust import check_slots, made
 
 TOUCH = {"class_path": "subprocess.getoutput", "init_args": {"cmd": "touch ran"}}
 BEHIND = {"class_path": "patchad.cli.os.system", "init_args": {"command": "touch ran"}}
@@ -135,9 +138,38 @@ def test_a_class_that_is_allowed_is_made(fitted, here, capsys):  # noqa: F811
         main(["test", f"--ckpt_path={path}", *QUIET, *command])
     assert (here / "runs/version_2/metrics.csv").is_file()
     with pytest.raises(PatchadError, match=r"patchad\.allow\('evil'\)"):
-        patchad.spec.made(PatchModel, {"class_path": "evil.Encoder"})
+        made(PatchModel, {"class_path": "evil.Encoder"})
     patchad.allow("own.inner")
     assert isinstance(PatchModel.load(path), PatchModel)
+
+
+class Distance(Configurable):
+    def __init__(self, power: int = 2) -> None:
+        self.power = power
+
+
+class Untold(PatchLoss):
+    """An argument of which no annotation says what it is, and one that only type checkers know."""
+
+    def __init__(self, distance, other: "Unknown" = None) -> None:
+        super().__init__()
+        self.distance, self.other = distance, other
+
+    def forward(self, views):
+        return views.anchor.mean()
+
+
+def test_an_argument_without_annotation_takes_what_a_checkpoint_may_hold():
+    described = spec(Untold(Distance(3)))
+    with pytest.raises(PatchadError, match=r"give --allow"):
+        made(PatchLoss, described)
+    patchad.allow(__name__)
+    assert made(PatchLoss, described).distance.power == 3
+    for path in ("patchad.losses.torch.nn.ReLU", "patchad.cli.os.system", "subprocess.Popen"):
+        other = {**described, "init_args": {"distance": {"class_path": path}}}
+        check_slots(PatchLoss, other, "model")  # the user's own configuration
+        with pytest.raises(PatchadError, match=r"names .*, which is no"):
+            made(PatchLoss, other)
 
 
 @pytest.mark.parametrize("slot", ["patch_encoder", "bank", "scorer", "learning"])

@@ -228,6 +228,18 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     @property
+    def _first_epoch(self) -> int:
+        """The epoch that is read first, which Lightning tells the sampler of a resumed fit when workers have begun.
+
+        Source: https://github.com/Lightning-AI/pytorch-lightning/issues/21938
+        """
+        if self.trainer is None:
+            return 0
+        loop, epoch = self.trainer.fit_loop, self.trainer.current_epoch
+        ended = loop.epoch_progress.current.ready > epoch and loop.epoch_loop.batch_progress.is_last_batch
+        return epoch + int(ended)  # it was saved at the end of that epoch
+
+    @property
     def view_settings(self) -> str:
         """All that views depend on beside the image files; a cache of their features is kept under it."""
         return f"{self.image_size} {self.keep_aspect} {self.brightness} {self.seed} {self.augmentations} {FORMAT}"
@@ -246,6 +258,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""
         sampler = self._sampler(EpochSampler, self.train_set, shuffle=True)
+        sampler.set_epoch(self._first_epoch)
         return self._loader(self.pyramids, sampler, keep_workers=True)
 
     def probe_dataloader(self) -> DataLoader:

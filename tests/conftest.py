@@ -10,7 +10,7 @@ CHECKOUT = Path(__file__).parent.parent
 
 
 def pytest_configure() -> None:
-    """What is imported stays: no garbage collection walks it, which takes a fifth of an export."""
+    """What is imported stays: no garbage collection walks it in each test."""
     gc.disable()
 
 

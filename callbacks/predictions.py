@@ -61,14 +61,15 @@ class Predictions(Callback):
         """Writes the maps of a batch, and keeps its scores."""
         root, scorer = Path(trainer.datamodule.root), pl_module.scorer  # type: ignore[attr-defined]
         limits, p_values = (scorer.normal_level, float(scorer.threshold)), scorer.p_value(outputs.score)
-        first = len(self.rows)
+        rows = []
         for number, name in enumerate(batch.path):
             size = (int(batch.size[number, 0]), int(batch.size[number, 1]))
             values = crop_resize(outputs.map[number, None], batch.content[number, None], size)[0].cpu().numpy()
             write_maps(self.folder / "maps" / Path(name).relative_to(root), values, limits)
             verdict = "anomalous" if outputs.anomalous[number] else "normal"
-            self.rows.append(Row(name, float(outputs.score[number]), float(p_values[number]), verdict))
-        append_scores(self.kept, self.rows[first:])
+            rows.append(Row(name, float(outputs.score[number]), float(p_values[number]), verdict))
+        append_scores(self.kept, rows)
+        self.rows += rows
 
     def on_exception(self, trainer: Trainer, pl_module: Detector, exception: BaseException) -> None:
         """Leaves the scores kept until then: they cost no further space, should the disk be full."""

@@ -29,6 +29,8 @@ from patchad.trust import allow, check_slots, check_trusted, foreign_modules
 
 CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
+PARTS = {"model": Detector, "data": PyramidDataModule}
+"""What a config and a checkpoint name by class_path."""
 LIGHTNINGS_WORDS = ("best", "last", "hpc", "null")
 """What `fit --ckpt_path` takes beside a path."""
 
@@ -100,7 +102,7 @@ class PatchadCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuses what would be called and is no class of its slot."""
         config = self.config[self.config.subcommand]
-        for name, kind in {"model": Detector, "data": PyramidDataModule}.items():
+        for name, kind in PARTS.items():
             check_slots(kind, config[name].as_dict(), name)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -136,8 +138,8 @@ class PatchadCLI(LightningCLI):
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if checkpoint and self.trainer.is_global_zero:
             verb = "test" if len(self.datamodule.test_set) else "predict --data.root NEW_FOLDER"
-            own = sorted(foreign_modules([{**self.model.hparams}, {**self.datamodule.hparams}, spec(self.model.model)]))
-            options = "".join(f" --allow {module}" for module in own)
+            named = [described(self.model.hparams), described(self.datamodule.hparams), spec(self.model.model)]
+            options = "".join(f" --allow {module}" for module in sorted(foreign_modules(named)))
             print(f"checkpoint: {checkpoint}\nnext:       patchad {verb} --ckpt_path {checkpoint}{options}")
 
 
@@ -301,15 +303,11 @@ def read_settings(path: Path, with_weights: bool = False) -> dict[str, dict]:
         PatchadError: if the checkpoint is missing, not readable, or of another format.
     """
     checkpoint = read_checkpoint(path, "--ckpt_path")
-    keys = {
-        "model": Detector.CHECKPOINT_HYPER_PARAMS_KEY,
-        "data": PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY,
-    }
-    hyperparameters = {name: dict(checkpoint.get(key, {})) for name, key in keys.items()}
+    stored = {name: dict(checkpoint.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})) for name, kind in PARTS.items()}
     if with_weights and "patchad_backbone" in checkpoint:
-        hyperparameters["model"]["backbone"] = checkpoint["patchad_backbone"]
-    settings = {name: described(parameters) for name, parameters in hyperparameters.items() if parameters}
-    for name, kind in {"model": Detector, "data": PyramidDataModule}.items():
+        stored["model"]["backbone"] = checkpoint["patchad_backbone"]
+    settings = {name: named for name, parameters in stored.items() if (named := described(parameters))}
+    for name, kind in PARTS.items():
         check_trusted(kind, settings.get(name), f"--ckpt_path {path}: {name}")
     keep_cache_inside(settings.get("model", {}))
     return settings

@@ -19,7 +19,7 @@ from PIL import Image
 from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.conformal import conformal_threshold, p_values
 from patchad.decoding import read_pixels
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 
 AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 
@@ -90,6 +90,7 @@ class ExportedDetector:
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
+        """Refuses nan, above which no score lies."""
         if math.isnan(threshold):
             raise PatchadError("threshold nan is no number: every image would be normal")
         self._threshold = float(threshold)
@@ -111,8 +112,7 @@ class ExportedDetector:
         Raises:
             PatchadError: if the rate does not lie above 0 and at most at 1.
         """
-        if not 0 < target_fpr <= 1:
-            raise PatchadError(f"target_fpr {target_fpr} must lie above 0 and be at most 1")
+        check_range({"target_fpr": target_fpr}, 0, 1, above=True)
         self.threshold, promised = conformal_threshold(self.normals, target_fpr)
         return promised
 

@@ -142,9 +142,11 @@ def changed_settings(fitted: Mapping[str, Any], current: Mapping[str, Any]) -> s
 
 
 def described(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The `spec` of what Lightning stored in a checkpoint; empty where it stored nothing."""
+    """The `spec` of what Lightning stored in a checkpoint; empty where it stored none."""
+    if "_class_path" not in hyperparameters:
+        return {}
     arguments = {name: value for name, value in hyperparameters.items() if name not in ("_class_path", "_instantiator")}
-    return {"class_path": hyperparameters["_class_path"], "init_args": arguments} if arguments else {}
+    return {"class_path": hyperparameters["_class_path"], "init_args": arguments}
 
 
 def hyperparameters(configurable: Configurable) -> dict[str, Any]:

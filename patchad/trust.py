@@ -75,8 +75,8 @@ def foreign_modules(described: Any) -> set[str]:
         {'mine'}
     """
     if isinstance(described, Mapping):
-        paths = [described[key] for key in ("class_path", "_class_path") if key in described]
-        return {path.partition(".")[0] for path in paths}.union(*map(foreign_modules, described.values())) - {"patchad"}
+        own = str(described.get("class_path", "patchad")).partition(".")[0]
+        return {own}.union(*map(foreign_modules, described.values())) - {"patchad"}
     if isinstance(described, (list, tuple)):
         return set().union(*map(foreign_modules, described))
     return set()

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +30,21 @@ SMALL = [
 LITE = ["--model.bank.max_vectors=500"]
 
 
+@contextmanager
+def commands_in(folder: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Another current folder, with sys.argv and sys.path put back at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["patchad"])
+        patch.setattr(sys, "path", list(sys.path))
+        yield patch
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """An empty current folder, with sys.argv and sys.path put back at the end."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["patchad"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return tmp_path
+def here(tmp_path) -> Iterator[Path]:
+    """An empty current folder for commands."""
+    with commands_in(tmp_path):
+        yield tmp_path
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import wandb
 from PIL import Image
+from test_cli import commands_in
 from wandb.proto import wandb_internal_pb2
 
 from patchad.cli import main
@@ -51,10 +51,7 @@ def runs(product, tmp_path_factory) -> Path:
     """A fit and a test with a wandb dashboard."""
     folder = tmp_path_factory.mktemp("dashboard")
     last = "runs/version_0/checkpoints/last.ckpt"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["patchad"])
-        patch.setattr(sys, "path", list(sys.path))
+    with commands_in(folder) as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
         patch.setenv("WANDB_MODE", "offline")

@@ -6,7 +6,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from test_cli import LITE, SMALL, here  # noqa: F401
+from test_cli import LITE, SMALL, commands_in, here  # noqa: F401
 
 import patchad
 from patchad import Ensemble, PatchadError, PatchDetector, PyramidDataModule
@@ -25,9 +25,7 @@ MEMBERS = {
 def members(product, tmp_path_factory) -> list[str]:
     """Their checkpoints."""
     folder = tmp_path_factory.mktemp("members")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["patchad"])
+    with commands_in(folder):
         for name, options in MEMBERS.items():
             main(["fit", f"--data.root={product}", *LITE, *SMALL, *options, f"--trainer.logger.version={name}"])
     return [str(folder / "runs" / name / "checkpoints" / "last.ckpt") for name in MEMBERS]
@@ -38,9 +36,7 @@ def fitted(product, members, tmp_path_factory) -> Path:
     """The checkpoint of their ensemble; theirs are gone while it is used."""
     folder = tmp_path_factory.mktemp("ensemble")
     copies = [str(shutil.copy(path, folder / f"{number}.ckpt")) for number, path in enumerate(members)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["patchad"])
+    with commands_in(folder):
         main(["fit", "--config=ensemble", f"--model.members={copies}", f"--data.root={product}", *SMALL])
     for copy in copies:
         Path(copy).unlink()

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from test_cli import LITE, SMALL, here  # noqa: F401
+from test_cli import LITE, SMALL, commands_in, here  # noqa: F401
 from torch import nn
 
 import patchad
@@ -385,10 +385,7 @@ def fitted(product, tmp_path_factory) -> Path:
     """A folder with two checkpoints of fits from the command line that differ in their seed, and the first's export."""
     folder = tmp_path_factory.mktemp("fitted")
     fit = ["fit", f"--data.root={product}", *LITE, *SMALL, "--model.sides=[32,16]"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["patchad"])
-        patch.setattr("sys.path", list(sys.path))
+    with commands_in(folder) as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         main(fit)
         main([*fit, "--model.bank.seed=1"])

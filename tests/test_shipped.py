@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import SMALL
+from test_cli import SMALL, commands_in
 
 from patchad import PatchModel
 from patchad.cli import CONFIGS, main
@@ -43,10 +42,7 @@ GOLDEN = Path(__file__).parent / "golden" / "default.json"
 def shipped(padded_product, tmp_path_factory) -> Path:
     """A folder with a run of each configuration, fitted, tested and predicted."""
     folder = tmp_path_factory.mktemp("shipped")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["patchad"])
-        patch.setattr(sys, "path", list(sys.path))
+    with commands_in(folder):
         write_synthetic(Path("tiny"), train=4, test_normal=1, test_defective=1, size=96)
         for name, options in SHORTER.items():
             run(name, [f"--data.root={padded_product}", *SMALL, *options])

@@ -15,7 +15,7 @@ from patchad.errors import PatchadError
 from patchad.models import EfficientNetLite0, PatchEncoder, WindowEncoder
 from patchad.models.backbones import Backbone, Tap
 from patchad.scoring import Scorer, ScorerFactory
-from patchad.spec import Configurable, digest, spec
+from patchad.spec import Configurable, described, digest, hyperparameters, spec
 
 
 class Inner(Configurable, nn.Module):
@@ -87,3 +87,11 @@ def test_the_command_lines_parser_builds_the_same_objects_from_specs():
 def test_what_no_checkpoint_can_name_is_refused(value):
     with pytest.raises(PatchadError, match=r"^encoder is a"):
         spec(value, "encoder")
+
+
+def test_what_lightning_stored_is_described_where_it_names_a_class():
+    class Plain(Configurable):
+        pass
+
+    assert described(hyperparameters(Plain())) == {"class_path": spec(Plain)["class_path"], "init_args": {}}
+    assert described({"learning_rate": 0.1}) == described({}) == {}

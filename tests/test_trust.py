@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import LITE, SMALL, here  # noqa: F401
+from test_cli import LITE, SMALL, commands_in, here  # noqa: F401
 
 import patchad
 from patchad import PatchadError, PatchDetector, PatchModel, PyramidDataModule
@@ -27,10 +27,7 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 @pytest.fixture(scope="module")
 def fitted(product, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trust")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["patchad"])
-        patch.setattr("sys.path", list(sys.path))
+    with commands_in(folder):
         main(["fit", f"--data.root={product}", *LITE, *SMALL])
     return folder / "runs/version_0/checkpoints/last.ckpt"
 

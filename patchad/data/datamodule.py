@@ -110,10 +110,8 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         check_range({"num_workers": num_workers, "seed": seed}, 0)
         check_range({"batch_size": batch_size}, 1)
         check_range({"pyramids_per_image": pyramids_per_image}, 1, MOST_PYRAMIDS)
-        sizes = {"image_size": both(image_size), "metric_size": both(metric_size)}
-        for name, (height, width) in sizes.items():
-            check_range({f"height of {name}": height, f"width of {name}": width}, 1)
-            check_range({f"megapixels of {name}": height * width / 1e6}, 0, max_megapixels)
+        sizes = {"image_size": image_size, "metric_size": metric_size}
+        sizes = {name: checked_size(name, size, max_megapixels) for name, size in sizes.items()}
         self.augmentations = Augmentations(shift, colour_deviation, noise_deviation)
         self.root, self.layout = Path(root), layout
         self.image_size, self.metric_size, self.keep_aspect = *sizes.values(), keep_aspect
@@ -327,6 +325,13 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         )
 
 
-def both(size: tuple[int, int] | int) -> tuple[int, int]:
-    """Height x width, which one number is both of."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def checked_size(name: str, size: tuple[int, int] | int, max_megapixels: float) -> tuple[int, int]:
+    """Height x width in pixels, which one number is both of.
+
+    Raises:
+        PatchadError: if one is below 1, or their product too large.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    check_range({f"height of {name}": height, f"width of {name}": width}, 1)
+    check_range({f"megapixels of {name}": height * width / 1e6}, 0, max_megapixels)
+    return height, width

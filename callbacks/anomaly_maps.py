@@ -2,7 +2,7 @@
 
 from pytorch_lightning import Callback, Trainer
 
-from patchad.callbacks.pictures import SheetEntry, sheet, sheet_entry
+from patchad.callbacks.pictures import SheetEntry, readable, sheet, sheet_entry
 from patchad.callbacks.publish import publish_picture, run_folder
 from patchad.detector import Detector
 from patchad.errors import check_range
@@ -36,7 +36,7 @@ class AnomalyMaps(Callback):
         """Keeps the first labelled images."""
         if outputs is not None:
             missing = self.images - len(self.entries)
-            self.entries += [sheet_entry(outputs, batch, number) for number in range(min(missing, len(batch.path)))]
+            self.entries += [sheet_entry(outputs, batch, number) for number in readable(batch)[:missing]]
 
     def on_validation_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes the picture."""

@@ -96,6 +96,11 @@ def sheet_entry(prediction: Prediction, batch: ImageBatch, number: int) -> Sheet
     )
 
 
+def readable(batch: ImageBatch) -> list[int]:
+    """Numbers of the images of a batch that could be read."""
+    return [number for number, error in enumerate(batch.error) if not error]
+
+
 def row(entry: SheetEntry, low: float, threshold: float) -> tuple[str, list[np.ndarray]]:
     """Caption and panels of one image."""
     verdict = "anomalous" if entry.anomalous else "normal"

@@ -1,19 +1,20 @@
 """`patchad predict` -> scores.csv, and a heat map and a float32 map per image."""
 
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from patchad.callbacks.pictures import colour
 from patchad.callbacks.publish import run_folder
+from patchad.data.doubts import of_all_processes
 from patchad.detector import Detector
 from patchad.files import write_array, write_whole
 from patchad.pyramid import crop_resize
@@ -24,12 +25,13 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Row(NamedTuple):
-    """A line of scores.csv."""
+    """A line of scores.csv; an image that could not be read has the reason alone."""
 
     path: str
     score: float
     p_value: float
     verdict: str
+    reason: str = ""
 
 
 class Predictions(Callback):
@@ -62,7 +64,10 @@ class Predictions(Callback):
         root, scorer = Path(trainer.datamodule.root), pl_module.scorer  # type: ignore[attr-defined]
         limits, p_values = (scorer.normal_level, float(scorer.threshold)), scorer.p_value(outputs.score)
         rows = []
-        for number, name in enumerate(batch.path):
+        for number, (name, error) in enumerate(zip(batch.path, batch.error, strict=True)):
+            if error:
+                rows.append(Row(name, math.nan, math.nan, "unreadable", error))
+                continue
             size = (int(batch.size[number, 0]), int(batch.size[number, 1]))
             values = crop_resize(outputs.map[number, None], batch.content[number, None], size)[0].cpu().numpy()
             write_maps(self.folder / "maps" / Path(name).relative_to(root), values, limits)
@@ -80,12 +85,9 @@ class Predictions(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes scores.csv, the rows of all processes sorted by path."""
-        gathered: list[Any] = [self.rows]
-        if trainer.world_size > 1:
-            gathered = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, self.rows)
+        rows = sorted(row for rows in of_all_processes(self.rows) for row in rows)
         if trainer.is_global_zero:
-            write_scores(self.folder / "scores.csv", sorted(row for rows in gathered for row in rows))
+            write_scores(self.folder / "scores.csv", rows)
             rank_zero_info(f"predictions: {self.folder}")
         self.kept.unlink(missing_ok=True)
 
@@ -103,7 +105,13 @@ def append_scores(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.writer(file)
         if begins:
             writer.writerow(Row._fields)
-        writer.writerows((cell(row.path), repr(row.score), f"{row.p_value:.4g}", row.verdict) for row in rows)
+        writer.writerows(map(cells, rows))
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text; no number where there is none."""
+    numbers = ("", "") if math.isnan(row.score) else (repr(row.score), f"{row.p_value:.4g}")
+    return cell(row.path), *numbers, row.verdict, cell(row.reason)
 
 
 def cell(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
-from patchad.callbacks.pictures import SheetEntry, sheet, sheet_entry
+from patchad.callbacks.pictures import SheetEntry, readable, sheet, sheet_entry
 from patchad.callbacks.publish import publish_picture, publish_table, run_folder
 from patchad.detector import Detector
 from patchad.errors import check_range
@@ -44,7 +44,8 @@ class Report(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps the images of the lowest and highest scores of each defect type, sorted by score."""
-        for number, defect in enumerate(batch.defect):
+        for number in readable(batch):
+            defect = batch.defect[number]
             entries = self.entries.setdefault(defect, [])
             entries.append(sheet_entry(outputs, batch, number))
             entries.sort(key=lambda entry: entry.score)
@@ -61,7 +62,7 @@ class Report(Callback):
         picture = sheet([entry for defect in order for entry in self.entries[defect]], scorer.normal_level, threshold)
         publish_picture(trainer, folder / "contact_sheet.png", picture, "contact_sheet")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        page = report_page(metrics, threshold)
+        page = report_page(metrics, threshold, len(pl_module.doubts.errors))
         write_whole(folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
         publish_table(trainer, ("part", "detection_auroc", "segmentation_auroc"), aurocs(metrics), "aurocs")
         rank_zero_info(f"report: {folder / 'report.html'}")
@@ -76,8 +77,14 @@ def aurocs(metrics: dict[str, float]) -> list[tuple[str, float, float]]:
     return list(zip(names, *values, strict=True))
 
 
-def report_page(metrics: dict[str, float], threshold: float) -> str:
-    """The page: tables of the metrics, in percent, and the contact sheet."""
+def report_page(metrics: dict[str, float], threshold: float, unreadable: int = 0) -> str:
+    """The page: tables of the metrics, in percent, and the contact sheet.
+
+    Args:
+        metrics: by name.
+        threshold: of the scores.
+        unreadable: how many images are left out, because they could not be read.
+    """
     other_metrics = [(name.removeprefix("test/"), value) for name, value in metrics.items() if "auroc" not in name]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>patchad test</title>
@@ -85,6 +92,7 @@ def report_page(metrics: dict[str, float], threshold: float) -> str:
 th {{ text-align: left; }} td + td {{ text-align: right; }} img {{ max-width: 100%; }}</style>
 </head><body>
 <h1>patchad test</h1>
+{f"<p>{unreadable} images could not be read and are left out.</p>" if unreadable else ""}
 <table>
 <tr><th>AUROC in %</th><th>detection</th><th>segmentation</th></tr>
 {table_rows(aurocs(metrics))}

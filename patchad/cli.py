@@ -144,7 +144,7 @@ class PatchadCLI(LightningCLI):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command; what the user can mend ends as one line and exit code 2."""
+    """Runs one command; what the user can mend ends as one line and exit code 2, images that cannot be read with 1."""
     command = list(sys.argv[1:] if arguments is None else arguments)
     # else `deterministic` fills all that torch allocates with nan; we read only what was written
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         resolved = resolve_configs(nest_nulls(name_exported(command)))
         allow(*allowed_modules(resolved))
         sys.argv[1:] = with_checkpoint_settings(resolved)  # Lightning starts further processes from these
-        PatchadCLI(
+        command_line = PatchadCLI(
             Detector,
             PyramidDataModule,
             trainer_class=DetectorTrainer,
@@ -176,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # else its threads may abort the process at its exit
+        if command_line.model.doubts.errors:
+            sys.exit(1)
     except (ValueError, OSError, *OTHERS_REFUSALS) as error:
         mistake = find_mistake(error)
         if mistake is None:

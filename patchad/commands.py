@@ -1,5 +1,6 @@
 """What Lightning's trainer has no verb for: `patchad export`, `patchad verify`, `patchad benchmark`."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from patchad.data.datamodule import PyramidDataModule
 from patchad.data.datasets import ImageDataset
 from patchad.detector import Detector
 from patchad.errors import PatchadError, check_range
-from patchad.export import MAP_TOLERANCE, TOLERANCE, compare, export
+from patchad.export import MAP_TOLERANCE, TOLERANCE, Difference, compare, export
 from patchad.model import PatchModel, ScoringModel
-from patchad.runtime import load
+from patchad.runtime import ExportedDetector, load
 from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, reset_peak_memory, stage_table
 
 
@@ -59,7 +60,7 @@ class DetectorTrainer(Trainer):
             images: how many images of the folder, spread evenly.
 
         Raises:
-            PatchadError: if it says something else, or holds another threshold.
+            PatchadError: if it says something else, holds another threshold, or images cannot be scored.
         """
         check_range({"--images": images}, 1)
         scoring, runtime = restored(model, datamodule, ckpt_path), load(exported)
@@ -67,12 +68,12 @@ class DetectorTrainer(Trainer):
         print("| image | score | map | verdict |\n|---|---|---|---|")
         dataset = datamodule.predict_set
         paths = [dataset.samples[number].path for number in evenly_spread(dataset, min(images, len(dataset)))]
-        differences = [compare(scoring, runtime, path) for path in paths]
+        differences, errors = compare_all(scoring, runtime, paths)
         for difference in differences:
             verdict = "same" if difference.same_verdict else "DIFFERENT"
             print(f"| {difference.path} | {difference.score:.1e} | {difference.map:.1e} | {verdict} |")
-        score = max(difference.score for difference in differences)
-        pixel = max(difference.map for difference in differences)
+        score = max((difference.score for difference in differences), default=0.0)
+        pixel = max((difference.map for difference in differences), default=0.0)
         largest = f"largest relative difference of a score {score:.1e}, of a pixel over the highest {pixel:.1e}"
         # nan is not within them
         if not all(difference.score <= TOLERANCE and difference.map <= MAP_TOLERANCE for difference in differences):
@@ -81,6 +82,8 @@ class DetectorTrainer(Trainer):
             thresholds = f"{runtime.threshold:.4g}, not {float(scoring.scorer.threshold):.4g} as {ckpt_path}"
             raise PatchadError(f"{exported} has the threshold {thresholds}; export it again")
         print(f"{largest}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
+        if errors:
+            raise PatchadError(f"{len(errors)} of {len(paths)} images could not be scored: {'; '.join(errors)}")
 
     def benchmark(
         self,
@@ -138,6 +141,19 @@ def restored(detector: Detector, datamodule: PyramidDataModule, ckpt_path: Path 
     return detector.model.eval()
 
 
+def compare_all(
+    model: ScoringModel, exported: ExportedDetector, paths: Sequence[Path]
+) -> tuple[list[Difference], list[str]]:
+    """Scores image files by both; the differences, and why files could not be scored."""
+    differences, errors = [], []
+    for path in paths:
+        try:
+            differences.append(compare(model, exported, path))
+        except PatchadError as error:
+            errors.append(str(error))
+    return differences, errors
+
+
 def evenly_spread(dataset: ImageDataset, count: int) -> list[int]:
     """Numbers of images, `count` of them spread evenly over the dataset."""
     return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
@@ -145,5 +161,5 @@ def evenly_spread(dataset: ImageDataset, count: int) -> list[int]:
 
 def decoded(dataset: ImageDataset, count: int) -> list[tuple[Tensor, Tensor]]:
     """Images `[1, 3, height, width]` and their content, `count` of them spread evenly over the dataset."""
-    images = [dataset[number] for number in evenly_spread(dataset, count)]
+    images = [dataset.read(number) for number in evenly_spread(dataset, count)]
     return [(image.image[None], image.content[None]) for image in images]

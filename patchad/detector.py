@@ -18,6 +18,7 @@ from patchad.canvas import Canvas
 from patchad.checkpoint import CHECKPOINT_FORMAT, Checkpointed, WholeCheckpoints, check_format
 from patchad.conformal import images_needed
 from patchad.data.datamodule import PyramidDataModule
+from patchad.data.doubts import Doubts
 from patchad.errors import PatchadError
 from patchad.learning import Learning
 from patchad.metrics import AnomalyMetrics
@@ -41,6 +42,8 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     Attributes:
         model: scores images.
         learning: trains what the model embeds with; None where nothing is learned.
+        doubts: about the images of the last fit, validation, test or prediction.
+        fitted_digests: of the images of the fit (`patchad.data.doubts.digest`).
     """
 
     model: Model
@@ -51,6 +54,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     def __init__(self) -> None:
         super().__init__()
         self.learning = None  # not on the class, where it would hide the submodule
+        self.doubts, self.fitted_digests = Doubts(), frozenset[int]()
 
     @property
     def learns(self) -> bool:
@@ -117,9 +121,19 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     # what is normal
 
     def on_fit_start(self) -> None:
-        """Knows nothing yet: another fit of this model may take as many steps, and has images of its own."""
+        """Knows nothing yet: another fit of this model may take as many steps, and has images of its own.
+
+        Raises:
+            PatchadError: if an image cannot be read, before anything is learned; it names all of them.
+        """
         self._known_at, self.model.canvas = None, self._data.canvas
         self._take_back()  # also where another configure_optimizers, such as of --optimizer, took this one's place
+        self.doubts = Doubts()
+        for batch in track(self._data.reading_dataloader(), "Reading images", disable=not self._shows_bars):
+            self.doubts.add(batch)
+        self.doubts.tell()
+        self.doubts.check_training()
+        self.fitted_digests = frozenset(self.doubts.digests.values())
 
     def on_fit_end(self) -> None:
         """Knows what is normal also where no epoch and no checkpoint asked for it."""
@@ -177,10 +191,12 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
 
     def on_test_start(self) -> None:
         """Says where the normal images are too few for the rate that was asked for."""
+        self.doubts = Doubts(self.fitted_digests)
         self._note_few_normals()
 
     def on_predict_start(self) -> None:
         """Says where the normal images are too few for the rate that was asked for."""
+        self.doubts = Doubts(self.fitted_digests)
         self._note_few_normals()
 
     def _of_normals(self, title: str, compute: Callable[[ImageBatch], Tensor]) -> Tensor:
@@ -201,6 +217,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     def on_validation_start(self) -> None:
         """Before labelled images are scored, what is normal must be known."""
         self.remember_normals()
+        self.doubts = Doubts()
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> Prediction | None:
         """Measures labelled images, but for those of a sanity check: there is no bank yet."""
@@ -209,23 +226,36 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     def on_validation_epoch_end(self) -> None:
         """Logs the AUROCs."""
         self._log("val")
+        self._tell_doubts()
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> Prediction:
         """Measures labelled images."""
         return self._measure(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Logs every metric."""
+        """Logs every metric; tells what makes them doubtful."""
         self._log("test")
+        self._tell_doubts()
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Prediction:
         """Scores images."""
         return self._scored(batch)
 
+    def on_predict_epoch_end(self) -> None:
+        """Tells what makes scores doubtful."""
+        self._tell_doubts()
+
+    def _tell_doubts(self) -> None:
+        self.doubts.tell()
+        self.doubts.tell_unreadable()
+
     def _scored(self, batch: ImageBatch, thing: Tensor | None = None) -> Prediction:
+        self.doubts.add(batch)
         prediction = self(batch.image, batch.content, thing)
         check_scores(prediction.score.float().cpu().numpy())
-        return prediction
+        unreadable = torch.tensor([bool(error) for error in batch.error], device=self.device)
+        score = prediction.score.masked_fill(unreadable, torch.nan)
+        return prediction._replace(score=score, anomalous=prediction.anomalous | unreadable)
 
     def _measure(self, batch: ImageBatch) -> Prediction:
         prediction = self._scored(batch, batch.thing)
@@ -248,6 +278,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self.model.scored_by
         checkpoint["patchad_model"] = spec(self.model)
+        checkpoint["patchad_fitted_digests"] = sorted(self.fitted_digests)
         checkpoint["patchad_canvas"] = None if self.model.canvas is None else list(self.model.canvas)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -255,6 +286,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         check_format(checkpoint)
         current, fitted = self.model.scored_by, checkpoint["patchad_scored_by"]
         self.model.check_fitted(fitted)
+        self.fitted_digests = frozenset(checkpoint["patchad_fitted_digests"])
         if checkpoint["patchad_canvas"] is not None:
             self.model.canvas = Canvas.of(checkpoint["patchad_canvas"])
         if (settings := changed_settings(fitted, current)) and not self._fitting:

@@ -5,13 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.decoding import MAX_MEGAPIXELS, decode, opened, read_pixels
-from patchad.errors import PatchadError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 """Lower case; files are matched in any case."""
@@ -27,29 +26,6 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Float[Tens
     """
     values = torch.from_numpy(read_pixels(path, max_megapixels))
     return values.expand(3, -1, -1).contiguous() if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
-
-
-def read_mask(path: Path, size: Size, max_megapixels: float = MAX_MEGAPIXELS) -> Bool[Tensor, "height width"]:
-    """True on defects: where the mask file is above 128 (of 255), at the file's own size.
-
-    Args:
-        path: of the mask.
-        size: height x width of its image in pixels.
-        max_megapixels: a larger mask is refused.
-
-    Raises:
-        PatchadError: if the file cannot be read, has another size than its image, or marks defects by small numbers.
-    """
-    values = read_image(path, max_megapixels).mean(0)
-    if values.shape != size:
-        raise PatchadError(
-            f"mask {path} has {values.shape[0]} x {values.shape[1]} pixels (height x width), "
-            f"its image has {size[0]} x {size[1]}"
-        )
-    mask = values > 128 / 255
-    if values.any() and not mask.any():
-        raise PatchadError(f"mask {path} has pixels above 0, but none above half of white; mark defects white")
-    return mask
 
 
 def on_canvas(
@@ -148,8 +124,3 @@ def augment(image: Float[Tensor, "3 height width"], view: View) -> Float[Tensor,
         return moved
     noise = np.random.default_rng(view.seed).standard_normal(tuple(image.shape), dtype=np.float32)
     return moved + torch.from_numpy(noise) * view.noise
-
-
-def resize_mask(mask: Bool[Tensor, "height width"], size: Size) -> Bool[Tensor, "new_height new_width"]:
-    """The mask at another size, nearest pixels."""
-    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0] > 0.5

@@ -14,12 +14,12 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, BinaryPrecisionRecallCurve
 from torchmetrics.utilities import dim_zero_cat
 
+from patchad.masks import EIGHT_NEIGHBOURS
 from patchad.types import ImageBatch, Prediction
 
 COMBINED = "combined"
 NO_DEFECT = -1
 """Number of the defect type of normal images."""
-EIGHT_NEIGHBOURS = np.ones((3, 3))
 
 
 def squash(score: Tensor) -> Tensor:

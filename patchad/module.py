@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from rich.progress import track
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -136,13 +135,8 @@ class PatchDetector(Detector[PatchModel]):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Measures the mean image, caches features, and measures the encoders' input, where these are asked for.
-
-        Before that, images that are not learned from are read: one that cannot be read ends a fit now, not later.
-        """
+        """Measures the mean image, caches features, and measures the encoders' input, where these are asked for."""
         super().on_fit_start()
-        for _ in track(self._data.held_out_dataloader(), "Reading images", disable=not self._shows_bars):
-            pass
         self._measure_mean_image()
         if self.learning is not None:
             self.learning.forget()

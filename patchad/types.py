@@ -54,6 +54,9 @@ class ImageBatch(NamedTuple):
         has_mask: True where `mask` is the truth, bool `[batch]`.
         defect: names of the defect types, one per image.
         path: paths of the files, one per image.
+        digest: of the pixels of `image`, the same for copies, int64 `[batch]`.
+        error: why a file could not be read, one per image, empty where it was; `image` is black and `label` -1 then.
+        doubts: what makes figures of an image doubtful, one per image, as ends of sentences, one on each line.
     """
 
     image: Tensor
@@ -66,6 +69,9 @@ class ImageBatch(NamedTuple):
     has_mask: Tensor
     defect: Sequence[str]
     path: Sequence[str]
+    digest: Tensor
+    error: Sequence[str]
+    doubts: Sequence[str]
 
 
 class Pyramid(NamedTuple):
@@ -167,7 +173,8 @@ class Prediction(NamedTuple):
     """What patchad says about a batch of images.
 
     Attributes:
-        score: anomaly score, float32 `[batch]`; see `Scorer`; normal patches are about the number of sides.
+        score: anomaly score, float32 `[batch]`; see `Scorer`; normal patches are about the number of sides. Of an image
+            that could not be read (`ImageBatch.error`), a detector gives nan, which is anomalous.
         anomalous: the verdict, `score > threshold`, bool `[batch]`.
         map: combined anomaly map at the pixels of `ImageBatch.image`, smoothed, float32 `[batch, height, width]`.
         side_scores: score of each side alone, float32 `[batch]` per side.

@@ -15,6 +15,7 @@ ORDER = [
     "canvas",
     "decoding",
     "images",
+    "masks",
     "files",
     "conformal",
     "runtime",

@@ -61,7 +61,7 @@ def test_the_map_is_the_geometric_mean_of_the_members_maps_over_their_levels(mem
     torch.testing.assert_close(found.score, Scorer((0, 1)).score(expected, content))
 
 
-def test_a_checkpoint_holds_its_members_whole(members, fitted, here, capsys):  # noqa: F811
+def test_a_checkpoint_holds_its_members_whole(members, fitted, here, capsys):
     alone = Ensemble.load_from_checkpoint(fitted, weights_only=True).eval()
     with torch.inference_mode():
         assert torch.equal(alone(image()).map, Ensemble(members, PRODUCT).eval()(image()).map)
@@ -85,7 +85,7 @@ def test_the_threshold_is_that_of_the_normals_each_compared_with_the_others(fitt
 
 
 @pytest.mark.slow
-def test_an_exported_ensemble_says_the_same(fitted, product, here, capsys):  # noqa: F811
+def test_an_exported_ensemble_says_the_same(fitted, product, here, capsys):
     jaxtyping.config.update("jaxtyping_disable", True)  # shapes that the exporter traces are symbols
     try:
         main(["export", f"--ckpt_path={fitted}", "--output=both.patchad"])
@@ -119,7 +119,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("option", MISTAKES)
-def test_a_fit_on_other_data_ends_as_one_line(option, members, product, here, capsys):  # noqa: F811
+def test_a_fit_on_other_data_ends_as_one_line(option, members, product, here, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config=ensemble", f"--model.members={members}", f"--data.root={product}", *SMALL, option])
     assert re.search(rf"^patchad: error: .*{MISTAKES[option]}", capsys.readouterr().err, re.MULTILINE)

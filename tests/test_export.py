@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -404,20 +405,20 @@ def test_the_file_says_where_it_came_from(fitted):
     assert metadata["vectors"] == {"32": 300, "16": 500}
 
 
-def test_verify_shows_that_the_file_is_that_of_the_checkpoint(fitted, here, capsys):  # noqa: F811
+def test_verify_shows_that_the_file_is_that_of_the_checkpoint(fitted, here, capsys):
     main(["verify", str(fitted / "model.patchad"), f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--images=3"])
     told = capsys.readouterr().out
     assert told.count("| same |") == 3
     assert "allowed 1e-04 and 1e-02" in told
 
 
-def test_verify_tells_a_file_of_another_checkpoint(fitted, here, capsys):  # noqa: F811
+def test_verify_tells_a_file_of_another_checkpoint(fitted, here, capsys):
     with pytest.raises(SystemExit):
         main(["verify", str(fitted / "model.patchad"), f"--ckpt_path={fitted / CHECKPOINTS[1]}", "--images=2"])
     assert "model.patchad differs from" in capsys.readouterr().err
 
 
-def test_verify_tells_a_file_of_another_threshold(fitted, here, capsys):  # noqa: F811
+def test_verify_tells_a_file_of_another_threshold(fitted, here, capsys):
     checkpoint = torch.load(fitted / CHECKPOINTS[0], weights_only=True)
     checkpoint["state_dict"]["model.scorer.normals"] *= 2
     save(checkpoint, here / "other.ckpt")
@@ -428,7 +429,7 @@ def test_verify_tells_a_file_of_another_threshold(fitted, here, capsys):  # noqa
 
 def test_an_export_by_another_score_and_in_another_light_warns_before_the_work_that_the_threshold_does_not_fit(
     fitted,
-    here,  # noqa: F811
+    here,
     monkeypatch,
 ):
     def stop(*_, **__):
@@ -443,14 +444,14 @@ def test_an_export_by_another_score_and_in_another_light_warns_before_the_work_t
     assert "image_score=max" in messages[0]
 
 
-def test_images_in_another_light_than_the_checkpoints_are_told(fitted, here):  # noqa: F811
+def test_images_in_another_light_than_the_checkpoints_are_told(fitted, here):
     light = [f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--data.brightness=0.5"]
     with pytest.warns(UserWarning, match=r"images of brightness None, not 0\.5: verdicts do not hold"):
         main(["test", *light, "--trainer.enable_progress_bar=false"])
 
 
 @pytest.mark.parametrize(("precision", "reduced"), [("32-true", False), ("bf16-mixed", True)])
-def test_benchmark_times_the_users_own_model_at_its_precision(precision, reduced, fitted, here, capsys, monkeypatch):  # noqa: F811
+def test_benchmark_times_the_users_own_model_at_its_precision(precision, reduced, fitted, here, capsys, monkeypatch):
     seen = []
 
     def rate(device: torch.device) -> float:
@@ -466,7 +467,7 @@ def test_benchmark_times_the_users_own_model_at_its_precision(precision, reduced
     assert seen == [reduced]
 
 
-def test_predict_and_the_file_agree(fitted, product, here):  # noqa: F811
+def test_predict_and_the_file_agree(fitted, product, here):
     main(["predict", f"--ckpt_path={fitted / CHECKPOINTS[0]}", f"--data.root={product}/test"])
     file = patchad.load(fitted / "model.patchad")
     predictions = next(Path("runs").rglob("predictions"))
@@ -496,7 +497,7 @@ def test_a_file_is_scored_as_predict_reads_it(fitted, product, tmp_path):
     assert found[1].score == pytest.approx(upright, rel=0.05)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_work(fitted, here, capsys, monkeypatch):  # noqa: F811
+def test_an_output_that_cannot_be_written_is_told_before_the_work(fitted, here, capsys, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("it was worked for nothing"))
     (here / "file").write_text("x")
     with pytest.raises(SystemExit) as stop:
@@ -505,7 +506,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(fitted, here, 
     assert re.search(r"patchad: error: .*'file", capsys.readouterr().err)
 
 
-def test_export_asks_for_a_checkpoint(product, here, capsys):  # noqa: F811
+def test_export_asks_for_a_checkpoint(product, here, capsys):
     with pytest.raises(SystemExit):
         main(["export", f"--data.root={product}", "--config=fast"])
     assert "give --ckpt_path" in capsys.readouterr().err
@@ -519,3 +520,14 @@ def test_the_learned_encoder_of_a_lent_class_is_exported(tmp_path):
     made = model(Tiny, patch_encoder=Wider, **ONE_SIDE)
     array = np.random.default_rng(0).random((96, 96, 3), dtype=np.float32)
     assert_equal(made, exported(made, tmp_path), array, torch.from_numpy(array).permute(2, 0, 1))
+
+
+def test_verify_names_what_cannot_be_read_after_all_other_images(fitted, here, product, capsys):
+    shutil.copytree(product / "test/good", here / "parts")
+    (here / "parts/0.png").write_bytes(b"no image")
+    command = ["verify", str(fitted / "model.patchad"), f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--data.root=parts"]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out.count("| same |") == 4
+    assert "1 of 5 images could not be scored: cannot read image parts/0.png" in captured.err

@@ -55,6 +55,9 @@ def evaluation(count: int = 13) -> tuple[Prediction, ImageBatch, dict]:
         has_mask=torch.ones(count, dtype=torch.bool),
         defect=defect,
         path=defect,
+        digest=torch.arange(count),
+        error=[""] * count,
+        doubts=[""] * count,
     )
     return prediction, batch, maps
 

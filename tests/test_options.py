@@ -146,25 +146,25 @@ def refused(capsys, *command: str) -> str:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_that_is_refused_ends_in_one_line(option, here, product, capsys):  # noqa: F811
+def test_an_option_that_is_refused_ends_in_one_line(option, here, product, capsys):
     known = [given for given in SMALL if given.partition("=")[0] != option.partition("=")[0]]
     assert re.search(OPTIONS[option], refused(capsys, "fit", f"--data.root={product}", *LITE, *known, option))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_config_that_is_refused_ends_in_one_line(kind, here, product, capsys):  # noqa: F811
+def test_a_config_that_is_refused_ends_in_one_line(kind, here, product, capsys):
     content, words = CONFIGS[kind]
     (here / "own.yaml").write_bytes(content)
     root = [] if b"root" in content else [f"--data.root={product}"]
     assert re.search(words, refused(capsys, "fit", "--config=own.yaml", *root, *SMALL))
 
 
-def test_a_command_that_is_not_there_ends_in_one_line(here, capsys):  # noqa: F811
+def test_a_command_that_is_not_there_ends_in_one_line(here, capsys):
     assert "invalid choice: 'fitt'" in refused(capsys, "fitt")
     assert "subcommand" in refused(capsys)
 
 
-def test_a_number_for_a_size_reaches_the_config(here, product, capsys):  # noqa: F811
+def test_a_number_for_a_size_reaches_the_config(here, product, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", f"--data.root={product}", "--data.image_size=256", "--data.metric_size", "64", "--print_config"])
     assert stop.value.code == 0

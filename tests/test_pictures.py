@@ -42,9 +42,8 @@ def test_what_is_shown_of_a_padded_image_is_its_content():
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[1, 0] = True
     content, zeros = torch.tensor([[8, 8], [6, 4]]), torch.zeros(2, dtype=torch.int64)
-    batch = ImageBatch(
-        image, content, content, zeros, zeros, zeros, mask, mask[:, 0, 0], ["a", "b"], ["a/0.png", "b/1.png"]
-    )
+    names, fine = (["a", "b"], ["a/0.png", "b/1.png"]), ["", ""]
+    batch = ImageBatch(image, content, content, zeros, zeros, zeros, mask, mask[:, 0, 0], *names, zeros, fine, fine)
     found = sheet_entry(Prediction(torch.tensor([1.0, 2.0]), torch.tensor([False, True]), values, {}, {}), batch, 1)
     assert found.name == "b/1.png" and found.score == 2.0 and found.anomalous and found.defect == "b"
     np.testing.assert_array_equal(found.image, (image[1, :, :6, :4].permute(1, 2, 0) * 255).round().byte().numpy())

@@ -94,7 +94,7 @@ def test_without_timm_the_extra_is_named(monkeypatch):
         Timm("resnet18", weights="none")
 
 
-def test_without_network_the_other_ways_to_weights_are_named_in_one_line(product, here, capsys, monkeypatch):  # noqa: F811
+def test_without_network_the_other_ways_to_weights_are_named_in_one_line(product, here, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it reads its environment only once
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here))
     timm = ["--model.backbone=patchad.models.Timm", "--model.backbone.name=test_vit"]
@@ -187,7 +187,7 @@ def test_a_cache_is_out_of_date_when_what_its_tap_depends_on_changes(name):
             assert fingerprint(encoder) != before
 
 
-def test_a_fit_says_that_images_are_padded_and_its_checkpoint_alone_scores_the_same(product, here, caplog):  # noqa: F811
+def test_a_fit_says_that_images_are_padded_and_its_checkpoint_alone_scores_the_same(product, here, caplog):
     small = [*SMALL, "--data.image_size=[90,96]", "--model.bank.max_vectors=100"]
     backbone = [
         "--model.backbone=patchad.models.Timm",

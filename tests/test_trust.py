@@ -32,7 +32,7 @@ def fitted(product, tmp_path_factory) -> Path:
     return folder / "runs/version_0/checkpoints/last.ckpt"
 
 
-def attacked(fitted: Path, here: Path, change: Callable[[dict, dict], Any]) -> Path:  # noqa: F811
+def attacked(fitted: Path, here: Path, change: Callable[[dict, dict], Any]) -> Path:
     """A checkpoint whose settings of the model, for both ways to load it, and of the data were changed."""
     checkpoint = torch.load(fitted, weights_only=True)
     change(checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"])
@@ -78,7 +78,7 @@ DATA = {
 
 @pytest.mark.parametrize("verb", ["predict", "export", "fit"])
 @pytest.mark.parametrize("attack", [*MODELS, *DETECTORS, *DATA])
-def test_a_checkpoint_runs_nothing(attack, verb, fitted, here, capsys):  # noqa: F811
+def test_a_checkpoint_runs_nothing(attack, verb, fitted, here, capsys):
     model, data = {**MODELS, **DETECTORS}.get(attack, {}), DATA.get(attack, {})
     path = attacked(fitted, here, lambda parameters, images: (parameters.update(model), images.update(data)))
     with pytest.raises(SystemExit) as stop:
@@ -90,7 +90,7 @@ def test_a_checkpoint_runs_nothing(attack, verb, fitted, here, capsys):  # noqa:
 
 
 @pytest.mark.parametrize("attack", [*MODELS, *DETECTORS])
-def test_a_checkpoint_runs_nothing_in_python(attack, fitted, here):  # noqa: F811
+def test_a_checkpoint_runs_nothing_in_python(attack, fitted, here):
     path = attacked(fitted, here, lambda parameters, _: parameters.update({**MODELS, **DETECTORS}[attack]))
     for load in [PatchDetector.load_from_checkpoint] + [PatchModel.load] * (attack in MODELS):
         with pytest.raises(PatchadError, match=r"names|environment"):
@@ -99,14 +99,14 @@ def test_a_checkpoint_runs_nothing_in_python(attack, fitted, here):  # noqa: F81
 
 
 @pytest.mark.parametrize("attack", DATA)
-def test_data_of_a_checkpoint_run_nothing_in_python(attack, fitted, here):  # noqa: F811
+def test_data_of_a_checkpoint_run_nothing_in_python(attack, fitted, here):
     path = attacked(fitted, here, lambda _, images: images.update(DATA[attack]))
     with pytest.raises(PatchadError, match=r"names|environment"):
         PyramidDataModule.load_from_checkpoint(path)
     assert not (here / "ran").exists() and "evil" not in sys.modules
 
 
-def test_a_member_of_an_ensemble_runs_nothing(fitted, here, product, capsys):  # noqa: F811
+def test_a_member_of_an_ensemble_runs_nothing(fitted, here, product, capsys):
     path = attacked(fitted, here, lambda parameters, _: parameters.update(patch_encoder=TOUCH))
     described = json.dumps(torch.load(path, weights_only=True)["patchad_model"])
     for member in (str(path), described):
@@ -118,7 +118,7 @@ def test_a_member_of_an_ensemble_runs_nothing(fitted, here, product, capsys):  #
 
 
 @pytest.mark.parametrize("verb", ["test", "validate", "fit"])
-def test_a_checkpoint_writes_no_images(verb, fitted, here):  # noqa: F811
+def test_a_checkpoint_writes_no_images(verb, fitted, here):
     made = {"layout": {"class_path": "patchad.data.Synthetic", "init_args": {}}, "root": str(here / "made")}
     path = attacked(fitted, here, lambda _, images: images.update(made))
     with pytest.raises(SystemExit):
@@ -126,7 +126,7 @@ def test_a_checkpoint_writes_no_images(verb, fitted, here):  # noqa: F811
     assert sorted(file.name for file in here.iterdir()) == ["attack.ckpt", "evil.py"]
 
 
-def test_a_class_that_is_allowed_is_made(fitted, here, capsys):  # noqa: F811
+def test_a_class_that_is_allowed_is_made(fitted, here, capsys):
     own = {"patch_encoder": {"class_path": "own.Encoder", "init_args": {}}}
     path = attacked(fitted, here, lambda parameters, _: parameters.update(own))
     (here / "own.py").write_text(EVIL)
@@ -170,7 +170,7 @@ def test_an_argument_without_annotation_takes_what_a_checkpoint_may_hold():
 
 
 @pytest.mark.parametrize("slot", ["patch_encoder", "bank", "scorer", "learning"])
-def test_a_config_of_the_users_calls_nothing_but_classes_of_the_slot(slot, here, product, capsys):  # noqa: F811
+def test_a_config_of_the_users_calls_nothing_but_classes_of_the_slot(slot, here, product, capsys):
     (here / "own.yaml").write_text(
         json.dumps({"model": {"class_path": "patchad.PatchDetector", "init_args": {slot: TOUCH}}})
     )

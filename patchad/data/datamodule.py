@@ -25,6 +25,7 @@ from patchad.data.datasets import (
 )
 from patchad.data.defects import FORMAT, SMALLEST
 from patchad.data.layouts import Layout, detect_layout, images_below, printable
+from patchad.data.listing import class_doubt, listing, product_doubt
 from patchad.decoding import MAX_MEGAPIXELS
 from patchad.errors import PatchadError, check_range
 from patchad.images import Augmentations, native_size
@@ -131,13 +132,17 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     def setup(self, stage: str) -> None:
         """Lists the files: for `predict` every image below the root, else what the layout says, for `test` to test."""
         samples = self._samples(predicting=stage == "predict")
+        for sentence in listing(self.root, samples, None if stage == "predict" else self.layout):
+            rank_zero_info(sentence)
         if stage == "predict":
-            self.predict_set = self._dataset(samples)
+            if self._doing == TrainerFn.PREDICTING:  # others sample the images of the fit
+                self._warn(product_doubt(self.root))
+            self.predict_set = self._dataset(samples, tolerant=True)
             return
         test = [sample for sample in samples if sample.split == "test"]
-        self.test_set = self._dataset(test)
-        self.note_missing_masks(test)
+        self.test_set = self._dataset(test, tolerant=True)
         if stage == "test":
+            self._warn(class_doubt(test))
             return
         normals = [sample for sample in samples if sample.split == "train"]
         numbers = {thing: number for number, thing in enumerate(dict.fromkeys(sample.thing for sample in normals))}
@@ -145,6 +150,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         self.normal_set, self.train_set, self.held_out_set = (
             self._dataset(part, numbers) for part in (normals, training, held_out)
         )
+        self.reading_set = self._dataset(normals, tolerant=True)
         self.held_out = torch.tensor([sample in held_out for sample in normals])
         if self.validate_on == "synthetic_defects":
             self._check_room_for_defects()
@@ -159,8 +165,10 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
             rank_zero_info(f"{self.root} is read as {type(self.layout).__name__}")
         return [printable(sample) for sample in self.layout.samples(self.root)]
 
-    def _dataset(self, samples: Sequence[Sample], numbers: Mapping[str, int] = MappingProxyType({})) -> ImageDataset:
-        return ImageDataset(samples, self.canvas, self.metric_size, numbers, self.max_megapixels)
+    def _dataset(
+        self, samples: Sequence[Sample], numbers: Mapping[str, int] = MappingProxyType({}), tolerant: bool = False
+    ) -> ImageDataset:
+        return ImageDataset(samples, self.canvas, self.metric_size, numbers, self.max_megapixels, tolerant)
 
     def _split(self, normals: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
         groups: dict[Any, list[Sample]] = {}
@@ -185,9 +193,11 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
 
     def _check_room_for_defects(self) -> None:
         for sample in self.held_out_set.samples[: SyntheticDefects.most]:
-            height, width = content_size(
-                native_size(sample.path, self.max_megapixels), self.image_size, self.keep_aspect
-            )
+            try:
+                native = native_size(sample.path, self.max_megapixels)
+            except PatchadError:  # of which a fit tells with all others
+                continue
+            height, width = content_size(native, self.image_size, self.keep_aspect)
             if min(height, width) < SMALLEST:
                 raise PatchadError(
                     f"{sample.path} is {height} x {width} pixels (height x width) at image_size {self.image_size}; "
@@ -195,11 +205,10 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
                     "data.validate_on none or test"
                 )
 
-    def note_missing_masks(self, test: Sequence[Sample]) -> None:
-        """Says once that pixel metrics leave out defective images without a mask."""
-        missing = sum(sample.mask is None for sample in test if sample.defect != NORMAL)
-        if missing:
-            rank_zero_info(f"{missing} defective test images have no mask: pixel metrics leave them out")
+    @staticmethod
+    def _warn(doubt: str | None) -> None:
+        if doubt:
+            rank_zero_warn(doubt)
 
     @property
     def defects(self) -> list[str]:
@@ -275,9 +284,9 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         """All training normals, each once, as the bank and the threshold need them."""
         return self._each_once(self.normal_set)
 
-    def held_out_dataloader(self) -> DataLoader:
-        """The normals that are not learned from, each once."""
-        return self._each_once(self.held_out_set)
+    def reading_dataloader(self) -> DataLoader:
+        """All training normals, each once, those that cannot be read with their error."""
+        return self._each_once(self.reading_set)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Labelled images, each once; no loader if `validate_on` is `none`, or is `test` where there are none."""

@@ -12,7 +12,9 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from patchad.canvas import Canvas, Size, content_size
 from patchad.data.defects import paint_defect, paint_defects
+from patchad.data.doubts import digest, image_doubts
 from patchad.decoding import MAX_MEGAPIXELS
+from patchad.errors import PatchadError
 from patchad.images import (
     Augmentations,
     View,
@@ -21,9 +23,8 @@ from patchad.images import (
     native_size,
     on_canvas,
     read_image,
-    read_mask,
-    resize_mask,
 )
+from patchad.masks import HALF, mask_doubts, read_mask, resize_mask
 from patchad.pyramid import sample_pyramids
 from patchad.types import NORMAL, UNKNOWN, ImageBatch, PyramidBatch, PyramidPlan, Sample
 
@@ -40,6 +41,7 @@ class ImageDataset(Dataset[ImageBatch]):
         metric_size: height x width of masks.
         numbers: of what images show; what is not among them gets -1.
         max_megapixels: a larger file is refused.
+        tolerant: whether a file that cannot be read is an item that says so, and not an error.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class ImageDataset(Dataset[ImageBatch]):
         metric_size: Size,
         numbers: Mapping[str, int] = MappingProxyType({}),
         max_megapixels: float = MAX_MEGAPIXELS,
+        tolerant: bool = False,
     ) -> None:
-        self.max_megapixels = max_megapixels
+        self.max_megapixels, self.tolerant = max_megapixels, tolerant
         self.samples, self.canvas, self.metric_size = list(samples), canvas, metric_size
         things = [numbers.get(sample.thing, -1) for sample in self.samples]
         self.things: Int[torch.Tensor, " images"] = torch.tensor(things)
@@ -60,13 +63,31 @@ class ImageDataset(Dataset[ImageBatch]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> ImageBatch:
+        try:
+            return self.read(index)
+        except PatchadError as error:
+            if not self.tolerant:
+                raise
+            return self._unreadable(index, str(error))
+
+    def read(self, index: int) -> ImageBatch:
+        """The item of that index.
+
+        Raises:
+            PatchadError: if its files cannot be read.
+        """
         sample = self.samples[index]
         native = read_image(sample.path, self.max_megapixels)
         size = (native.shape[1], native.shape[2])
         image, content = on_canvas(native, self.canvas)
-        mask = torch.zeros(self.metric_size, dtype=torch.bool)
+        mask, doubts = (
+            torch.zeros(self.metric_size, dtype=torch.bool),
+            list(image_doubts(native, image, content, sample)),
+        )
         if sample.mask is not None:
-            mask = resize_mask(read_mask(sample.mask, size, self.max_megapixels), self.metric_size)
+            levels = read_mask(sample.mask, size, self.max_megapixels)
+            mask = resize_mask(levels > HALF, self.metric_size)
+            doubts += mask_doubts(levels, self.metric_size)
         return ImageBatch(
             image=image,
             content=torch.tensor(content),
@@ -78,6 +99,27 @@ class ImageDataset(Dataset[ImageBatch]):
             has_mask=torch.tensor(sample.mask is not None or sample.defect == NORMAL),
             defect=sample.defect,
             path=str(sample.path),
+            digest=torch.tensor(digest(image)),
+            error="",
+            doubts="\n".join(doubts),
+        )
+
+    def _unreadable(self, index: int, error: str) -> ImageBatch:
+        sample, size = self.samples[index], torch.tensor(self.canvas.image_size)
+        return ImageBatch(
+            image=torch.zeros(3, *self.canvas.image_size),
+            content=size,
+            size=size,
+            number=torch.tensor(index),
+            thing=self.things[index],
+            label=torch.tensor(-1),
+            mask=torch.zeros(self.metric_size, dtype=torch.bool),
+            has_mask=torch.tensor(False),
+            defect=sample.defect,
+            path=str(sample.path),
+            digest=torch.tensor(0),
+            error=error,
+            doubts="",
         )
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -20,7 +20,15 @@ Item = TypeVar("Item")
 
 
 class Layout(Configurable, ABC):
-    """How a folder of images is arranged."""
+    """How a folder of images is arranged.
+
+    Attributes:
+        defective: folder of the root whose inner folders hold defective images.
+        masks: folder with the same inner folders for their masks; None if the layout does not look for masks.
+    """
+
+    defective: str = "test"
+    masks: str | None = None
 
     def prepare(self, root: Path) -> None:
         """Writes what the layout makes itself; once per machine."""
@@ -32,6 +40,15 @@ class Layout(Configurable, ABC):
         Raises:
             PatchadError: if the folder does not hold what the layout needs.
         """
+
+    def mask_name(self, root: Path, image: Path) -> Path:
+        """Where the mask of a defective image is looked for, without suffix; it may end in `_mask`, too."""
+        assert self.masks is not None
+        return root / self.masks / image.relative_to(root / self.defective).parent / image.stem
+
+    def find_mask(self, root: Path, image: Path) -> Path | None:
+        """The mask of a defective image, in the folder of masks or, with `_mask`, beside the image; None without."""
+        return find_mask(self.mask_name(root, image)) or find_mask(image.with_name(f"{image.stem}_mask"))
 
 
 def images_below(root: Path) -> list[Path]:
@@ -47,10 +64,12 @@ def images_below(root: Path) -> list[Path]:
             f"{root} has the config.yaml of a run of patchad, whose pictures are no images of the product; keep images "
             "and runs apart"
         )
-    images = sorted(path for path in files_below(root) if is_image(path.relative_to(root)) and path.is_file())
+    named = (path for path in files_below(root) if is_image(path) and not is_hidden(path.relative_to(root)))
+    images = sorted(path for path in named if not is_special(path))
     if not images:
         raise PatchadError(f"no images below {root} (looked for {', '.join(IMAGE_SUFFIXES)})")
-    return images
+    stems = {path.with_suffix("") for path in images}
+    return [path for path in images if not is_mask_beside(path, stems)]
 
 
 def files_below(root: Path) -> Iterator[Path]:
@@ -73,9 +92,25 @@ def is_run(folder: Path) -> bool:
     return config.is_file() and config.read_bytes().startswith(b"# pytorch_lightning==")
 
 
+def is_special(path: Path) -> bool:
+    """Whether something is there that is no file, such as a device; a link to nothing is an image that is missing."""
+    return path.exists() and not path.is_file()
+
+
+def is_mask_beside(path: Path, stems: Container[Path]) -> bool:
+    """Whether a file is the mask of an image in its folder; `stems` are paths of images without suffix."""
+    image = path.stem.removesuffix("_mask")
+    return image != path.stem and path.with_name(image) in stems
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a relative path names something hidden."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def is_image(path: Path) -> bool:
-    """Whether a relative path names an image that is not hidden."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
+    """Whether a path has the name of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def folder_images(root: Path, name: str, required: bool = True) -> list[Path]:
@@ -99,11 +134,11 @@ def folder_images(root: Path, name: str, required: bool = True) -> list[Path]:
     return images_below(root / name)
 
 
-def find_mask(folder: Path, stem: str) -> Path | None:
-    """The mask of that stem, with or without `_mask`, in a folder; None if there is none."""
+def find_mask(name: Path) -> Path | None:
+    """The mask of that name, which has no suffix, with or without `_mask`; None if there is none."""
     suffixes = (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
-    names = (f"{stem}{ending}{suffix}" for ending in ("", "_mask") for suffix in suffixes)
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    names = (f"{name.name}{ending}{suffix}" for ending in ("", "_mask") for suffix in suffixes)
+    return next((path for path in map(name.with_name, names) if path.is_file()), None)
 
 
 def seeded_choice(items: Sequence[Item], fraction: float, seed: int) -> list[Item]:
@@ -125,6 +160,8 @@ def printable(sample: Sample) -> Sample:
 class MVTecAD(Layout):
     """One category of MVTec AD: `train/good`, `test/<defect>`, `ground_truth/<defect>/<stem>_mask.png`."""
 
+    masks = "ground_truth"
+
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images as the set's authors split them."""
         tested = folder_images(root, "test", required=False)
@@ -136,18 +173,20 @@ class MVTecAD(Layout):
         if len(inner.parts) < 2:
             raise PatchadError(f"{path} lies in no folder of test that names its defect type, or {NORMAL}")
         defect = inner.parts[0]
-        mask = None if defect == NORMAL else find_mask(root / "ground_truth" / inner.parent, path.stem)
+        mask = None if defect == NORMAL else self.find_mask(root, path)
         return Sample(path, defect, mask, "test")
 
 
 class BTAD(Layout):
     """One product of BTAD: `train/ok`, `test/ok`, `test/ko`, `ground_truth/ko/<stem>`."""
 
+    masks = "ground_truth"
+
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images as the set's authors split them."""
         good, faulty = (folder_images(root, name, required=False) for name in ("test/ok", "test/ko"))
-        train, masks = folder_images(root, "train/ok", required=not good and not faulty), root / "ground_truth/ko"
-        defective = [Sample(path, "ko", find_mask(masks, path.stem), "test") for path in faulty]
+        train = folder_images(root, "train/ok", required=not good and not faulty)
+        defective = [Sample(path, "ko", self.find_mask(root, path), "test") for path in faulty]
         return normals(train, "train") + normals(good, "test") + defective
 
 
@@ -261,7 +300,8 @@ class Folder(Layout):
     Args:
         normal: folder of normal images.
         abnormal: folder of defective images, whose first subfolder names the defect type; `abnormal` may be missing.
-        masks: folder of masks, arranged as `abnormal`, with or without `_mask` in the name; it may be missing.
+        masks: folder of masks, arranged as `abnormal`, with or without `_mask` in the name; it may be missing. A mask
+            with `_mask` may also lie beside its image.
         normal_test: folder of normal images to test; by default a seeded share of `normal`, if there are abnormal ones.
         test_fraction: that share.
         seed: of the choice.
@@ -286,31 +326,31 @@ class Folder(Layout):
         check_range({"seed": seed}, 0)
         if Path(masks) in (Path(normal), Path(abnormal)):
             raise PatchadError(f"masks and images cannot both lie in {masks}; put the masks into a folder of their own")
-        self.normal, self.abnormal, self.masks, self.normal_test = normal, abnormal, masks, normal_test
+        self.normal, self.defective, self.masks, self.normal_test = normal, abnormal, masks, normal_test
         self.test_fraction, self.seed = test_fraction, seed
 
     def samples(self, root: Path) -> list[Sample]:
         """Training and test images."""
-        defective = self._own_images(root, self.abnormal, required=self.abnormal != ABNORMAL)  # if the user named it
+        defective = self._own_images(root, self.defective, required=self.defective != ABNORMAL)  # if the user named it
         test = self._own_images(root, self.normal_test) if self.normal_test else []
         normal = self._own_images(root, self.normal)
         if defective and not test:
             test = seeded_choice(normal, self.test_fraction, self.seed)
         tested = set(test)
         train = [path for path in normal if path not in tested]
-        return normals(train, "train") + normals(test, "test") + [self._defective(root, path) for path in defective]
+        return normals(train, "train") + normals(test, "test") + [self._sample(root, path) for path in defective]
 
     def _own_images(self, root: Path, name: str, required: bool = True) -> list[Path]:
         """The images below a folder, without those of other folders that lie inside it."""
-        names = (self.normal, self.abnormal, self.masks, self.normal_test)
+        names = (self.normal, self.defective, self.masks, self.normal_test)
         folders = [root / folder_name for folder_name in names if folder_name]
         inner = [folder for folder in folders if (root / name) in folder.parents]
         return [path for path in folder_images(root, name, required) if not any(map(path.is_relative_to, inner))]
 
-    def _defective(self, root: Path, path: Path) -> Sample:
-        inner = path.relative_to(root / self.abnormal)
-        defect = inner.parts[0] if len(inner.parts) > 1 else Path(self.abnormal).name
-        return Sample(path, defect, find_mask(root / self.masks / inner.parent, path.stem), "test")
+    def _sample(self, root: Path, path: Path) -> Sample:
+        inner = path.relative_to(root / self.defective)
+        defect = inner.parts[0] if len(inner.parts) > 1 else Path(self.defective).name
+        return Sample(path, defect, self.find_mask(root, path), "test")
 
 
 class Synthetic(Layout):
@@ -336,22 +376,35 @@ class Synthetic(Layout):
         return MVTecAD().samples(root)
 
 
+MARKERS: dict[str, type[Layout]] = {
+    "train/good": MVTecAD,
+    "test/good": MVTecAD,
+    "train/ok": BTAD,
+    "test/ok": BTAD,
+    "MT_Free": MagneticTile,
+    "normal": Folder,
+}
+"""Folders below a root, in the order in which they tell its layout."""
+
+
+def known_layout(root: Path) -> Layout | None:
+    """The layout that fits the names of the folders below a root; None if none does."""
+    return next((layout() for marker, layout in MARKERS.items() if (root / marker).is_dir()), None)
+
+
 def detect_layout(root: Path) -> Layout:
     """The layout that fits the names of the folders below a root.
 
     Raises:
         PatchadError: if none does.
     """
-    layouts = {"train/good": MVTecAD, "test/good": MVTecAD, "train/ok": BTAD, "test/ok": BTAD}
-    layouts |= {"MT_Free": MagneticTile, "normal": Folder}
     if not root.is_dir():
         raise PatchadError(f"data.root {root} does not exist or is no folder")
-    for marker, layout in layouts.items():
-        if (root / marker).is_dir():
-            return layout()
+    if layout := known_layout(root):
+        return layout
     folders = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folder"
     raise PatchadError(
-        f"the layout of {root} is not known: it has {folders}, and none of {', '.join(layouts)}; name its folders, "
+        f"the layout of {root} is not known: it has {folders}, and none of {', '.join(MARKERS)}; name its folders, "
         "for example --data.layout Folder --data.layout.normal ok --data.layout.abnormal scrap (--data.layout.normal . "
         "where every image is normal)"
     )

@@ -266,13 +266,13 @@ def once(path: Path, make: Any) -> Any:
 
 
 def without_place(config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved configuration without what differs between data sets, seeds and machines."""
+    """A resolved configuration without what differs between data sets, seeds and machines, and what only watches."""
     config = json.loads(json.dumps(config))
     for name in ("config", "ckpt_path", "seed_everything"):
         config.pop(name, None)
     for name in ("root", "layout", "seed", "num_workers", "max_megapixels", "validate_on"):
         config["data"]["init_args"].pop(name, None)
-    for name in ("logger", "check_val_every_n_epoch", "default_root_dir"):
+    for name in ("callbacks", "logger", "check_val_every_n_epoch", "default_root_dir"):
         config["trainer"].pop(name, None)
     model = config["model"]["init_args"]
     for part in SEEDED:

@@ -3,7 +3,8 @@
 from patchad.callbacks.anomaly_maps import AnomalyMaps
 from patchad.callbacks.checkpoint import LastCheckpoint
 from patchad.callbacks.clusters import Clusters
+from patchad.callbacks.possible_defects import PossibleDefects
 from patchad.callbacks.predictions import Predictions
 from patchad.callbacks.report import Report
 
-__all__ = ["AnomalyMaps", "Clusters", "LastCheckpoint", "Predictions", "Report"]
+__all__ = ["AnomalyMaps", "Clusters", "LastCheckpoint", "PossibleDefects", "Predictions", "Report"]

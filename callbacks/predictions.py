@@ -1,7 +1,9 @@
 """`patchad predict` -> scores.csv, and a heat map and a float32 map per image."""
 
 import csv
+import hashlib
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ from patchad.files import write_array, write_whole
 from patchad.pyramid import crop_resize
 from patchad.types import ImageBatch, Prediction
 
+LONGEST_NAME = 255
+"""Bytes of the name of a file."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What begins a cell that a spreadsheet runs."""
 
@@ -129,5 +133,19 @@ def cell(text: str) -> str:
 def write_maps(path: Path, values: np.ndarray, limits: tuple[float, float]) -> None:
     """Writes `<name>.npy` and `<name>.heatmap.png`, the file's suffix kept in the name so that no two collide."""
     heat_map = Image.fromarray(colour(values, *limits))
-    write_array(path.with_name(f"{path.name}.npy"), values.astype(np.float32))
-    write_whole(path.with_name(f"{path.name}.heatmap.png"), lambda part: heat_map.save(part, format="PNG"))
+    write_array(path.with_name(map_name(path.name, ".npy")), values.astype(np.float32))
+    write_whole(path.with_name(map_name(path.name, ".heatmap.png")), lambda part: heat_map.save(part, format="PNG"))
+
+
+def map_name(name: str, ending: str) -> str:
+    """The name of an image with an ending; of what would be too long, a part and a hash that tells images apart.
+
+    Example:
+        >>> map_name("a.png", ".npy"), len(map_name(250 * "a", ".npy"))
+        ('a.png.npy', 254)
+    """
+    whole = os.fsencode(name)
+    if len(whole) + len(ending) <= LONGEST_NAME:
+        return f"{name}{ending}"
+    mark = f"-{hashlib.sha256(whole).hexdigest()[:8]}{ending}"
+    return f"{os.fsdecode(whole[: LONGEST_NAME - len(mark)])}{mark}"

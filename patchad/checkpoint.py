@@ -17,6 +17,16 @@ from patchad.trust import check_trusted
 
 CHECKPOINT_FORMAT = 12
 """Raised whenever checkpoints of an older patchad no longer load."""
+CONTENTS = {
+    "state_dict": Mapping,
+    "hyper_parameters": Mapping,
+    "patchad_scored_by": Mapping,
+    "patchad_model": Mapping,
+    "patchad_fitted_digests": list,
+}
+"""What every checkpoint holds, and as what."""
+GOES_ON = {"epoch": int, "global_step": int, "loops": Mapping, "optimizer_states": list, "lr_schedulers": list}
+"""What a fit needs to go on."""
 CHECKSUM = 64
 """Hexadecimal digits of SHA-256: the last bytes of the file, which are the comment of its ZIP archive."""
 Loaded = TypeVar("Loaded", bound="Checkpointed")
@@ -101,7 +111,15 @@ def read_checkpoint(path: Path, name: str = "checkpoint") -> dict[str, Any]:
     check_format(checkpoint, f"{name} {path}")
     if not is_whole(path):
         raise PatchadError(f"{name} {path} is damaged: its checksum does not fit; copy it again, or fit again")
+    check_contents(checkpoint, CONTENTS, f"{name} {path}")
     return checkpoint
+
+
+def check_contents(checkpoint: Mapping[str, Any], contents: Mapping[str, type], name: str = "the checkpoint") -> None:
+    """Raises PatchadError unless a checkpoint holds what is listed, and as what; an error calls it by that name."""
+    for key, kind in contents.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise PatchadError(f"{name} lacks {key}, or holds something else in its place; fit again")
 
 
 def check_exists(path: Path, name: str) -> None:

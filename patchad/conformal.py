@@ -22,7 +22,7 @@ def conformal_threshold(scores: np.ndarray, target_fpr: float) -> tuple[float, f
         target_fpr: the rate asked for.
 
     Raises:
-        PatchadError: if there is no score.
+        PatchadError: if there is no score, or one is nan or infinite.
 
     Example:
         >>> conformal_threshold(np.array([3.0, 1.0, 2.0]), target_fpr=0.01)
@@ -31,6 +31,10 @@ def conformal_threshold(scores: np.ndarray, target_fpr: float) -> tuple[float, f
     count = len(scores)
     if not count:
         raise PatchadError("no normal image is left for the threshold; give training images")
+    if not np.isfinite(scores).all():
+        raise PatchadError(
+            "scores of normal images are nan or infinite, and no threshold can be set by them: fit again"
+        )
     rank = min(count, math.ceil((count + 1) * (1 - target_fpr) - 1e-9))
     return float(np.sort(scores)[rank - 1]), 1 - rank / (count + 1)
 

@@ -1,6 +1,5 @@
 """What Lightning asks of every detector, whatever model scores: it is fitted, measured, saved and loaded."""
 
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -15,14 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from patchad.canvas import Canvas
-from patchad.checkpoint import CHECKPOINT_FORMAT, Checkpointed, WholeCheckpoints, check_format
+from patchad.checkpoint import CHECKPOINT_FORMAT, GOES_ON, Checkpointed, WholeCheckpoints, check_contents, check_format
 from patchad.conformal import images_needed
 from patchad.data.datamodule import PyramidDataModule
 from patchad.data.doubts import Doubts
 from patchad.errors import PatchadError
 from patchad.learning import Learning
 from patchad.metrics import AnomalyMetrics
-from patchad.model import ScoringModel
+from patchad.model import ScoringModel, load_state
 from patchad.pyramid import crop_resize
 from patchad.runtime import check_scores
 from patchad.scoring import Scorer
@@ -284,6 +283,8 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format; warns where its threshold is another score's."""
         check_format(checkpoint)
+        if self._fitting:
+            check_contents(checkpoint, GOES_ON)
         current, fitted = self.model.scored_by, checkpoint["patchad_scored_by"]
         self.model.check_fitted(fitted)
         self.fitted_digests = frozenset(checkpoint["patchad_fitted_digests"])
@@ -293,15 +294,8 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
             rank_zero_warn(f"the threshold was set with {settings}: verdicts do not hold; fit for one of its own")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Torch's, with PatchadError where the state is another model's: settings differ from those of the fit."""
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError as error:
-            reason = textwrap.shorten(str(error).partition("\n")[2], 150, placeholder=" ...")
-            raise PatchadError(
-                f"the checkpoint does not fit this detector: {reason}; leave out model options that the fit did "
-                "not have, or fit again"
-            ) from error
+        """Torch's, with PatchadError where the state is another model's, or holds numbers that are none."""
+        return load_state(self, state_dict, strict, assign)
 
     # what Lightning gives
 

@@ -4,6 +4,7 @@ Nothing here knows Lightning; `patchad.module` trains what `PatchModel` embeds p
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -69,7 +70,7 @@ class ScoringModel(Configurable, nn.Module):
         """
         model = made(cls, checkpoint["patchad_model"], f"checkpoint {path}")
         state = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
-        model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+        load_state(model, {name.removeprefix("model."): value for name, value in state.items()})
         model.canvas = Canvas.of(checkpoint["patchad_canvas"])
         return model.eval()
 
@@ -400,6 +401,25 @@ class PatchModel(ScoringModel):
         fitted_sides, sides = list(fitted["taps"]), list(self.scored_by["taps"])
         if fitted_sides != sides:  # banks and scales are theirs, in their order
             raise PatchadError(f"the checkpoint has sides {fitted_sides}, not {sides}; fit again")
+
+
+def load_state(module: nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    """Gives a module the tensors of a checkpoint, as torch does it.
+
+    Raises:
+        PatchadError: if they are another module's, or hold nan or infinite numbers.
+    """
+    for name, values in state.items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise PatchadError(f"the checkpoint's {name} holds nan or infinite numbers: no verdict holds; fit again")
+    try:
+        return nn.Module.load_state_dict(module, state, strict, assign)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error).partition("\n")[2], 150, placeholder=" ...")
+        raise PatchadError(
+            f"the checkpoint does not fit this detector: {reason}; leave out model options that the fit did not have, "
+            "or fit again"
+        ) from error
 
 
 def check_finite(embeddings: Mapping[int, Tensor]) -> None:

@@ -137,8 +137,8 @@ def changed_settings(fitted: Mapping[str, Any], current: Mapping[str, Any]) -> s
         >>> changed_settings({"mode": "dense", "tile": 8}, {"mode": "sliding", "tile": 8})
         'mode dense, not sliding'
     """
-    names = [name for name in fitted if current[name] != fitted[name]]
-    return "; ".join(f"{name} {fitted[name]}, not {current[name]}" for name in names)
+    names = [name for name in fitted if current.get(name) != fitted[name]]
+    return "; ".join(f"{name} {fitted[name]}, not {current.get(name)}" for name in names)
 
 
 def described(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,15 @@ import torch
 from patchad import PatchadError
 from patchad.checkpoint import CHECKPOINT_FORMAT, WholeCheckpoints, read_checkpoint, save
 
-CHECKPOINT = {"patchad_format": CHECKPOINT_FORMAT, "state_dict": {"a": torch.arange(5000.0)}, "epoch": 3}
+CHECKPOINT = {
+    "patchad_format": CHECKPOINT_FORMAT,
+    "patchad_model": {},
+    "patchad_scored_by": {},
+    "patchad_fitted_digests": [],
+    "hyper_parameters": {},
+    "state_dict": {"a": torch.arange(5000.0)},
+    "epoch": 3,
+}
 
 
 @pytest.fixture
@@ -58,6 +66,13 @@ def test_what_others_saved_is_refused(content, words, tmp_path):
     torch.save(content, tmp_path / "other.ckpt")
     with pytest.raises(PatchadError, match=rf"other\.ckpt {words}"):
         read_checkpoint(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("change", [{"state_dict": [1]}, {"patchad_scored_by": None}, {"hyper_parameters": 3}])
+def test_what_lacks_a_part_is_refused_by_its_name(change, tmp_path):
+    save(CHECKPOINT | change, tmp_path / "own.ckpt")
+    with pytest.raises(PatchadError, match=rf"own\.ckpt lacks {next(iter(change))}, or holds something else"):
+        read_checkpoint(tmp_path / "own.ckpt")
 
 
 def test_what_cannot_be_written_costs_nothing_that_was_there(path, monkeypatch):

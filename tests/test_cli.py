@@ -17,6 +17,7 @@ from PIL import Image
 
 from patchad import PatchDetector
 from patchad.callbacks.predictions import Row, write_scores
+from patchad.checkpoint import read_checkpoint, save
 from patchad.cli import main
 from patchad.images import read_image
 
@@ -385,6 +386,32 @@ def test_what_the_user_can_mend_ends_as_one_line_and_code_2(mistake, here, produ
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("patchad: error: ")]
     assert len(lines) == 1
     assert re.search(message, lines[0])
+
+
+def with_value(name: str, value: float):
+    return lambda checkpoint: checkpoint["state_dict"][name].fill_(value)
+
+
+CHANGES = {
+    "a scale of nan": ("test", with_value("model.scorer.scale", np.nan), r"model\.scorer\.scale holds nan"),
+    "infinite scores": ("test", with_value("model.scorer.normals", np.inf), r"model\.scorer\.normals holds nan"),
+    "no weights": ("export", lambda checkpoint: checkpoint["state_dict"].clear(), "does not fit this detector: "),
+    "no optimizer": ("fit", lambda checkpoint: checkpoint.pop("optimizer_states"), "lacks optimizer_states"),
+    "an epoch in words": ("fit", lambda checkpoint: checkpoint.update(epoch="ten"), "lacks epoch, or holds something"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_checkpoint_that_holds_what_it_cannot_is_refused_in_words(name, run, here, capsys):
+    """Its checksum fits: another program wrote it."""
+    verb, change, words = CHANGES[name]
+    content = read_checkpoint(run / "checkpoints/last.ckpt")
+    change(content)
+    save(content, here / "own.ckpt")
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--ckpt_path=own.ckpt"])
+    assert stop.value.code == 2
+    assert re.search(f"^patchad: error: .*{words}", capsys.readouterr().err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("verb", ["fit", "predict"])

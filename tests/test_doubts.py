@@ -107,6 +107,33 @@ def test_what_cannot_be_read_costs_test_its_own_images_alone(fitted, product, he
     assert "could not be read" not in page
 
 
+def test_maps_of_images_with_long_names_are_written(fitted, product, here):
+    Path("parts").mkdir()
+    images = sorted((product / "test/good").iterdir())
+    names = [f"{251 * 'a'}.png", f"{250 * 'a'}b.png", f"{120 * 'é'}.png"]
+    for name, image in zip(names, images, strict=False):
+        shutil.copy(image, here / "parts" / name)
+    assert said(["predict", f"--ckpt_path={fitted}", "--data.root=parts"]) == (0, "")
+    maps = list(Path("runs/version_0/predictions/maps").iterdir())
+    assert len(rows(Path("runs/version_0/predictions"))) == 3 and len(maps) == 6
+    assert np.load(next(path for path in maps if path.name == f"{names[2]}.npy")).shape == (96, 96)
+
+
+def test_a_defect_among_the_training_images_is_named_first_with_its_picture(product, here, caplog):
+    shutil.copytree(product, "parts")
+    shutil.copy(min(Path("parts/test/misplaced").iterdir()), "parts/train/good/7.png")
+    with caplog.at_level("INFO"):
+        assert said(["fit", "--data.root=parts", *LITE, *SMALL])[0] == 0
+    (line,) = [message for message in caplog.messages if message.startswith("possible defects")]
+    assert "among the training images, by p-value: parts/train/good/7.png (0.077), parts/train/good/" in line
+    assert line.count("parts/train/good/") == 5 and line.endswith("pictures: runs/version_0/possible_defects.png")
+    scores = torch.load(CHECKPOINT, weights_only=True)["state_dict"]["model.scorer.normals"]
+    assert scores.argmax() == 12 and len(scores) == 13  # 7.png comes after 011.png
+    with Image.open("runs/version_0/possible_defects.png") as sheet:
+        rows_of_pixels = np.asarray(sheet.convert("L"))[:, 190 + 166 : 190 + 166 + 160]
+    assert (rows_of_pixels < 250).any(1).sum() > 5 * 90
+
+
 def test_images_of_the_fit_and_masks_are_told_in_predict(fitted, product, here):
     code, warned = said(["predict", f"--ckpt_path={fitted}", f"--data.root={product}"])
     assert code == 0

@@ -1,0 +1,64 @@
+"""Training images that are least like the others: perhaps one has a defect."""
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities import rank_zero_info
+from torch.utils.data import default_collate
+
+from patchad.callbacks.pictures import SheetEntry, colour, contact_sheet, overlay, sheet_entry
+from patchad.callbacks.publish import publish_picture, run_folder
+from patchad.data.datasets import ImageDataset
+from patchad.detector import Detector
+from patchad.errors import check_range
+from patchad.types import ImageBatch
+
+
+class PossibleDefects(Callback):
+    """Names the training images of the lowest p-values at the end of a fit, and writes `possible_defects.png`.
+
+    Each image is compared with the others: its p-value is the share of the training images, itself among them, that
+    score as high or higher. A defect that stays among them is taken for normal, and so is all that looks like it.
+
+    Args:
+        images: how many.
+    """
+
+    def __init__(self, images: int = 5) -> None:
+        check_range({"images": images}, 1)
+        self.images = images
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Detector) -> None:
+        """Names them and writes the picture."""
+        pl_module.remember_normals()
+        folder, normals = run_folder(trainer), pl_module.scorer.normals.cpu().numpy()
+        if not trainer.is_global_zero:
+            return
+        dataset: ImageDataset = trainer.datamodule.normal_set  # type: ignore[attr-defined]
+        numbers = np.argsort(-normals, kind="stable")[: self.images].tolist()
+        shares = [f"{np.mean(normals >= normals[number]):.2g}" for number in numbers]
+        entries = [entry_of(trainer, pl_module, dataset[number]) for number in numbers]
+        rows = [row(entry, share, pl_module.scorer.normal_level) for entry, share in zip(entries, shares, strict=True)]
+        picture, path = contact_sheet(rows, ("image", "heat map", "image + heat map")), folder / "possible_defects.png"
+        publish_picture(trainer, path, picture, "possible_defects")
+        names = ", ".join(
+            f"{dataset.samples[number].path} ({share})" for number, share in zip(numbers, shares, strict=True)
+        )
+        rank_zero_info(f"possible defects among the training images, by p-value: {names}; pictures: {path}")
+
+
+@torch.no_grad()
+def entry_of(trainer: Trainer, detector: Detector, image: ImageBatch) -> SheetEntry:
+    """One image of a dataset, compared with others."""
+    training = detector.training
+    batch = trainer.strategy.batch_to_device(default_collate([image]), detector.device)
+    with trainer.precision_plugin.forward_context():
+        prediction = detector.eval()(batch.image, batch.content, batch.thing)
+    detector.train(training)
+    return sheet_entry(prediction, batch, 0)
+
+
+def row(entry: SheetEntry, share: str, low: float) -> tuple[str, list[np.ndarray]]:
+    """Caption and panels of one image; its heat map is blue up to `low`, red at its highest pixel."""
+    heat = colour(entry.map, low, float(entry.map.max()))
+    return f"{entry.name}\nscore {entry.score:.4g}\np-value {share}", [entry.image, heat, overlay(entry.image, heat)]

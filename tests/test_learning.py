@@ -363,6 +363,30 @@ def test_a_resumed_fit_reads_the_epoch_that_is_next(workers, every, product, tmp
     assert same(fit("resumed", every + 2, tmp_path / "begun/log/checkpoints/last.ckpt"), fit("whole", every + 2))
 
 
+class Interrupt(Callback):
+    """Ctrl-C after the first batch of an epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fit_goes_on_in_the_middle_of_an_epoch_where_it_was_interrupted(workers, product, tmp_path):
+    def fit(folder: str, ckpt_path: Path | None = None, *callbacks: Callback) -> dict[str, torch.Tensor]:
+        run = trainer(tmp_path / folder, max_epochs=3, check_val_every_n_epoch=3)
+        run.callbacks[:0] = callbacks
+        data = images(product, num_workers=workers, batch_size=4)
+        run.fit(detector(), data, ckpt_path=ckpt_path, weights_only=True)
+        return state(tmp_path / folder)
+
+    with pytest.raises(SystemExit):
+        fit("interrupted", None, Interrupt())
+    last = tmp_path / "interrupted/log/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert same(fit("resumed", last), fit("whole"))
+
+
 class Descent(PatchDetector):
     """Gives its optimizer a rate of its own."""
 

@@ -56,10 +56,11 @@ def run(name: str, options: list[str]) -> None:
     config = [] if name == "default" else ["--config", name]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"the embeddings of side \d+ have collapsed")  # of VGG16 with random weights
+        warnings.filterwarnings("ignore", r".* is the root of a product|\d+ of \d+ images (are among|hold pure)")
         main(["fit", *config, *options, where])
-    found = ["--ckpt_path", checkpoint(Path(), name), "--trainer.enable_progress_bar=false", where]
-    main(["test", *found])
-    main(["predict", *found])
+        found = ["--ckpt_path", checkpoint(Path(), name), "--trainer.enable_progress_bar=false", where]
+        main(["test", *found])
+        main(["predict", *found])
 
 
 def checkpoint(folder: Path, name: str) -> str:

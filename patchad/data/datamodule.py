@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.loops.progress import _ProcessedTracker
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -17,6 +18,7 @@ from patchad.canvas import Canvas, content_size
 from patchad.checkpoint import Checkpointed
 from patchad.data.datasets import (
     PROBE_EPOCH,
+    EpochLoader,
     EpochSampler,
     ImageDataset,
     PyramidDataset,
@@ -235,16 +237,24 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     @property
-    def _first_epoch(self) -> int:
-        """The epoch that is read first, which Lightning tells the sampler of a resumed fit when workers have begun.
+    def _begins_at(self) -> tuple[int, int]:
+        """The epoch that is read first, and how many of its batches a resumed fit has seen.
+
+        Lightning tells the sampler when workers have begun, and of the epoch alone.
 
         Source: https://github.com/Lightning-AI/pytorch-lightning/issues/21938
         """
         if self.trainer is None:
-            return 0
+            return 0, 0
         loop, epoch = self.trainer.fit_loop, self.trainer.current_epoch
-        ended = loop.epoch_progress.current.ready > epoch and loop.epoch_loop.batch_progress.is_last_batch
-        return epoch + int(ended)  # it was saved at the end of that epoch
+        progress = loop.epoch_loop.batch_progress
+        if loop.epoch_progress.current.ready == epoch:
+            return epoch, 0
+        if progress.is_last_batch:  # it was saved at the end of that epoch
+            return epoch + 1, 0
+        seen = progress.current
+        assert isinstance(seen, _ProcessedTracker)
+        return epoch, seen.ready if seen.processed == seen.ready else seen.completed
 
     @property
     def view_settings(self) -> str:
@@ -265,7 +275,9 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""
         sampler = self._sampler(EpochSampler, self.train_set, shuffle=True)
-        sampler.set_epoch(self._first_epoch)
+        assert isinstance(sampler, EpochSampler)
+        epoch, seen = self._begins_at
+        sampler.begin(epoch, seen * self.batch_size)
         return self._loader(self.pyramids, sampler, keep_workers=True)
 
     def probe_dataloader(self) -> DataLoader:
@@ -324,7 +336,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     def _loader(
         self, dataset: Dataset, sampler: Sampler | Sequence[tuple[int, int]], keep_workers: bool = False
     ) -> DataLoader:
-        return DataLoader(
+        return EpochLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,

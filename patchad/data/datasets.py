@@ -1,5 +1,6 @@
 """Samples -> items: images, pyramids of patches, views, painted defects; each a function of seed and number."""
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from patchad.canvas import Canvas, Size, content_size
 from patchad.data.defects import paint_defect, paint_defects
@@ -280,6 +281,27 @@ class ViewDataset(Dataset[tuple[int, int, bool, torch.Tensor, torch.Tensor]]):
 class EpochSampler(DistributedSampler):
     """Images in an order that is a function of (seed, epoch), each with its epoch."""
 
+    first = (0, 0)
+    """The epoch that is read first, and how many of its images are not."""
+
+    def begin(self, epoch: int, seen: int) -> None:
+        """Sets both."""
+        self.set_epoch(epoch)
+        self.first = (epoch, seen)
+
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Epoch and number of each image."""
-        return ((self.epoch, number) for number in super().__iter__())
+        epoch, seen = self.first
+        numbers = itertools.islice(super().__iter__(), seen if self.epoch == epoch else 0, None)
+        return ((self.epoch, number) for number in numbers)
+
+
+class EpochLoader(DataLoader):
+    """Tells Lightning that it goes on where it was: its items are a function of epoch and batch alone."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what was read is known from the progress of the fit."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes nothing."""

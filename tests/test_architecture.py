@@ -37,6 +37,7 @@ ORDER = [
     "detector",
     "module",
     "ensemble",
+    "loggers",
     "callbacks",
     "export",
     "timing",

@@ -425,6 +425,12 @@ def test_the_file_says_where_it_came_from(fitted):
     assert metadata["vectors"] == {"32": 300, "16": 500}
 
 
+def test_the_file_names_no_folder_of_the_machine_that_wrote_it(fitted):
+    content = (fitted / "model.patchad").read_bytes()
+    for folder in (Path(torch.__file__).parent, Path(patchad.__file__).parent, fitted, Path.home()):
+        assert os.fsencode(folder) not in content
+
+
 def test_verify_shows_that_the_file_is_that_of_the_checkpoint(fitted, here, capsys):  # noqa: F811
     main(["verify", str(fitted / "model.patchad"), f"--ckpt_path={fitted / CHECKPOINTS[0]}", "--images=3"])
     told = capsys.readouterr().out

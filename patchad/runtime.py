@@ -134,7 +134,8 @@ class ExportedDetector:
             return []
         native = [to_rgb(image) for image in images]
         fitted = [on_canvas(image, self.canvas) for image in native]
-        inputs = {"image": np.stack([image for image, _ in fitted]), "content": np.array([size for _, size in fitted])}
+        content = np.array([size for _, size in fitted], np.int64)  # NumPy 1 would take int32 on Windows
+        inputs = {"image": np.stack([image for image, _ in fitted]), "content": content}
         scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
         check_scores(scores)
         shares = p_values(scores, self.normals)

@@ -43,11 +43,14 @@ def test_two_fits_at_once_write_two_whole_folders(product, tmp_path):
         assert yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]["root"] == str(product)
 
 
-def test_a_number_is_taken_before_anything_is_written(tmp_path):
+def test_a_number_is_taken_before_anything_is_written_and_not_by_asking(tmp_path):
     loggers = [RunLogger(tmp_path / "runs", name=None) for _ in range(3)]
+    assert [logger.version for logger in loggers] == [0, 0, 0] and not (tmp_path / "runs").exists()
+    assert all(logger.experiment for logger in loggers)
     assert [logger.version for logger in loggers] == [0, 1, 2]
     (tmp_path / "runs/version_3").write_text("no folder")
-    assert RunLogger(tmp_path / "runs", name=None).version == 4
+    last = RunLogger(tmp_path / "runs", name=None)
+    assert last.experiment and last.log_dir == str(tmp_path / "runs/version_4")
     assert CSVLogger(tmp_path / "runs", name=None).version == 5  # Lightning counts on from them
 
 
@@ -62,7 +65,8 @@ def test_a_fit_that_fails_before_it_writes_leaves_no_folder(product, here):  # n
 
 def test_a_version_that_is_given_stays_and_further_processes_take_none(tmp_path, monkeypatch):
     given = RunLogger(tmp_path, name=None, version="mine")
-    assert given.log_dir == str(tmp_path / "mine")
+    assert given.experiment and given.log_dir == str(tmp_path / "mine")
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    assert RunLogger(tmp_path, name=None).version == 0
-    assert list(tmp_path.iterdir()) == []
+    further = RunLogger(tmp_path, name=None)
+    assert further.experiment is not None and further.version == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]

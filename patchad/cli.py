@@ -17,7 +17,9 @@ from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 
 from patchad.checkpoint import check_exists, read_checkpoint
 from patchad.commands import DetectorTrainer
@@ -33,6 +35,11 @@ PARTS = {"model": Detector, "data": PyramidDataModule}
 """What a config and a checkpoint name by class_path."""
 LIGHTNINGS_WORDS = ("best", "last", "hpc", "null")
 """What `fit --ckpt_path` takes beside a path."""
+UNFIT = {
+    "overfit_batches": "each epoch draws patches of its own; give --trainer.limit_train_batches",
+    "barebones": "it leaves out what a run is for, checkpoints and figures; leave it out",
+}
+"""Options of Lightning's that no detector can have, and what to do instead."""
 
 UNION = "Does not validate against any of the Union subtypes"
 STRUCTURE = re.compile(
@@ -112,15 +119,26 @@ class PatchadCLI(LightningCLI):
         if not isinstance(config.seed_everything, bool):
             check_range({"--seed_everything": config.seed_everything}, 0, 2**32 - 1)
         check_range({"--trainer.check_val_every_n_epoch": config.trainer.check_val_every_n_epoch}, 1)
+        for name, instead in UNFIT.items():
+            if value := config.trainer[name]:
+                raise PatchadError(f"--trainer.{name} {value}: {instead}")
         if config.get("lr_scheduler") and not config.get("optimizer"):
             raise PatchadError("--lr_scheduler has nothing to steer: give --optimizer, too")
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """Lightning's; what it refuses is an option."""
         try:
-            return super().instantiate_trainer(**settings)
-        except (ValueError, TypeError) as error:
-            raise PatchadError(f"--trainer: {error}") from error
+            trainer = super().instantiate_trainer(**settings)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise PatchadError(f"--trainer: {' '.join(str(error).split())}") from error
+        cores = os.cpu_count() or 1
+        if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
+            processes = f"{trainer.num_devices} starts as many processes, on {cores} cores"
+            raise PatchadError(f"--trainer.devices {processes}; give at most {cores}")
+        if self.config.subcommand == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            strategy = self.config.fit.trainer.strategy
+            raise PatchadError(f"--trainer.strategy {strategy} loses with its processes what was fitted; give ddp")
+        return trainer
 
     def instantiate_classes(self) -> None:
         """Also notes where a checkpoint says what the data are."""

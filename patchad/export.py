@@ -82,6 +82,8 @@ def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None) -> 
         )
     assert program is not None
     proto = program.model_proto
+    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
+        part.ClearField("metadata_props")  # stack traces, with folders of this machine
     onnx.helper.set_model_props(proto, {"patchad": json.dumps({**metadata(model, ckpt_path), "checksum": "0" * 64})})
     write_whole(output, lambda part: part.write_bytes(with_checksum(proto.SerializeToString())))
 

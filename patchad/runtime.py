@@ -50,7 +50,7 @@ class Scored(NamedTuple):
 
 
 class ExportedDetector:
-    """A detector in one file, as `patchad export` writes it.
+    """A detector in one file, as `patchad export` writes it. Pools of processes may be handed it (`pool.map`).
 
     Args:
         path: the file.
@@ -74,6 +74,7 @@ class ExportedDetector:
             raise PatchadError(f"a {type(path).__name__} is no path of a file that patchad export wrote")
         if threads is not None and not (isinstance(threads, int) and threads > 0):
             raise PatchadError(f"threads {threads!r} must be a number of at least 1, or None for one per core")
+        self._opened = (Path(path).absolute(), threads, tuple(providers))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         self._session = open_session(Path(path), options, providers)
@@ -82,6 +83,10 @@ class ExportedDetector:
         self.threshold = float(self.metadata["threshold"])
         self.normal_level = float(self.metadata["normal_level"])
         self.canvas = Canvas.of(self.metadata["canvas"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the file's path: another process, such as of a pool, opens it anew, and keeps the threshold."""
+        return type(self), self._opened, {"_threshold": self._threshold}
 
     @property
     def threshold(self) -> float:
@@ -129,7 +134,8 @@ class ExportedDetector:
             return []
         native = [to_rgb(image) for image in images]
         fitted = [on_canvas(image, self.canvas) for image in native]
-        inputs = {"image": np.stack([image for image, _ in fitted]), "content": np.array([size for _, size in fitted])}
+        content = np.array([size for _, size in fitted], np.int64)  # NumPy 1 would take int32 on Windows
+        inputs = {"image": np.stack([image for image, _ in fitted]), "content": content}
         scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
         check_scores(scores)
         shares = p_values(scores, self.normals)

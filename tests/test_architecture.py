@@ -38,6 +38,7 @@ ORDER = [
     "detector",
     "module",
     "ensemble",
+    "loggers",
     "callbacks",
     "export",
     "timing",

@@ -209,6 +209,27 @@ def test_null_reaches_the_options_of_a_bank_and_of_learning(here, capsys):
     assert len(model["learning"]["init_args"]["losses"]) == 4
 
 
+@pytest.mark.parametrize("config", ["default", "learned"])
+def test_a_fit_that_is_cut_short_and_has_no_logger_leaves_a_checkpoint_that_is_tested(config, here, product, capsys):
+    short = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
+    main(["fit", f"--data.root={product}", *SHORT[config], *short])
+    assert "patchad test --ckpt_path runs/checkpoints/last.ckpt" in capsys.readouterr().out
+    main(["test", "--ckpt_path=runs/checkpoints/last.ckpt", *short, "--trainer.enable_progress_bar=false"])
+    assert "test/detection_auroc" in capsys.readouterr().out
+    assert (here / "runs/report.html").is_file()
+
+
+@pytest.mark.parametrize(("config", "batches"), [("default", "true"), ("learned", "2")])
+def test_a_fast_dev_run_passes_through_fit_and_test_and_leaves_no_checkpoint(
+    config, batches, run, here, product, capsys
+):
+    few = [f"--trainer.fast_dev_run={batches}", "--trainer.enable_progress_bar=false"]
+    main(["fit", f"--data.root={product}", *SHORT[config], *few])
+    assert not list(here.rglob("*.ckpt")) and "checkpoint:" not in capsys.readouterr().out
+    main(["test", f"--ckpt_path={checkpoint(run)}", *few])
+    assert "test/detection_auroc" in capsys.readouterr().out
+
+
 EXTEND = Path(__file__).parent.parent / "docs" / "extend.md"
 LEARN = [
     "--config=learned",
@@ -217,6 +238,7 @@ LEARN = [
     *SMALL,
 ]
 FEW = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2", "--data.pyramids_per_image=32"]
+SHORT = {"default": [*LITE, *SMALL], "learned": [*LEARN, *FEW]}
 OWN = {
     "a loss appended": ["--model.learning.losses+=mine.Spread", "--model.learning.losses.weight=0.1"],
     "a loss that needs centroids": ["--model.learning.losses+=mine.Compact"],

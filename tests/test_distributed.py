@@ -69,6 +69,8 @@ def test_two_processes_give_the_bank_and_the_auroc_of_one(tmp_path, monkeypatch)
     python(together, "-m", "patchad", *fit(root, *TWO))
     program = "import sys; from tests.test_distributed import *; score(sys.argv[1], FORKED)"
     python(together, "-c", program, str(root))
+    for folder in (alone, together):
+        assert {run.name for run in (folder / "runs").iterdir()} == {"version_0", "version_1", "version_2"}
     one, metrics, rows = written(alone)
     two, metrics_of_two, rows_of_two = written(together)
     for side in (64, 32, 16):

@@ -26,6 +26,7 @@ from patchad.commands import DetectorTrainer
 from patchad.data.datamodule import PyramidDataModule
 from patchad.detector import Detector
 from patchad.errors import PatchadError, check_range
+from patchad.files import is_below_here
 from patchad.spec import described, spec
 from patchad.trust import allow, check_slots, check_trusted, foreign_modules
 
@@ -115,6 +116,7 @@ class PatchadCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Also checks what Lightning would trip over later."""
         super().parse_arguments(parser, args)
+        self._check_keys()
         config = self.config[self.config.subcommand]
         if not isinstance(config.seed_everything, bool):
             check_range({"--seed_everything": config.seed_everything}, 0, 2**32 - 1)
@@ -124,6 +126,14 @@ class PatchadCLI(LightningCLI):
                 raise PatchadError(f"--trainer.{name} {value}: {instead}")
         if config.get("lr_scheduler") and not config.get("optimizer"):
             raise PatchadError("--lr_scheduler has nothing to steer: give --optimizer, too")
+
+    def _check_keys(self) -> None:
+        """Refuses keys of config files that no option has, which the parser takes where they are empty."""
+        options = self._subcommand_parsers[self.config.subcommand].get_defaults().keys()
+        known = {*self.subcommands(), *(name.partition(".")[0] for name in options)}
+        for path in (value for option in CONFIG_OPTIONS for value in option_values(sys.argv[1:], option)):
+            if "{" not in path and (unknown := read_config(Path(path)).keys() - known):
+                raise PatchadError(f"--config {path} has {', '.join(map(str, unknown))}, which is no option")
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """Lightning's; what it refuses is an option."""
@@ -337,8 +347,7 @@ def keep_cache_inside(model: dict[str, Any]) -> None:
     """Lets features be cached where the checkpoint says only if that is below the current folder."""
     learning = model.get("init_args", {}).get("learning") or {}
     cache = (learning.get("init_args", {}).get("cache") or {}).get("init_args", {})
-    folder = Path(cache.get("folder", ""))
-    if folder.is_absolute() or ".." in folder.parts:
+    if not is_below_here(Path(cache.get("folder", ""))):
         del cache["folder"]
 
 

@@ -28,6 +28,8 @@ from patchad.scoring import Scorer
 from patchad.spec import changed_settings, spec
 from patchad.types import ImageBatch, Prediction
 
+OTHER_PRECISIONS = {"16-true": "16-mixed", "bf16-true": "bf16-mixed", "64-true": "32-true"}
+"""Of Lightning's, and what to give instead."""
 Model = TypeVar("Model", bound=ScoringModel)
 
 
@@ -74,9 +76,10 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         precision = str(self.trainer.precision)
         if self.trainer.strategy.root_device.type == "mps":
             raise PatchadError("float64, which figures need, is not there on mps; give --trainer.accelerator cpu")
-        if precision in ("16-true", "bf16-true"):
-            mixed = precision.replace("true", "mixed")
-            raise PatchadError(f"--trainer.precision {precision} would round distances, too; give {mixed}")
+        if precision in OTHER_PRECISIONS:
+            raise PatchadError(
+                f"--trainer.precision {precision}: distances are float32; give {OTHER_PRECISIONS[precision]}"
+            )
         if stage != "predict":
             defects = self._data.defects if stage == "test" else []
             self.metrics = AnomalyMetrics(self.model.sides, stage == "test", defects, progress=self._shows_bars)

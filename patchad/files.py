@@ -40,6 +40,11 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def is_below_here(folder: Path) -> bool:
+    """Whether a folder lies below the current one, by what its name says."""
+    return not folder.is_absolute() and ".." not in folder.parts
+
+
 def flush(path: Path) -> None:
     """Waits until the disk has the file: before that, a rename might leave an empty one where power fails."""
     with path.open("rb+") as file:

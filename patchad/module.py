@@ -152,6 +152,8 @@ class PatchDetector(Detector[PatchModel]):
 
     def _keep_features(self, learning: Learning) -> None:
         data, features = self._data, learning.features
+        if self.from_checkpoint:  # which has no say on what lies elsewhere
+            features.keep_inside()
         paths = [str(sample.path) for sample in data.train_set.samples]
         missing = features.open(paths, data.view_settings, data.image_size, learning.paints)
         self.trainer.strategy.barrier()  # all processes have seen the same before one of them writes

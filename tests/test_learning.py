@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_that_is_loaded_in_python_writes_no_cache_elsewhere(product, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = detector(losses=[RelativeSimilarity()], cache=FeatureCache(str(tmp_path / "elsewhere")))
+    trainer(tmp_path / "first", max_epochs=1).fit(model, images(product))
+    shutil.rmtree(tmp_path / "elsewhere")
+    again = PatchDetector.load_from_checkpoint(tmp_path / "first/log/checkpoints/last.ckpt")
+    trainer(tmp_path / "second", max_epochs=1).fit(again, images(product))
+    assert not (tmp_path / "elsewhere").exists() and (tmp_path / "runs/features").is_dir()
 
 
 def test_a_second_fit_clusters_its_own_images(product, tmp_path):

@@ -19,6 +19,7 @@ from patchad.callbacks import LastCheckpoint, Predictions, Report
 from patchad.callbacks.report import aurocs, report_page
 from patchad.checkpoint import save
 from patchad.data.synthetic import write_synthetic
+from patchad.detector import OTHER_PRECISIONS
 from patchad.losses import RelativeSimilarity
 from patchad.memory import MemoryBank
 from patchad.models import AlexNet, EfficientNetLite0, LearnedEncoder, WindowEncoder
@@ -462,10 +463,10 @@ def test_a_fit_at_reduced_precision_remembers_and_calibrates_at_the_precision_of
             assert found.max() < 0.02 * model.scorer.scale[number]
 
 
-@pytest.mark.parametrize("half", ["bf16", "16"])
-def test_a_precision_that_would_round_distances_is_refused(half, fitted, product, tmp_path):
-    with pytest.raises(PatchadError, match=f"{half}-true would round distances, too; give {half}-mixed"):
-        trainer(tmp_path, precision=f"{half}-true").test(detector(), images(product), ckpt_path=fitted)
+@pytest.mark.parametrize(("precision", "instead"), OTHER_PRECISIONS.items())
+def test_a_precision_that_distances_cannot_have_is_refused(precision, instead, fitted, product, tmp_path):
+    with pytest.raises(PatchadError, match=f"{precision}: distances are float32; give {instead}"):
+        trainer(tmp_path, precision=precision).test(detector(), images(product), ckpt_path=fitted)
 
 
 @pytest.mark.parametrize("content", [None, torch.tensor([[96, 96], [80, 96]])])

@@ -134,6 +134,7 @@ CONFIGS = {
     "a number": (b"42\n", r"--config own\.yaml holds 42; give settings"),
     "bytes": (b"\x80\x81\xff", r"--config own\.yaml is no YAML"),
     "an unknown key": (b"modell: {a: 1}\n", r"'fit' does not accept option 'modell\.a'"),
+    "an unknown key without options": (b"modell: {}\n", r"--config own\.yaml has modell, which is no option"),
     "a variable that is not set": (b"data: {init_args: {root: '${oc.env:NOT_SET_HERE}'}}", r"NOT_SET_HERE"),
     "a loop": (
         b"data: {init_args: {root: '${data.init_args.root}'}}",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from patchad.canvas import Size
 from patchad.errors import PatchadError, check_range
-from patchad.files import write_array
+from patchad.files import is_below_here, write_array
 from patchad.models.encoders import DenseEncoder
 from patchad.pyramid import window_size
 from patchad.spec import Configurable
@@ -37,6 +37,11 @@ class FeatureCache(Configurable):
         check_range({"views": views}, 1)
         check_range({"max_gigabytes": max_gigabytes}, 0, above=True)
         self.folder, self.views, self.max_gigabytes = Path(folder), views, max_gigabytes
+
+    def keep_inside(self) -> None:
+        """Takes the default folder where its own is not below the current one; a checkpoint names no other."""
+        if not is_below_here(self.folder):
+            self.folder = Path(FeatureCache().folder)
 
     def open(self, paths: Sequence[str], key: str, encoder: DenseEncoder, size: Size, painted: bool = False) -> None:
         """Says which images are meant.

@@ -39,6 +39,9 @@ class Features:
         """
         return []
 
+    def keep_inside(self) -> None:
+        """Has what is kept below the current folder."""
+
     def keep(self, numbers: Tensor, views: Tensor, painted: Tensor, images: Tensor, masks: Tensor) -> None:
         """Keeps the features of some views: what `ViewDataset` yields."""
 
@@ -75,6 +78,10 @@ class CachedFeatures(Features):
             raise PatchadError("mode sliding has no features to cache; set learning.cache to null")
         self.encoder: DenseEncoder = encoder
         self.cache, self.views = cache, cache.views
+
+    def keep_inside(self) -> None:
+        """Has the cache below the current folder."""
+        self.cache.keep_inside()
 
     def open(self, paths: Sequence[str], key: str, size: Size, painted: bool) -> list[tuple[int, int, bool]]:
         """What is missing in the cache.

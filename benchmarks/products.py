@@ -195,13 +195,13 @@ def ended(results: Path) -> list[Row]:
     return [row for row in read(results) if not math.isnan(row.detection)]
 
 
-def append(results: Path, row: Row) -> None:
+def append(results: Path, row: NamedTuple) -> None:
     """Adds a row to a CSV, which begins with the names of the columns."""
     begins = not results.is_file()
     with results.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if begins:
-            writer.writerow(Row._fields)
+            writer.writerow(row._fields)
         writer.writerow(f"{value:.2f}" if isinstance(value, float) else value for value in row)
 
 

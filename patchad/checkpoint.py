@@ -76,9 +76,16 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def save(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Writes a file of `torch.save`'s, and its checksum as the comment of the archive that it is."""
+    """Writes a file of `torch.save`'s, and its checksum as the comment of the archive that it is.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     with path.open("wb+") as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # that the archive has no end, when a file was refused
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         file.seek(-2, os.SEEK_END)
         file.write(CHECKSUM.to_bytes(2, "little"))  # the length of the comment
         file.seek(0)

@@ -1,5 +1,6 @@
 """The command line: `patchad fit | validate | test | predict | export | verify | benchmark`."""
 
+import errno
 import io
 import json
 import os
@@ -55,6 +56,9 @@ GIVEN = re.compile(
 OTHERS_REFUSALS = (ArgumentError, MisconfigurationException, OmegaConfBaseException, ModuleNotFoundError)
 """What jsonargparse, Lightning and OmegaConf raise of an option, and what comes of a library that is not there."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a disk or a quota without room says."""
+
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen backbones are meant to be
     r"The dirpath has changed",  # a test has a run folder of its own
@@ -74,6 +78,11 @@ class SaveConfig(SaveConfigCallback):
             self.config = self.config.clone()
             self.config.ckpt_path = None
         super().setup(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Names the run folder where a full disk refused a file of Lightning's, which does not say which."""
+        if isinstance(exception, OSError) and exception.errno in FULL and exception.filename is None:
+            exception.filename = getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hands it over; the file is Lightning's."""

@@ -1,11 +1,14 @@
 import contextlib
 import io
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 
-from benchmarks import few_images, large_banks, products, tables
+from benchmarks import few_images, large_banks, products, soak, tables
 from patchad.cli import main
 from patchad.spec import digest
 
@@ -188,6 +191,34 @@ def test_sets_have_means_over_seeds_and_seeds_have_means_over_sets_and_their_fal
     assert first.startswith("| mean of 2 sets | 0 | 77.5 / 50.0 |")
     assert "4 of 30: 13.3 % (3.8 to 30.7)" in first  # Clopper and Pearson
     assert second.startswith("| mean of 1 sets | 1 | 80.0 / 50.0 |") and "0 of 10: 0.0 % (0.0 to 30.8)" in second
+
+
+def test_what_a_process_holds_is_counted_with_what_its_children_hold():
+    before, size = soak.usage(os.getpid()), 200_000_000
+    program = f"held = b'x' * {size}; files = [open('/dev/null') for _ in range(9)]; print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with open(os.devnull), subprocess.Popen([sys.executable, "-c", program], **pipes) as child:
+        child.stdout.readline()
+        after = soak.usage(os.getpid())
+        child.communicate(b"\n")
+    assert after.handles == before.handles + 1 + 2 + 3 + 9  # ours, ends of pipes, the child's streams and files
+    assert after.threads == before.threads + 1
+    assert after.megabytes > before.megabytes + size / 2**20
+
+
+@pytest.mark.parametrize(
+    ("last", "grew"),
+    [
+        ((1024.9, 9, 9), False),
+        ((1025.1, 9, 9), True),
+        ((1000, 10, 9), True),
+        ((1000, 9, 10), True),
+        ((900, 8, 8), False),
+    ],
+)
+def test_what_the_last_fifth_holds_more_than_the_second_has_grown(last, grew):
+    first, usual = soak.Usage(2000, 20, 20), soak.Usage(1000, 9, 9)
+    assert soak.has_grown([first, first, *7 * [usual], soak.Usage(*last)]) == grew
 
 
 @pytest.mark.data

@@ -88,6 +88,19 @@ def test_what_cannot_be_written_costs_nothing_that_was_there(path, monkeypatch):
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
 
 
+@pytest.mark.parametrize("room", [0, 1000, 10_000, 20_000])
+def test_a_file_that_finds_no_room_is_the_systems_error_however_far_it_has_come(room, path):
+    resource = pytest.importorskip("resource")
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*runs/last\.ckpt'"):
+            WholeCheckpoints().save_checkpoint(CHECKPOINT, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
+
+
 def test_a_copy_elsewhere_is_read(path, tmp_path):
     shutil.copy(path, tmp_path / "moved.ckpt")
     save(read_checkpoint(tmp_path / "moved.ckpt"), tmp_path / "again.ckpt")

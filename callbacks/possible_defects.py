@@ -10,7 +10,7 @@ from patchad.callbacks.pictures import SheetEntry, colour, contact_sheet, overla
 from patchad.callbacks.publish import publish_picture, run_folder
 from patchad.data.datasets import ImageDataset
 from patchad.detector import Detector
-from patchad.errors import check_range
+from patchad.errors import check_range, printable
 from patchad.types import ImageBatch
 
 
@@ -28,9 +28,10 @@ class PossibleDefects(Callback):
         check_range({"images": images}, 1)
         self.images = images
 
-    def on_fit_end(self, trainer: Trainer, pl_module: Detector) -> None:
-        """Names them and writes the picture."""
-        pl_module.remember_normals()
+    def teardown(self, trainer: Trainer, pl_module: Detector, stage: str) -> None:
+        """Names them and writes the picture, after the checkpoint."""
+        if stage != "fit":
+            return
         folder, normals = run_folder(trainer), pl_module.scorer.normals.cpu().numpy()
         if not trainer.is_global_zero:
             return
@@ -44,7 +45,8 @@ class PossibleDefects(Callback):
         names = ", ".join(
             f"{dataset.samples[number].path} ({share})" for number, share in zip(numbers, shares, strict=True)
         )
-        rank_zero_info(f"possible defects among the training images, by p-value: {names}; pictures: {path}")
+        sentence = f"possible defects among the training images, by p-value: {names}; pictures: {path}"
+        rank_zero_info(printable(sentence))
 
 
 @torch.no_grad()

@@ -8,6 +8,16 @@ class PatchadError(ValueError):
     """Something that the user can mend: the command line prints it as one line and exits with 2."""
 
 
+def printable(text: str) -> str:
+    r"""Text with what no terminal shows, such as bytes in the name of a file, as escapes.
+
+    Example:
+        >>> print(printable("Kratzer \udcfc"))
+        Kratzer \udcfc
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def check_range(
     options: Mapping[str, int | float | None], low: int | float, high: int | float = math.inf, above: bool = False
 ) -> None:

@@ -47,7 +47,10 @@ class RunLogger(CSVLogger):
 
     def finalize(self, status: str) -> None:
         """Lightning's; a run that failed before it wrote anything leaves no folder."""
-        super().finalize(status)
-        if status == "failed" and self._experiment is not None:
-            with suppress(OSError):  # there is something in it
+        if status != "failed":
+            return super().finalize(status)
+        with suppress(OSError):  # what failed before is told
+            super().finalize(status)
+        with suppress(OSError):  # there is something in it
+            if self._experiment is not None:
                 self._fs.rmdir(self.log_dir)

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 from PIL import Image
 
 from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.conformal import conformal_threshold, p_values
 from patchad.decoding import read_pixels
 from patchad.errors import PatchadError, check_range
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by the import; else it would report to its maker
+import onnxruntime
 
 AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 

@@ -5,6 +5,7 @@ of exported files: a tiny network with random weights.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,15 @@ def test_scoring_needs_nothing_that_windows_lacks(tmp_path):
     command = [sys.executable, "-c", ELSEWHERE, str(KEPT), str(tmp_path / "ramp.npy"), str(tmp_path / "ramp.png")]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.stdout == f"{patchad.load(KEPT)(IMAGES['ramp']).score}\n", finished.stderr
+
+
+def test_onnx_runtime_keeps_nothing_to_report(tmp_path):
+    """It would, in the home of the user, from where it sends."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    program = "import sys, numpy, patchad; patchad.load(sys.argv[1])(numpy.zeros((48, 40)))"
+    subprocess.run([sys.executable, "-c", program, str(KEPT)], check=True, env=environment)
+    assert not list(tmp_path.iterdir())
 
 
 def write() -> None:

@@ -26,10 +26,10 @@ from patchad.data.datasets import (
     ViewDataset,
 )
 from patchad.data.defects import FORMAT, SMALLEST
-from patchad.data.layouts import Layout, detect_layout, images_below, printable
+from patchad.data.layouts import Layout, detect_layout, images_below
 from patchad.data.listing import class_doubt, listing, product_doubt
 from patchad.decoding import MAX_MEGAPIXELS
-from patchad.errors import PatchadError, check_range
+from patchad.errors import PatchadError, check_range, printable
 from patchad.images import Augmentations, native_size
 from patchad.spec import changed_settings, hyperparameters
 from patchad.types import NORMAL, UNKNOWN, PyramidPlan, Sample
@@ -135,7 +135,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         """Lists the files: for `predict` every image below the root, else what the layout says, for `test` to test."""
         samples = self._samples(predicting=stage == "predict")
         for sentence in listing(self.root, samples, None if stage == "predict" else self.layout):
-            rank_zero_info(sentence)
+            rank_zero_info(printable(sentence))
         if stage == "predict":
             if self._doing == TrainerFn.PREDICTING:  # others sample the images of the fit
                 self._warn(product_doubt(self.root))
@@ -165,7 +165,8 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         if self.layout is None:
             self.layout = detect_layout(self.root)
             rank_zero_info(f"{self.root} is read as {type(self.layout).__name__}")
-        return [printable(sample) for sample in self.layout.samples(self.root)]
+        samples = self.layout.samples(self.root)
+        return [sample._replace(defect=printable(sample.defect)) for sample in samples]  # figures and pages name it
 
     def _dataset(
         self, samples: Sequence[Sample], numbers: Mapping[str, int] = MappingProxyType({}), tolerant: bool = False

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from patchad.canvas import Size
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, printable
 from patchad.types import UNKNOWN, ImageBatch, Sample
 
 Value = TypeVar("Value")
@@ -92,12 +92,12 @@ class Doubts:
                 self.paths[doubt] = self.paths.get(doubt, set()) | paths
         for doubt, paths in sorted(self.paths.items()):
             more = ", ..." if len(paths) > 1 else ""
-            rank_zero_warn(f"{len(paths)} of {len(self.digests)} images {doubt} ({min(paths)}{more})")
+            rank_zero_warn(printable(f"{len(paths)} of {len(self.digests)} images {doubt} ({min(paths)}{more})"))
 
     def tell_unreadable(self) -> None:
         """Names the files that could not be read."""
         for _, error in sorted(self.errors.items()):
-            rank_zero_info(error)
+            rank_zero_info(printable(error))
         if self.errors:
             rank_zero_warn(f"{len(self.errors)} of {len(self.digests)} images could not be read and have no score")
 
@@ -109,7 +109,9 @@ class Doubts:
         """
         if self.errors:
             listed = "; ".join(error for _, error in sorted(self.errors.items()))
-            raise PatchadError(f"{len(self.errors)} training images cannot be read, mend or remove them: {listed}")
+            raise PatchadError(
+                printable(f"{len(self.errors)} training images cannot be read, mend or remove them: {listed}")
+            )
         if copies := len(self.digests) - len(set(self.digests.values())):
             rank_zero_warn(f"{copies} of {len(self.digests)} {COPIES}")
 

@@ -152,11 +152,6 @@ def normals(paths: Iterable[Path], split: Literal["train", "test"]) -> list[Samp
     return [Sample(path, NORMAL, None, split) for path in paths]
 
 
-def printable(sample: Sample) -> Sample:
-    """The sample with a defect type that figures, pages and pictures can name, whatever its folder is called."""
-    return sample._replace(defect=sample.defect.encode("utf-8", "backslashreplace").decode())
-
-
 class MVTecAD(Layout):
     """One category of MVTec AD: `train/good`, `test/<defect>`, `ground_truth/<defect>/<stem>_mask.png`."""
 

@@ -137,14 +137,15 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         for sentence in listing(self.root, samples, None if stage == "predict" else self.layout):
             rank_zero_info(printable(sentence))
         if stage == "predict":
-            if self._doing == TrainerFn.PREDICTING:  # others sample the images of the fit
-                self._warn(product_doubt(self.root))
+            if self._doing == TrainerFn.PREDICTING and (doubt := product_doubt(self.root)):  # others sample the fit's
+                rank_zero_warn(doubt)
             self.predict_set = self._dataset(samples, tolerant=True)
             return
         test = [sample for sample in samples if sample.split == "test"]
         self.test_set = self._dataset(test, tolerant=True)
         if stage == "test":
-            self._warn(class_doubt(test))
+            if doubt := class_doubt(test):
+                rank_zero_warn(doubt)
             return
         normals = [sample for sample in samples if sample.split == "train"]
         numbers = {thing: number for number, thing in enumerate(dict.fromkeys(sample.thing for sample in normals))}
@@ -207,11 +208,6 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
                     f"defects, which validation paints, need {SMALLEST}: raise image_size, or give "
                     "data.validate_on none or test"
                 )
-
-    @staticmethod
-    def _warn(doubt: str | None) -> None:
-        if doubt:
-            rank_zero_warn(doubt)
 
     @property
     def defects(self) -> list[str]:

@@ -89,9 +89,9 @@ DEEP_SIDE = {"sides": (32,)}
 PLAIN = {
     "bank": partial(MemoryBank, baseline=0.0),
     "scorer": partial(Scorer, combination="sum", image_score="max", smoothing=0.0),
-    **DEEP_SIDE,
 }
-"""For a network alone: what scores is exported with others."""
+"""For what comes before scores: what scores is exported with others."""
+NETWORK = {**PLAIN, **DEEP_SIDE}
 
 
 def model(backbone=EfficientNetLite0, size=(96, 96), **arguments) -> PatchModel:
@@ -139,14 +139,14 @@ def assert_equal(made: PatchModel, file: ExportedDetector, array: np.ndarray, im
         (EfficientNetLite0, DEEP_SIDE),
         (EfficientNetLite0, {"patch_encoder": WindowEncoder, **DEEP_SIDE}),
         (Tiny, {"scorer": partial(Scorer, combination="sum", image_score="max")}),
-        (Tiny, {"tile": 48, **ONE_SIDE}),
+        (Tiny, {"tile": 48, **PLAIN, **ONE_SIDE}),
         (Tiny, {"mode": "sliding", "subtract_mean_image": True, **ONE_SIDE}),
         (Tiny, {"patch_encoder": TextureEncoder, "bank": partial(MemoryBank, baseline=0.0), **ONE_SIDE}),
-        (VGG16, {"taps": PAPER_TAPS, **PLAIN}),
-        (VGG16, {"patch_encoder": WindowEncoder, "taps": PAPER_TAPS, **PLAIN}),
-        (VGG19, {"taps": {32: "relu3_4"}, **PLAIN}),
-        *((backbone, PLAIN) for backbone in (AlexNet, MobileNetV2, ResNet18, ResNet50)),
-        *((partial(Timm, name), PLAIN) for name in ("test_resnet", "test_vit")),
+        (VGG16, {"taps": PAPER_TAPS, **NETWORK}),
+        (VGG16, {"patch_encoder": WindowEncoder, "taps": PAPER_TAPS, **NETWORK}),
+        (VGG19, {"taps": {32: "relu3_4"}, **NETWORK}),
+        *((backbone, NETWORK) for backbone in (AlexNet, MobileNetV2, ResNet18, ResNet50)),
+        *((partial(Timm, name), NETWORK) for name in ("test_resnet", "test_vit")),
     ],
 )
 def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, arguments, tmp_path):
@@ -182,7 +182,7 @@ def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path,
 
 
 def test_the_file_distorts_where_the_data_did_and_brings_images_to_the_light_that_they_had(tmp_path):
-    made = model(Tiny, size=(96, 80), **ONE_SIDE)
+    made = model(Tiny, size=(96, 80), **PLAIN, **ONE_SIDE)
     file = exported(made, tmp_path, keep_aspect=False, brightness=0.4)
     dark = np.random.default_rng(0).random((60, 130, 3), dtype=np.float32) / 4
     assert_equal(made, file, dark, torch.from_numpy(dark).permute(2, 0, 1))

@@ -37,6 +37,8 @@ PARTS = {"model": Detector, "data": PyramidDataModule}
 """What a config and a checkpoint name by class_path."""
 LIGHTNINGS_WORDS = ("best", "last", "hpc", "null")
 """What `fit --ckpt_path` takes beside a path."""
+LEAST = {"check_val_every_n_epoch": 1, "accumulate_grad_batches": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
+"""Options of Lightning's by which it would divide, or which it takes as they are, and their least value."""
 UNFIT = {
     "overfit_batches": "each epoch draws patches of its own; give --trainer.limit_train_batches",
     "barebones": "it leaves out what a run is for, checkpoints and figures; leave it out",
@@ -129,10 +131,13 @@ class PatchadCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if not isinstance(config.seed_everything, bool):
             check_range({"--seed_everything": config.seed_everything}, 0, 2**32 - 1)
-        check_range({"--trainer.check_val_every_n_epoch": config.trainer.check_val_every_n_epoch}, 1)
+        for name, least in LEAST.items():
+            check_range({f"--trainer.{name}": config.trainer[name]}, least)
         for name, instead in UNFIT.items():
             if value := config.trainer[name]:
                 raise PatchadError(f"--trainer.{name} {value}: {instead}")
+        if self.config.subcommand != "fit" and not config.get("ckpt_path"):
+            raise PatchadError("no detector: give --ckpt_path, the checkpoint that patchad fit wrote")
         if config.get("lr_scheduler") and not config.get("optimizer"):
             raise PatchadError("--lr_scheduler has nothing to steer: give --optimizer, too")
 

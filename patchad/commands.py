@@ -102,7 +102,7 @@ class DetectorTrainer(Trainer):
             batch_sizes: images per batch.
             repeats: timed runs.
         """
-        check_range({"--repeats": repeats, "--batch_sizes": min(batch_sizes)}, 1)
+        check_range({"--repeats": repeats, "--batch_sizes": min(batch_sizes, default=0)}, 1)
         device, threads = self.strategy.root_device, torch.get_num_threads()
         scoring = restored(model, datamodule, ckpt_path).to(device)
         if not isinstance(scoring, PatchModel):

@@ -79,12 +79,13 @@ def opened(path: Path, max_megapixels: float) -> Iterator[ImageFile.ImageFile]:
 
 
 def check_pages(image: ImageFile.ImageFile, path: Path) -> None:
-    """Raises PatchadError if a TIFF file has more than one page, or signed numbers of 8 bits, which Pillow wraps."""
-    if image.format != "TIFF":
-        return
-    if (pages := getattr(image, "n_frames", 1)) > 1:
+    """Raises PatchadError if a file has more than one page or frame, or signed bytes, which Pillow wraps.
+
+    The further frames of a JPEG file (MPO) are previews of the first, or the other eye's.
+    """
+    if image.format != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:
         raise PatchadError(f"{path} has {pages} pages, of which one would be read; save each as a file")
-    if image.mode == "L" and SIGNED in image.tag_v2.get(SAMPLE_FORMAT, ()):  # type: ignore[attr-defined]
+    if image.format == "TIFF" and image.mode == "L" and SIGNED in image.tag_v2.get(SAMPLE_FORMAT, ()):  # type: ignore[attr-defined]
         raise PatchadError(f"{path} holds signed numbers of 8 bits; save unsigned ones")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 
 class PatchadError(ValueError):
@@ -33,7 +34,11 @@ def check_range(
         >>> check_range({"smoothing": 0.5, "tile": None}, 0, 1)
     """
     for name, value in options.items():
-        if value is not None and not (math.isfinite(value) and low <= value <= high and not (above and value == low)):
+        if value is None:
+            continue
+        if not isinstance(value, Real):
+            raise PatchadError(f"{name} {value!r} must be a number")
+        if not (math.isfinite(value) and low <= value <= high and not (above and value == low)):
             least = f"lie above {low:g}" if above else f"be at least {low:g}"
             most = "" if math.isinf(high) else f" and be at most {high:g}" if above else f" and at most {high:g}"
             raise PatchadError(f"{name} {value} must {least}{most}")

@@ -8,7 +8,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ class ExportedDetector:
         if threads is not None and not (isinstance(threads, int) and threads > 0):
             raise PatchadError(f"threads {threads!r} must be a number of at least 1, or None for one per core")
         self._opened = (Path(path).absolute(), threads, tuple(providers))
+        check_providers(providers)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         self._session = open_session(Path(path), options, providers)
@@ -98,8 +100,8 @@ class ExportedDetector:
     @threshold.setter
     def threshold(self, threshold: float) -> None:
         """Refuses nan, above which no score lies."""
-        if math.isnan(threshold):
-            raise PatchadError("threshold nan is no number: every image would be normal")
+        if not isinstance(threshold, Real) or math.isnan(threshold):
+            raise PatchadError(f"threshold {threshold!r} must be a number")
         self._threshold = float(threshold)
 
     def __call__(self, image: np.ndarray | str | Path) -> Scored:
@@ -119,7 +121,7 @@ class ExportedDetector:
         Raises:
             PatchadError: if the rate does not lie above 0 and at most at 1.
         """
-        check_range({"target_fpr": target_fpr}, 0, 1, above=True)
+        check_range({"target_fpr": math.nan if target_fpr is None else target_fpr}, 0, 1, above=True)
         self.threshold, promised = conformal_threshold(self.normals, target_fpr)
         return promised
 
@@ -129,7 +131,7 @@ class ExportedDetector:
         Raises:
             PatchadError: if one is no image, or has no score.
         """
-        if isinstance(images, (np.ndarray, str, Path)):
+        if isinstance(images, (np.ndarray, str, Path)) or not isinstance(images, Iterable):
             raise PatchadError("score takes a list of images; call the detector with one image")
         images = list(images)
         if not images:
@@ -176,6 +178,15 @@ def open_session(
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no class
         raise PatchadError(f"{path} is not a file that patchad export wrote: {error}") from error
+
+
+def check_providers(providers: Sequence[str]) -> None:
+    """Raises PatchadError unless all are there: ONNX Runtime would take the CPU, and not say so."""
+    there = onnxruntime.get_available_providers()
+    if isinstance(providers, str) or not isinstance(providers, Sequence) or not providers:
+        raise PatchadError(f"providers {providers!r} must be a list; there are {', '.join(there)}")
+    if missing := [name for name in providers if name not in there]:
+        raise PatchadError(f"providers {', '.join(map(str, missing))} are not there; there are {', '.join(there)}")
 
 
 def is_whole(path: Path) -> bool:

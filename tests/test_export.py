@@ -352,7 +352,12 @@ def test_metadata_that_are_none_of_ours_are_refused(metadata, path, tmp_path):
         (lambda path: patchad.load(path, threads="two"), "threads 'two' must be a number"),
         (lambda path: patchad.load(path, threads=0), "threads 0 must be a number of at least 1"),
         (lambda path: patchad.load(path).score(np.zeros((96, 96, 3), np.uint8)), "score takes a list of images"),
-        (lambda path: setattr(patchad.load(path), "threshold", math.nan), "threshold nan is no number"),
+        (lambda path: patchad.load(path).score(None), "score takes a list of images"),
+        (lambda path: patchad.load(path, providers=["Nonsense"]), "providers Nonsense are not there; there are .*CPU"),
+        (lambda path: patchad.load(path, providers="CPUExecutionProvider"), "must be a list"),
+        (lambda path: patchad.load(path).set_target_fpr("low"), "target_fpr 'low' must be a number"),
+        (lambda path: setattr(patchad.load(path), "threshold", None), "threshold None must be a number"),
+        (lambda path: setattr(patchad.load(path), "threshold", math.nan), "threshold nan must be a number"),
     ],
 )
 def test_what_the_caller_can_mend_is_told(ask, words, path):

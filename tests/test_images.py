@@ -101,6 +101,11 @@ def test_several_pages_signed_bytes_and_numbers_that_are_none_are_refused(tmp_pa
     page.save(tmp_path / "pages.tif", save_all=True, append_images=[page])
     with pytest.raises(PatchadError, match=r"pages\.tif has 2 pages"):
         read_image(tmp_path / "pages.tif")
+    for suffix in ("png", "webp"):
+        other = Image.fromarray(255 - PIXELS)
+        page.save(tmp_path / f"frames.{suffix}", save_all=True, append_images=[other])
+        with pytest.raises(PatchadError, match=rf"frames\.{suffix} has 2 pages"):
+            read_image(tmp_path / f"frames.{suffix}")
     Image.fromarray(PIXELS[:, :, 0]).save(tmp_path / "signed.tif", tiffinfo={339: 2})
     with pytest.raises(PatchadError, match=r"signed\.tif holds signed numbers of 8 bits"):
         read_image(tmp_path / "signed.tif")

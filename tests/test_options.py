@@ -61,7 +61,7 @@ NUMBERS = [
         for name, values in {
             "image_size": [(100_000, 100_000), (0, 64), (64, -1), 0],
             "metric_size": [(60_000, 60_000), 0],
-            "num_workers": [-1],
+            "num_workers": [-1, 10**6],
             "seed": [-1],
             "batch_size": [0],
             "pyramids_per_image": [0, 10**9],
@@ -123,6 +123,7 @@ OPTIONS = {
     "--trainer.barebones=true": r"--trainer\.barebones True: .* leave it out$",
     "--trainer.enable_checkpointing=false": r"--trainer: .*`enable_checkpointing=False`.*callbacks",
     "--trainer.check_val_every_n_epoch=0": r"--trainer\.check_val_every_n_epoch 0 must be at least 1",
+    "--trainer.accumulate_grad_batches=0": r"--trainer\.accumulate_grad_batches 0 must be at least 1",
     "--trainer.limit_train_batches=-1": r"invalid value -1 for limit_train_batches",
     "--trainer.max_time=soon": r"Timer\(duration='soon'\)",
     "--trainer.logger=CometLogger": r"[Cc]omet",

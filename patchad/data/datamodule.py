@@ -38,6 +38,8 @@ MOST_HELD_OUT = 0.99
 """Share of the training normals; something must be left to learn from."""
 MOST_PYRAMIDS = 100_000
 """Of an image and side."""
+MOST_WORKERS = 256
+"""Processes; each would be started before the next one fails."""
 MOST_SHIFT = 2
 """Pixels; two views then differ by at most 4, which the window of side 16's pyramids has room for."""
 PROBE_IMAGES = 32
@@ -110,7 +112,8 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         check_range({"colour_deviation": colour_deviation, "noise_deviation": noise_deviation}, 0, 1)
         check_range({"max_megapixels": max_megapixels}, 0, above=True)
         check_range({"shift": shift}, 0, MOST_SHIFT)
-        check_range({"num_workers": num_workers, "seed": seed}, 0)
+        check_range({"num_workers": num_workers}, 0, MOST_WORKERS)
+        check_range({"seed": seed}, 0)
         check_range({"batch_size": batch_size}, 1)
         check_range({"pyramids_per_image": pyramids_per_image}, 1, MOST_PYRAMIDS)
         sizes = {"image_size": image_size, "metric_size": metric_size}
@@ -349,6 +352,8 @@ def checked_size(name: str, size: tuple[int, int] | int, max_megapixels: float) 
     Raises:
         PatchadError: if one is below 1, or their product too large.
     """
+    if not isinstance(size, int) and not (isinstance(size, Sequence) and len(size) == 2):
+        raise PatchadError(f"{name} {size!r} must be one number, or height and width")
     height, width = (size, size) if isinstance(size, int) else size
     check_range({f"height of {name}": height, f"width of {name}": width}, 1)
     check_range({f"megapixels of {name}": height * width / 1e6}, 0, max_megapixels)

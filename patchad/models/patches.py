@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
 from patchad.models.backbones import Tap
 
 
@@ -79,6 +79,7 @@ class PatchEncoder(nn.Module, ABC):
         super().__init__()
         self.standardize = None  # not on the class, where it would hide the submodule of a subclass
         check_side(side, tap)
+        check_range({"dim": dim}, 1)
         self.window, self.dim = side // tap.stride, dim
 
     @abstractmethod
@@ -125,7 +126,7 @@ class WindowEncoder(PatchEncoder):
     ) -> None:
         kept = self.numbers * tap.channels
         projected = dim is not None or cells > 1 or kept > WIDEST
-        super().__init__(side, tap, dim or min(kept * cells**2, WIDEST))
+        super().__init__(side, tap, min(kept * cells**2, WIDEST) if dim is None else dim)
         if cells < 1 or self.window % cells:
             raise PatchadError(f"cells {cells} does not divide the window of {self.window} cells of side {side}")
         self.cells = cells

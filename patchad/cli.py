@@ -50,6 +50,8 @@ STRUCTURE = re.compile(
     rf"Parser key|Problem with|Type .* expects|{UNION}|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
 )
 """Lines of jsonargparse's that tell where, but not what."""
+SLOT = re.compile(r"^Type .* expects a function or a callable class: ")
+"""What comes before the reason where a class is wanted."""
 EXPECTED = re.compile(r"Expected an? (?:<class ')?(?:\w+\.)*([^'<>]+?(?:\[.*\])?)(?:'>)?$")
 GIVEN = re.compile(
     r"(?:Got value: |Given value: (?:NestedArg\(key='.*', val=)?)'?(?!Namespace)([^'\n]*?)'?\)?(?:\. Got|$)", re.M
@@ -378,7 +380,8 @@ def find_mistake(error: BaseException) -> str | None:
         return last.removeprefix(f"{PatchadError.__module__}.PatchadError: ")
     if isinstance(error, ArgumentError) or str(error).startswith(UNION):
         return explained(str(error))
-    return " ".join(str(error).split()) if isinstance(error, OTHERS_REFUSALS) else None
+    mendable = isinstance(error, OTHERS_REFUSALS) or "ckpt_path=" in str(error)  # Lightning's of best, last and hpc
+    return " ".join(str(error).split()) if mendable else None
 
 
 def explained(text: str) -> str:
@@ -388,7 +391,7 @@ def explained(text: str) -> str:
         >>> explained('Parser key "data":\n  Parser key "seed":\n    Expected a <class \'int\'>. Got value: x')
         '--data.seed: expected int, not x'
     """
-    lines = [line.strip(" -").partition(". Got value: ")[0] for line in text.splitlines()]
+    lines = [SLOT.sub("", line.strip(" -").partition(". Got value: ")[0]) for line in text.splitlines()]
     reasons = [EXPECTED.sub(r"expected \1", line) for line in lines if line and not STRUCTURE.match(line)]
     keys, given = re.findall(r'Parser key "([^"]+)"', text), GIVEN.findall(text)
     value = f", not {given[0]}" if given else ""

@@ -4,6 +4,9 @@ import math
 from collections.abc import Mapping
 from numbers import Real
 
+MOST_SEED = 2**31 - 1
+"""What all libraries take."""
+
 
 class PatchadError(ValueError):
     """Something that the user can mend: the command line prints it as one line and exits with 2."""
@@ -17,6 +20,11 @@ def printable(text: str) -> str:
         Kratzer \udcfc
     """
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def check_seed(seed: int) -> None:
+    """Raises PatchadError unless all libraries take a seed."""
+    check_range({"seed": seed}, 0, MOST_SEED)
 
 
 def check_range(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchad.canvas import Size
 from patchad.clustering import PseudoLabels, churn
-from patchad.errors import PatchadError, check_range
+from patchad.errors import PatchadError, check_range, check_seed
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
 from patchad.model import check_finite
 from patchad.models.cache import FeatureCache
@@ -63,7 +63,7 @@ class Learning(nn.Module):
         super().__init__()
         check_range({"clusters": clusters}, 1)
         check_range({"warmup": warmup, "learning_rate": learning_rate}, 0, 1)
-        check_range({"seed": seed}, 0)
+        check_seed(seed)
         terms = (Position(), RelativeSimilarity(), Clustering()) if losses is None else losses
         check_losses(terms)
         self.features = Features(encoder) if cache is None else CachedFeatures(encoder, cache)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchad.clustering import kmeans
-from patchad.errors import PatchadError, check_range
+from patchad.errors import PatchadError, check_range, check_seed
 from patchad.lists import Lists, as_lists, divide, nearest_in_lists
 from patchad.nearest import faiss, nearest_by_product, search, search_index
 
@@ -76,7 +76,8 @@ class MemoryBank(nn.Module):
     ) -> None:
         super().__init__()
         check_range({"max_vectors": max_vectors}, 1)
-        check_range({"baseline": baseline, "seed": seed}, 0)
+        check_range({"baseline": baseline}, 0)
+        check_seed(seed)
         if reduce not in get_args(Reduction):
             raise PatchadError(f"reduce {reduce} is none of {', '.join(get_args(Reduction))}")
         self.side, self.max_vectors, self.reduce, self.seed = side, max_vectors, reduce, seed

@@ -13,7 +13,7 @@ from test_cli import LITE, SMALL, here  # noqa: F401
 from patchad import Learning, PatchadError, PatchDetector, PatchModel, PyramidDataModule
 from patchad.callbacks import AnomalyMaps, Clusters, Report
 from patchad.cli import main
-from patchad.data import Folder, MagneticTile
+from patchad.data import Folder, MagneticTile, Synthetic
 from patchad.errors import check_range
 from patchad.losses import Position, Separation
 from patchad.memory import MemoryBank
@@ -53,6 +53,7 @@ NUMBERS = [
     (lambda: Folder(test_fraction=math.nan), "test_fraction"),
     (lambda: Folder(test_fraction=2.0), "test_fraction"),
     (lambda: MagneticTile(seed=-1), "seed"),
+    (lambda: Synthetic(train=-1), "train"),
     (lambda: Report(images_per_defect=-1), "images_per_defect"),
     (lambda: Clusters(clusters=0), "clusters"),
     (lambda: AnomalyMaps(images=0), "images"),
@@ -106,6 +107,9 @@ OPTIONS = {
     "--model.mode=x": r"--model\.mode: expected Literal\['dense', 'sliding'\], not x$",
     "--model.bank.baseline=abc": r"--model\.bank\.baseline: expected float, not abc$",
     "--model.bank.baseline=.nan": r"baseline nan must be at least 0",
+    "--model.bank.nonsense=1": r"--model\.bank: Option 'nonsense' is not accepted",
+    "--model.bank.seed=99999999999": r"seed 99999999999 must be at least 0 and at most",
+    "--ckpt_path=best": r"ModelCheckpoint. is not configured to save the best model",
     "--model.backbone=NoSuch": r"--model\.backbone: .*NoSuch",
     "--nonsense=1": r"unrecognized arguments: --nonsense=1",
     "--trainer.max_epoch=3": r"unrecognized arguments: --trainer\.max_epoch=3",

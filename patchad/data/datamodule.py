@@ -29,7 +29,7 @@ from patchad.data.defects import FORMAT, SMALLEST
 from patchad.data.layouts import Layout, detect_layout, images_below
 from patchad.data.listing import class_doubt, listing, product_doubt
 from patchad.decoding import MAX_MEGAPIXELS
-from patchad.errors import PatchadError, check_range, printable
+from patchad.errors import PatchadError, check_range, check_seed, printable
 from patchad.images import Augmentations, native_size
 from patchad.spec import changed_settings, hyperparameters
 from patchad.types import NORMAL, UNKNOWN, PyramidPlan, Sample
@@ -113,7 +113,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         check_range({"max_megapixels": max_megapixels}, 0, above=True)
         check_range({"shift": shift}, 0, MOST_SHIFT)
         check_range({"num_workers": num_workers}, 0, MOST_WORKERS)
-        check_range({"seed": seed}, 0)
+        check_seed(seed)
         check_range({"batch_size": batch_size}, 1)
         check_range({"pyramids_per_image": pyramids_per_image}, 1, MOST_PYRAMIDS)
         sizes = {"image_size": image_size, "metric_size": metric_size}

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from patchad.data.synthetic import write_synthetic
-from patchad.errors import PatchadError, check_range
+from patchad.errors import PatchadError, check_range, check_seed
 from patchad.images import IMAGE_SUFFIXES
 from patchad.spec import Configurable
 from patchad.types import NORMAL, Sample
@@ -212,7 +212,7 @@ class MagneticTile(Layout):
     ) -> None:
         splits = {"published": self._published, "random": self._random, "by_tile": self._by_tile}
         check_range({"test_fraction": test_fraction}, 0, 1, above=True)
-        check_range({"seed": seed}, 0)
+        check_seed(seed)
         if split not in splits:
             raise PatchadError(f"split {split} is unknown; choose one of {', '.join(splits)}")
         self._choose, self.split, self.test_fraction, self.seed = splits[split], split, test_fraction, seed
@@ -318,7 +318,7 @@ class Folder(Layout):
         seed: int = 0,
     ) -> None:
         check_range({"test_fraction": test_fraction}, 0, 1)
-        check_range({"seed": seed}, 0)
+        check_seed(seed)
         if Path(masks) in (Path(normal), Path(abnormal)):
             raise PatchadError(f"masks and images cannot both lie in {masks}; put the masks into a folder of their own")
         self.normal, self.defective, self.masks, self.normal_test = normal, abnormal, masks, normal_test
@@ -360,6 +360,8 @@ class Synthetic(Layout):
 
     def __init__(self, train: int = 60, test_normal: int = 20, test_defective: int = 30, seed: int = 0) -> None:
         self.counts = {"train": train, "test_normal": test_normal, "test_defective": test_defective}
+        check_range(self.counts, 0)
+        check_seed(seed)
         self.seed = seed
 
     def prepare(self, root: Path) -> None:

@@ -69,13 +69,14 @@ def nearest_pixels(values: Float[Tensor, "height width"], size: Size) -> Float[T
     return F.interpolate(values[None, None], size, mode="nearest-exact")[0, 0]
 
 
-def mask_doubts(levels: Float[Tensor, "height width"], size: Size) -> Iterator[str]:
+def mask_doubts(levels: Float[Tensor, "height width"], resized: Bool[Tensor, "new_height new_width"]) -> Iterator[str]:
     """What is odd about the mask of a defective image, as the end of a sentence about such images.
 
     Args:
         levels: as `read_mask` gives them.
-        size: height x width in pixels at which figures are computed.
+        resized: the mask at which figures are computed, as `resize_mask` gives it.
     """
+    size = (resized.shape[0], resized.shape[1])
     mask = levels > HALF
     if not mask.any():
         yield "have an empty mask, so that every pixel counts as normal"
@@ -83,7 +84,7 @@ def mask_doubts(levels: Float[Tensor, "height width"], size: Size) -> Iterator[s
         yield "have a mask that is white on more than half of it: defects are white, is it inverted?"
     if grey_share(levels) > MOST_GREY:
         yield "have a mask with grey areas, which count as normal: only what is above half of white is a defect"
-    if not torch.equal(resize_mask(mask, size), nearest_pixels(mask.float(), size) > 0):
+    if not torch.equal(resized, nearest_pixels(mask.float(), size) > 0):
         yield (
             f"have defects that fall between the pixels of metric_size {size[0]} x {size[1]}: they count as the pixels "
             "that they touch"

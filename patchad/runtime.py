@@ -77,8 +77,8 @@ class ExportedDetector:
             raise PatchadError(f"a {type(path).__name__} is no path of a file that patchad export wrote")
         if threads is not None and not (isinstance(threads, int) and threads > 0):
             raise PatchadError(f"threads {threads!r} must be a number of at least 1, or None for one per core")
-        self._opened = (Path(path).absolute(), threads, tuple(providers))
         check_providers(providers)
+        self._opened = (Path(path).absolute(), threads, tuple(providers))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         self._session = open_session(Path(path), options, providers)

@@ -54,7 +54,7 @@ class ImageBatch(NamedTuple):
         has_mask: True where `mask` is the truth, bool `[batch]`.
         defect: names of the defect types, one per image.
         path: paths of the files, one per image.
-        digest: of the pixels of `image`, the same for copies, int64 `[batch]`.
+        digest: of the pixels of `image`, the same for copies, int64 `[batch]`; 0, as are doubts empty, in training.
         error: why a file could not be read, one per image, empty where it was; `image` is black and `label` -1 then.
         doubts: what makes figures of an image doubtful, one per image, as ends of sentences, one on each line.
     """

@@ -355,6 +355,7 @@ def test_metadata_that_are_none_of_ours_are_refused(metadata, path, tmp_path):
         (lambda path: patchad.load(path).score(None), "score takes a list of images"),
         (lambda path: patchad.load(path, providers=["Nonsense"]), "providers Nonsense are not there; there are .*CPU"),
         (lambda path: patchad.load(path, providers="CPUExecutionProvider"), "must be a list"),
+        (lambda path: patchad.load(path, providers=None), "providers None must be a list"),
         (lambda path: patchad.load(path).set_target_fpr("low"), "target_fpr 'low' must be a number"),
         (lambda path: setattr(patchad.load(path), "threshold", None), "threshold None must be a number"),
         (lambda path: setattr(patchad.load(path), "threshold", math.nan), "threshold nan must be a number"),

@@ -42,7 +42,8 @@ class ImageDataset(Dataset[ImageBatch]):
         metric_size: height x width of masks.
         numbers: of what images show; what is not among them gets -1.
         max_megapixels: a larger file is refused.
-        tolerant: whether a file that cannot be read is an item that says so, and not an error.
+        tolerant: whether a file that cannot be read is an item that says so, and not an error; only such items have a
+            digest and doubts, which training would not look at.
     """
 
     def __init__(
@@ -81,14 +82,12 @@ class ImageDataset(Dataset[ImageBatch]):
         native = read_image(sample.path, self.max_megapixels)
         size = (native.shape[1], native.shape[2])
         image, content = on_canvas(native, self.canvas)
-        mask, doubts = (
-            torch.zeros(self.metric_size, dtype=torch.bool),
-            list(image_doubts(native, image, content, sample)),
-        )
+        mask = torch.zeros(self.metric_size, dtype=torch.bool)
+        doubts = list(image_doubts(native, image, content, sample)) if self.tolerant else []
         if sample.mask is not None:
             levels = read_mask(sample.mask, size, self.max_megapixels)
             mask = resize_mask(levels > HALF, self.metric_size)
-            doubts += mask_doubts(levels, self.metric_size)
+            doubts += mask_doubts(levels, mask) if self.tolerant else []
         return ImageBatch(
             image=image,
             content=torch.tensor(content),
@@ -100,7 +99,7 @@ class ImageDataset(Dataset[ImageBatch]):
             has_mask=torch.tensor(sample.mask is not None or sample.defect == NORMAL),
             defect=sample.defect,
             path=str(sample.path),
-            digest=torch.tensor(digest(image)),
+            digest=torch.tensor(digest(image) if self.tolerant else 0),
             error="",
             doubts="\n".join(doubts),
         )

@@ -40,8 +40,8 @@ class AnomalyMaps(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes the picture."""
-        folder, scorer = run_folder(trainer), pl_module.scorer
+        folder = run_folder(trainer)
         if trainer.is_global_zero and self.entries:
-            picture = sheet(self.entries, scorer.normal_level, float(scorer.threshold))
+            picture = sheet(self.entries, pl_module.scorer.limits)
             path = folder / "anomaly_maps" / f"epoch_{trainer.current_epoch:04d}.png"
             publish_picture(trainer, path, picture, "anomaly_maps")

@@ -1,4 +1,4 @@
-"""Arrays -> pictures: heat maps, outlines, contact sheets."""
+"""Batches -> pictures: contact sheets and montages."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,27 +9,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from patchad.conformal import Limits
+from patchad.drawing import TRUTH, heat, outlined
 from patchad.pyramid import crop_resize
 from patchad.types import NORMAL, ImageBatch, Prediction
-
-# from dark blue over green to red: the ends differ in brightness, so the map reads in grey, too
-RAMP = np.array([[20, 20, 80], [30, 100, 200], [60, 190, 160], [250, 220, 70], [220, 30, 30]], dtype=np.float32)
-
-
-def colour(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values `[height, width]` as RGB uint8 `[height, width, 3]`; `low` and below is blue, `high` and above is red."""
-    place = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(RAMP) - 1)
-    return np.stack([np.interp(place, range(len(RAMP)), channel) for channel in RAMP.T], axis=-1).astype(np.uint8)
 
 
 def to_rgb(image: Tensor) -> np.ndarray:
     """An image `[3, height, width]` in [0, 1] as uint8 `[height, width, 3]`."""
     return (image.detach().cpu().permute(1, 2, 0).numpy() * 255).round().clip(0, 255).astype(np.uint8)
-
-
-def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Half image, half heat map; both uint8 `[height, width, 3]`."""
-    return ((image.astype(np.uint16) + heat) // 2).astype(np.uint8)
 
 
 def contact_sheet(
@@ -67,7 +55,17 @@ def montage(rows: Sequence[tuple[str, Sequence[np.ndarray]]], cell: int) -> Imag
 
 
 class SheetEntry(NamedTuple):
-    """What the contact sheet shows of one image."""
+    """What is shown of one image, at the size at which it was scored.
+
+    Attributes:
+        name: of its file and the folder around it.
+        defect: its defect type.
+        score: its anomaly score.
+        anomalous: the verdict.
+        image: RGB, uint8 `[height, width, 3]`.
+        truth: True on defects, bool `[height, width]`.
+        map: float32 `[height, width]`.
+    """
 
     name: str
     defect: str
@@ -91,7 +89,7 @@ def sheet_entry(prediction: Prediction, batch: ImageBatch, number: int) -> Sheet
         score=float(prediction.score[number]),
         anomalous=bool(prediction.anomalous[number]),
         image=to_rgb(batch.image[number, :, :height, :width]),
-        truth=np.asarray(truth, dtype=np.uint8)[:, :, None].repeat(3, axis=2) * 255,
+        truth=np.asarray(truth),
         map=values,
     )
 
@@ -101,17 +99,23 @@ def readable(batch: ImageBatch) -> list[int]:
     return [number for number, error in enumerate(batch.error) if not error]
 
 
-def row(entry: SheetEntry, low: float, threshold: float) -> tuple[str, list[np.ndarray]]:
+def row(entry: SheetEntry, limits: Limits) -> tuple[str, list[np.ndarray]]:
     """Caption and panels of one image."""
-    verdict = "anomalous" if entry.anomalous else "normal"
-    correct = entry.anomalous == (entry.defect != NORMAL)
-    text = f"{entry.name}\nscore {entry.score:.4g}\nthreshold {threshold:.4g}\nverdict: {verdict}"
-    heat = colour(entry.map, low, threshold)
-    caption = text if correct else f"{text}\nWRONG"
-    return caption, [entry.image, entry.truth, heat, overlay(entry.image, heat)]
+    verdict = limits.verdict(entry.score)
+    text = f"{entry.name}\nscore {entry.score:.4g}\nthreshold {limits.threshold:.4g}\nverdict: {verdict}"
+    wrong = verdict != "review" and entry.anomalous == (entry.defect == NORMAL)
+    return f"{text}\nWRONG" if wrong else text, panels(entry, limits.map_threshold)
 
 
-def sheet(entries: Sequence[SheetEntry], low: float, threshold: float) -> Image.Image:
-    """The contact sheet of some images; heat maps are blue up to `low`, red from the threshold upwards."""
-    rows = [row(entry, low, threshold) for entry in entries]
-    return contact_sheet(rows, ("image", "truth", "heat map", "image + heat map"))
+PANELS = ("image", "truth", "found", "heat map")
+
+
+def panels(entry: SheetEntry, map_threshold: float) -> list[np.ndarray]:
+    """What `PANELS` names: the image, with the outline of the truth, with that of what is found, and the map."""
+    truth, found = outlined(entry.image, entry.truth, TRUTH), outlined(entry.image, entry.map > map_threshold)
+    return [entry.image, truth, found, heat(entry.map, map_threshold)]
+
+
+def sheet(entries: Sequence[SheetEntry], limits: Limits) -> Image.Image:
+    """The contact sheet of some images."""
+    return contact_sheet([row(entry, limits) for entry in entries], PANELS)

@@ -6,7 +6,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import default_collate
 
-from patchad.callbacks.pictures import SheetEntry, colour, contact_sheet, overlay, sheet_entry
+from patchad.callbacks.pictures import PANELS, SheetEntry, contact_sheet, panels, sheet_entry
 from patchad.callbacks.publish import publish_picture, run_folder
 from patchad.data.datasets import ImageDataset
 from patchad.detector import Detector
@@ -39,8 +39,12 @@ class PossibleDefects(Callback):
         numbers = np.argsort(-normals, kind="stable")[: self.images].tolist()
         shares = [f"{np.mean(normals >= normals[number]):.2g}" for number in numbers]
         entries = [entry_of(trainer, pl_module, dataset[number]) for number in numbers]
-        rows = [row(entry, share, pl_module.scorer.normal_level) for entry, share in zip(entries, shares, strict=True)]
-        picture, path = contact_sheet(rows, ("image", "heat map", "image + heat map")), folder / "possible_defects.png"
+        map_threshold = pl_module.scorer.limits.map_threshold
+        rows = [
+            (f"{entry.name}\nscore {entry.score:.4g}\np-value {share}", panels(entry, map_threshold))
+            for entry, share in zip(entries, shares, strict=True)
+        ]
+        picture, path = contact_sheet(rows, PANELS), folder / "possible_defects.png"
         publish_picture(trainer, path, picture, "possible_defects")
         names = ", ".join(
             f"{dataset.samples[number].path} ({share})" for number, share in zip(numbers, shares, strict=True)
@@ -58,9 +62,3 @@ def entry_of(trainer: Trainer, detector: Detector, image: ImageBatch) -> SheetEn
         prediction = detector.eval()(batch.image, batch.content, batch.thing)
     detector.train(training)
     return sheet_entry(prediction, batch, 0)
-
-
-def row(entry: SheetEntry, share: str, low: float) -> tuple[str, list[np.ndarray]]:
-    """Caption and panels of one image; its heat map is blue up to `low`, red at its highest pixel."""
-    heat = colour(entry.map, low, float(entry.map.max()))
-    return f"{entry.name}\nscore {entry.score:.4g}\np-value {share}", [entry.image, heat, overlay(entry.image, heat)]

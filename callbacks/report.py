@@ -5,18 +5,21 @@ import math
 import re
 from collections.abc import Sequence
 
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning import Trainer
 
-from patchad.callbacks.pictures import SheetEntry, readable, sheet, sheet_entry
-from patchad.callbacks.publish import publish_picture, publish_table, run_folder
+from patchad.callbacks.pictures import SheetEntry, sheet
+from patchad.callbacks.publish import publish_picture, publish_table
+from patchad.callbacks.rows import Rows
+from patchad.callbacks.summary import print_summary
+from patchad.conformal import Limits
 from patchad.detector import Detector
 from patchad.errors import check_range
 from patchad.files import write_whole
+from patchad.results import Row
 from patchad.types import NORMAL, ImageBatch, Prediction
 
 
-class Report(Callback):
+class Report(Rows):
     """Writes `report.html` and `contact_sheet.png` into the run folder of a test.
 
     The sheet shows the extremes: of each defect type, and of the normal images, those of the lowest and of the highest
@@ -32,6 +35,7 @@ class Report(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: Detector) -> None:
         """Starts with nothing to show."""
+        self.begin(trainer)
         self.entries: dict[str, list[SheetEntry]] = {}
 
     def on_test_batch_end(
@@ -43,29 +47,31 @@ class Report(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Keeps the rows of a batch."""
+        self.take(trainer, pl_module, outputs, batch)
+
+    def show(self, trainer: Trainer, row: Row, entry: SheetEntry, limits: Limits) -> None:
         """Keeps the images of the lowest and highest scores of each defect type, sorted by score."""
-        for number in readable(batch):
-            defect = batch.defect[number]
-            entries = self.entries.setdefault(defect, [])
-            entries.append(sheet_entry(outputs, batch, number))
-            entries.sort(key=lambda entry: entry.score)
-            if len(entries) > self.images_per_defect:
-                del entries[self.images_per_defect // 2]
+        entries = self.entries.setdefault(entry.defect, [])
+        entries.append(entry)
+        entries.sort(key=lambda entry: entry.score)
+        if len(entries) > self.images_per_defect:
+            del entries[self.images_per_defect // 2]
 
     def on_test_end(self, trainer: Trainer, pl_module: Detector) -> None:
-        """Writes the page, from the images of the first process."""
-        folder, scorer = run_folder(trainer), pl_module.scorer
+        """Writes rows, page and sheet, the latter from the images of the first process; prints the figures."""
+        rows, scorer = self.finish(trainer), pl_module.scorer
         if not trainer.is_global_zero:
             return
-        threshold = float(scorer.threshold)
         order = sorted(self.entries, key=lambda defect: (defect != NORMAL, defect))
-        picture = sheet([entry for defect in order for entry in self.entries[defect]], scorer.normal_level, threshold)
-        publish_picture(trainer, folder / "contact_sheet.png", picture, "contact_sheet")
+        picture = sheet([entry for defect in order for entry in self.entries[defect]], scorer.limits)
+        publish_picture(trainer, self.folder / "contact_sheet.png", picture, "contact_sheet")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        page = report_page(metrics, threshold, len(pl_module.doubts.errors))
-        write_whole(folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
+        page = report_page(metrics, scorer.limits.threshold, len(pl_module.doubts.errors))
+        write_whole(self.folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
         publish_table(trainer, ("part", "detection_auroc", "segmentation_auroc"), aurocs(metrics), "aurocs")
-        rank_zero_info(f"report: {folder / 'report.html'}")
+        print_summary({name.removeprefix("test/"): value for name, value in metrics.items()}, rows, scorer.target_fpr)
+        print(f"report: {self.folder / 'report.html'}\nscores: {self.folder / 'scores.csv'}")
 
 
 def aurocs(metrics: dict[str, float]) -> list[tuple[str, float, float]]:

@@ -15,14 +15,15 @@ from patchad.files import write_whole
 from patchad.spec import Configurable, described
 from patchad.trust import check_trusted
 
-CHECKPOINT_FORMAT = 12
+CHECKPOINT_FORMAT = 13
 """Raised whenever checkpoints of an older patchad no longer load."""
 CONTENTS = {
     "state_dict": Mapping,
     "hyper_parameters": Mapping,
     "patchad_scored_by": Mapping,
     "patchad_model": Mapping,
-    "patchad_fitted_digests": list,
+    "patchad_fitted": Mapping,
+    "patchad_updates": list,
 }
 """What every checkpoint holds, and as what."""
 GOES_ON = {"epoch": int, "global_step": int, "loops": Mapping, "optimizer_states": list, "lr_schedulers": list}
@@ -96,7 +97,14 @@ def save(checkpoint: Mapping[str, Any], path: Path) -> None:
 def is_whole(path: Path) -> bool:
     """Whether the checksum of a file fits; a file without one is not whole."""
     content = np.memmap(path, np.uint8, "r")
-    return hashlib.sha256(content[:-CHECKSUM].data).hexdigest().encode() == content[-CHECKSUM:].tobytes()
+    return hashlib.sha256(content[:-CHECKSUM].data).hexdigest() == checksum(path)
+
+
+def checksum(path: Path) -> str:
+    """The checksum that a checkpoint carries, which tells it apart from any other."""
+    with path.open("rb") as file:
+        file.seek(-CHECKSUM, os.SEEK_END)
+        return file.read().decode(errors="replace")
 
 
 def read_checkpoint(path: Path, name: str = "checkpoint") -> dict[str, Any]:

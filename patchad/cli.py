@@ -171,6 +171,10 @@ class PatchadCLI(LightningCLI):
         super().instantiate_classes()
         self.datamodule.from_checkpoint = self.config[self.config.subcommand].get("ckpt_path") is not None
 
+    def test(self, **settings: Any) -> None:
+        """Lightning's, without its table: the `Report` callback prints a shorter one."""
+        self.trainer.test(**{**settings, "verbose": False})
+
     def predict(self, **settings: Any) -> None:
         """Lightning's, which would keep every map in memory; the `Predictions` callback has written them."""
         self.trainer.predict(**{**settings, "return_predictions": False})

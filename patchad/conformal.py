@@ -5,10 +5,71 @@ scored without itself, as in the jackknife+ (Barber et al., Annals of Statistics
 """
 
 import math
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from patchad.errors import PatchadError
+from patchad.errors import PatchadError, check_range
+
+Verdict = Literal["anomalous", "review", "normal"]
+"""What may be said of an image: reject it, look at it, accept it."""
+
+
+class Limits(NamedTuple):
+    """Where verdicts change; all three come from normal images alone.
+
+    Attributes:
+        threshold: scores above it are anomalous.
+        review_threshold: scores above it are for somebody to look at; the threshold, where no such band is asked for.
+        map_threshold: pixels of a map above it are outlined.
+    """
+
+    threshold: float
+    review_threshold: float
+    map_threshold: float
+
+    def verdict(self, score: float) -> Verdict:
+        """What a score means.
+
+        Example:
+            >>> [Limits(3.0, 2.0, 9.0).verdict(score) for score in (2.0, 2.5, 3.5)]
+            ['normal', 'review', 'anomalous']
+        """
+        if score > self.threshold:
+            return "anomalous"
+        return "review" if score > self.review_threshold else "normal"
+
+
+def limits(
+    scores: np.ndarray, peaks: np.ndarray, target_fpr: float, review_fpr: float | None = None
+) -> tuple[Limits, float]:
+    """The limits that normal images set, and the false-positive rate that the threshold promises.
+
+    Args:
+        scores: of normal images, `[images]`.
+        peaks: the highest pixel of each one's map, `[images]`.
+        target_fpr: share of normal images that may be called anomalous, and that may have an outline.
+        review_fpr: share that may be called anomalous or looked at; None asks for no band between the two.
+
+    Raises:
+        PatchadError: if there is no score, one is nan or infinite, or the band is none.
+
+    Example:
+        >>> limits(np.arange(99.0), np.arange(99.0) * 2, target_fpr=0.05, review_fpr=0.2)[0]
+        Limits(threshold=94.0, review_threshold=79.0, map_threshold=188.0)
+    """
+    check_band(target_fpr, review_fpr)
+    threshold, promised = conformal_threshold(scores, target_fpr)
+    review, _ = conformal_threshold(scores, target_fpr if review_fpr is None else review_fpr)
+    return Limits(threshold, review, conformal_threshold(peaks, target_fpr)[0]), promised
+
+
+def check_band(target_fpr: float, review_fpr: float | None) -> None:
+    """Raises PatchadError unless both are rates, and there are scores between their thresholds."""
+    check_range({"target_fpr": math.nan if target_fpr is None else target_fpr}, 0, 1, above=True)
+    check_range({"review_fpr": review_fpr}, 0, 1, above=True)
+    if review_fpr is not None and review_fpr <= target_fpr:
+        raise PatchadError(f"review_fpr {review_fpr:g} must lie above target_fpr {target_fpr:g}, to look at more")
 
 
 def conformal_threshold(scores: np.ndarray, target_fpr: float) -> tuple[float, float]:

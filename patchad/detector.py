@@ -26,7 +26,7 @@ from patchad.pyramid import crop_resize
 from patchad.runtime import check_scores
 from patchad.scoring import Scorer
 from patchad.spec import changed_settings, spec
-from patchad.types import ImageBatch, Prediction
+from patchad.types import FittedImages, ImageBatch, Prediction
 
 OTHER_PRECISIONS = {"16-true": "16-mixed", "bf16-true": "bf16-mixed", "64-true": "32-true"}
 """Of Lightning's, and what to give instead."""
@@ -44,7 +44,8 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         model: scores images.
         learning: trains what the model embeds with; None where nothing is learned.
         doubts: about the images of the last fit, validation, test or prediction.
-        fitted_digests: of the images of the fit (`patchad.data.doubts.digest`).
+        fitted: the normal images of the fit, and what was added to them.
+        updates: what was changed after the fit, one line for each time.
     """
 
     model: Model
@@ -55,7 +56,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     def __init__(self) -> None:
         super().__init__()
         self.learning = None  # not on the class, where it would hide the submodule
-        self.doubts, self.fitted_digests = Doubts(), frozenset[int]()
+        self.doubts, self.fitted, self.updates = Doubts(), FittedImages(), list[str]()
 
     @property
     def learns(self) -> bool:
@@ -135,7 +136,9 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
             self.doubts.add(batch)
         self.doubts.tell()
         self.doubts.check_training()
-        self.fitted_digests = frozenset(self.doubts.digests.values())
+        normals = self._data.normal_set
+        digests = [self.doubts.digests[str(sample.path)] for sample in normals.samples]
+        self.fitted = FittedImages(digests, normals.things.tolist(), [False] * len(digests))
 
     def on_fit_end(self) -> None:
         """Knows what is normal also where no epoch and no checkpoint asked for it."""
@@ -193,12 +196,12 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
 
     def on_test_start(self) -> None:
         """Says where the normal images are too few for the rate that was asked for."""
-        self.doubts = Doubts(self.fitted_digests)
+        self.doubts = Doubts(self.fitted.digests)
         self._note_few_normals()
 
     def on_predict_start(self) -> None:
         """Says where the normal images are too few for the rate that was asked for."""
-        self.doubts = Doubts(self.fitted_digests)
+        self.doubts = Doubts(self.fitted.digests)
         self._note_few_normals()
 
     def _of_normals(self, title: str, compute: Callable[[ImageBatch], Tensor]) -> Tensor:
@@ -280,7 +283,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self.model.scored_by
         checkpoint["patchad_model"] = spec(self.model)
-        checkpoint["patchad_fitted_digests"] = sorted(self.fitted_digests)
+        checkpoint["patchad_fitted"], checkpoint["patchad_updates"] = self.fitted._asdict(), self.updates
         checkpoint["patchad_canvas"] = None if self.model.canvas is None else list(self.model.canvas)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -290,7 +293,8 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
             check_contents(checkpoint, GOES_ON)
         current, fitted = self.model.scored_by, checkpoint["patchad_scored_by"]
         self.model.check_fitted(fitted)
-        self.fitted_digests = frozenset(checkpoint["patchad_fitted_digests"])
+        self.fitted = FittedImages(**checkpoint["patchad_fitted"])
+        self.updates = [] if self._fitting else checkpoint["patchad_updates"]
         if checkpoint["patchad_canvas"] is not None:
             self.model.canvas = Canvas.of(checkpoint["patchad_canvas"])
         if (settings := changed_settings(fitted, current)) and not self._fitting:

@@ -13,7 +13,7 @@ from patchad.checkpoint import read_checkpoint
 from patchad.data.datamodule import PyramidDataModule
 from patchad.detector import Detector
 from patchad.errors import PatchadError
-from patchad.model import PatchModel, ScoringModel, without_weights
+from patchad.model import PatchModel, ScoringModel, summary, without_weights
 from patchad.pyramid import at_pixels
 from patchad.scoring import Scorer, ScorerFactory
 from patchad.spec import hyperparameters, spec
@@ -105,8 +105,8 @@ class Ensemble(Detector[EnsembleModel]):
 
     def know_normals(self) -> None:
         """Sets the threshold from the normal images; the rest the members know."""
-        scores = self._of_normals("Calibrating", lambda batch: self(batch.image, batch.content, batch.thing).score)
-        self.announce_threshold(*self.model.set_threshold(scores, self._unseen))
+        scored = self._of_normals("Calibrating", lambda batch: summary(self(batch.image, batch.content, batch.thing)))
+        self.announce_threshold(*self.model.set_limits(scored, self._unseen))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describes the members by what they are, so that their checkpoints are not needed again."""

@@ -1,6 +1,5 @@
 """A fitted detector -> one ONNX file that scores images without torch, and the proof that both say the same."""
 
-import hashlib
 import json
 import warnings
 from importlib.metadata import version
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from patchad.checkpoint import checksum
 from patchad.errors import PatchadError
 from patchad.files import check_writable, write_whole
 from patchad.model import ScoringModel
@@ -98,7 +98,7 @@ def with_checksum(content: bytes) -> bytes:
 
 def metadata(model: ScoringModel, ckpt_path: Path | None) -> dict[str, Any]:
     """What the file says of itself."""
-    checkpoint = {"name": ckpt_path.name, "sha256": file_digest(ckpt_path)} if ckpt_path else None
+    checkpoint = {"name": ckpt_path.name, "sha256": checksum(ckpt_path)} if ckpt_path else None
     return {
         "format": EXPORT_FORMAT,
         "patchad": version("patchad"),
@@ -106,17 +106,11 @@ def metadata(model: ScoringModel, ckpt_path: Path | None) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "model": spec(model),
         "canvas": model.canvas,
-        "threshold": float(model.scorer.threshold),
+        "limits": model.scorer.limits,
         "normals": model.scorer.normals.tolist(),
-        "normal_level": model.scorer.normal_level,
+        "peaks": model.scorer.peaks.tolist(),
         "vectors": {name: len(bank) for name, bank in model.memory_banks.items()},
     }
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Difference(NamedTuple):

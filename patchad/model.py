@@ -24,7 +24,8 @@ from patchad.models.backbones import Backbone, EfficientNetLite0
 from patchad.models.encoders import MODES
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
 from patchad.pyramid import at_pixels, crop_resize, fold
-from patchad.runtime import Scored, check_scores, to_rgb
+from patchad.results import Scored
+from patchad.runtime import check_scores, to_rgb
 from patchad.scoring import Scorer, ScorerFactory
 from patchad.spec import Configurable
 from patchad.trust import made
@@ -123,27 +124,24 @@ class ScoringModel(Configurable, nn.Module):
         prediction = self.eval()(fitted[None].to(device), content.to(device))
         check_scores(prediction.score.cpu().numpy())
         values = crop_resize(prediction.map, content, (native.shape[1], native.shape[2]))[0].cpu().numpy()
-        p_value = self.scorer.p_value(prediction.score)
-        return Scored(float(prediction.score), bool(prediction.anomalous), float(p_value), values)
+        score, p_value = float(prediction.score), float(self.scorer.p_value(prediction.score))
+        return Scored(score, bool(prediction.anomalous), self.scorer.limits.verdict(score), p_value, values)
 
-    def set_threshold(self, scores: Float[Tensor, " images"], unseen: Bool[Tensor, " images"]) -> tuple[float, float]:
-        """Sets the threshold from normal images, each scored without itself.
+    def set_limits(self, scored: Float[Tensor, "images 2"], unseen: Bool[Tensor, " images"]) -> tuple[float, float]:
+        """Sets the thresholds from normal images, each scored without itself.
 
         Embeddings of images that encoders learned from lie closer together than those of new ones. Their scores are
-        therefore raised by the ratio of the medians, where that of the unseen ones is higher.
+        therefore raised by the ratio of the medians, where that of the unseen ones is higher; so are their maps.
 
         Args:
-            scores: of the normal images.
+            scored: what `summary` says of the normal images.
             unseen: whether encoders did not learn from an image; all True where nothing was learned.
 
         Returns:
-            The false-positive rate that is promised, and that ratio; 1 where nothing was learned.
+            The false-positive rate that is promised, and the ratio of the scores; 1 where nothing was learned.
         """
-        ratio = torch.ones((), device=scores.device)
-        if not unseen.all():
-            ratio = scores[unseen].median() / scores[~unseen].median().clamp(min=torch.finfo(scores.dtype).tiny)
-            scores = torch.where(unseen, scores, scores * ratio.clamp(min=1))
-        return self.scorer.set_threshold(scores), float(ratio)
+        (scores, ratio), (peaks, _) = (as_unseen(values, unseen) for values in scored.T)
+        return self.scorer.set_limits(scores, peaks), ratio
 
     @property
     def learns(self) -> bool:
@@ -163,6 +161,21 @@ class ScoringModel(Configurable, nn.Module):
 
     def check_fitted(self, fitted: Mapping[str, Any]) -> None:
         """Raises PatchadError where it cannot take over what was fitted, whose `scored_by` is given."""
+
+
+def as_unseen(
+    values: Float[Tensor, " images"], unseen: Bool[Tensor, " images"]
+) -> tuple[Float[Tensor, " images"], float]:
+    """Values of normal images, those that were learned from raised by the ratio of the medians, and that ratio."""
+    if unseen.all():
+        return values, 1.0
+    ratio = values[unseen].median() / values[~unseen].median().clamp(min=torch.finfo(values.dtype).tiny)
+    return torch.where(unseen, values, values * ratio.clamp(min=1)), float(ratio)
+
+
+def summary(prediction: Prediction) -> Float[Tensor, "batch 2"]:
+    """Score of each image, and the highest pixel of its map: what limits are set by."""
+    return torch.stack([prediction.score, prediction.map.amax((1, 2))], dim=1)
 
 
 class Distances(NamedTuple):
@@ -364,7 +377,7 @@ class PatchModel(ScoringModel):
             unseen: whether encoders did not learn from an image.
 
         Returns:
-            What `set_threshold` does.
+            What `set_limits` does.
         """
         for number, side in enumerate(self.sides):
             counted = self.encoder.counted(normals.content, normals.sides[side], side) & unseen[:, None, None]
@@ -373,7 +386,8 @@ class PatchModel(ScoringModel):
         image_scores = [self.side_scores(self.side_maps(image), image.content) for image in normals.each()]
         side_scores = {side: torch.cat([scores[side] for scores in image_scores]) for side in self.sides}
         self.scorer.measure_normals({side: scores[unseen] for side, scores in side_scores.items()})
-        return self.set_threshold(torch.cat([self.score(image).score for image in normals.each()]), unseen)
+        scored = torch.cat([summary(self.score(image)) for image in normals.each()])  # maps are not kept
+        return self.set_limits(scored, unseen)
 
     def _at_least(self, scale: Tensor, side: int) -> Tensor:
         """The scale, or what keeps distances over it finite, with a warning."""

@@ -240,6 +240,7 @@ class PatchDetector(Detector[PatchModel]):
         if self.mirrored and self.model.has_room_for_as_much_again() and (mirrors := self._normal_mirrors()):
             self.fill_banks(mirrors)
             self.calibrate()
+            self.fitted = self.fitted._replace(mirrors=[list(axes) for axes in mirrors])
 
     def _normal_mirrors(self) -> list[tuple[int, ...]]:
         """The axes along which most normal images can be reversed and pass as normal, each compared with the others."""

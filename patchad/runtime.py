@@ -11,15 +11,16 @@ import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from patchad.canvas import Canvas, Size, content_size, gain
-from patchad.conformal import conformal_threshold, p_values
+from patchad.conformal import Limits, limits, p_values
 from patchad.decoding import read_pixels
-from patchad.errors import PatchadError, check_range
+from patchad.errors import PatchadError
+from patchad.results import Scored
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by the import; else it would report to its maker
 import onnxruntime
@@ -29,27 +30,11 @@ AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 CHANNELS = (1, 3, 4)
 """Grey, RGB, RGB and alpha."""
 
-EXPORT_FORMAT = 5
+EXPORT_FORMAT = 6
 """Raised whenever exported files of an older patchad no longer load."""
 
 CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
 """Where a file notes SHA-256 of itself, in which these digits are zeros."""
-
-
-class Scored(NamedTuple):
-    """What an exported detector says about one image.
-
-    Attributes:
-        score: anomaly score.
-        anomalous: the verdict, `score > threshold`.
-        p_value: share of the normal images of the fit, this one counted among them, that score as high or higher.
-        map: anomaly map at the pixels of the image that was given, float32 `[height, width]`.
-    """
-
-    score: float
-    anomalous: bool
-    p_value: float
-    map: np.ndarray
 
 
 class ExportedDetector:
@@ -61,9 +46,10 @@ class ExportedDetector:
         providers: of ONNX Runtime, in order of preference.
 
     Attributes:
+        limits: where verdicts change; `threshold` may be set alone.
         normals: scores of the normal images of the fit, each compared with the others.
+        peaks: the highest pixel of the map of each of them.
         canvas: what images are brought to.
-        normal_level: about the mean of a map on normal images.
         metadata: all that the file says of where it came from.
 
     Raises:
@@ -83,26 +69,26 @@ class ExportedDetector:
         options.intra_op_num_threads = threads or 0
         self._session = open_session(Path(path), options, providers)
         self.metadata = read_metadata(Path(path), self._session)
-        self.normals = np.array(self.metadata["normals"], np.float32)
-        self.threshold = float(self.metadata["threshold"])
-        self.normal_level = float(self.metadata["normal_level"])
+        self.normals, self.peaks = (np.array(self.metadata[name], np.float32) for name in ("normals", "peaks"))
+        self.limits = Limits(*self.metadata["limits"])
         self.canvas = Canvas.of(self.metadata["canvas"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As the file's path: another process, such as of a pool, opens it anew, and keeps the threshold."""
-        return type(self), self._opened, {"_threshold": self._threshold}
+        return type(self), self._opened, {"limits": self.limits}
 
     @property
     def threshold(self) -> float:
-        """Scores above it are anomalous; it may be set to any number."""
-        return self._threshold
+        """Scores above it are anomalous; it may be set to any number, and takes along a band that it passes."""
+        return self.limits.threshold
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
         """Refuses nan, above which no score lies."""
         if not isinstance(threshold, Real) or math.isnan(threshold):
             raise PatchadError(f"threshold {threshold!r} must be a number")
-        self._threshold = float(threshold)
+        review = min(self.limits.review_threshold, float(threshold))
+        self.limits = Limits(float(threshold), review, self.limits.map_threshold)
 
     def __call__(self, image: np.ndarray | str | Path) -> Scored:
         """Scores one image.
@@ -115,14 +101,17 @@ class ExportedDetector:
         """
         return self.score([image])[0]
 
-    def set_target_fpr(self, target_fpr: float) -> float:
-        """Sets the threshold for another false-positive rate; returns the rate that it promises.
+    def set_target_fpr(self, target_fpr: float, review_fpr: float | None = None) -> float:
+        """Sets the limits for another false-positive rate; returns the rate that the threshold promises.
+
+        Args:
+            target_fpr: share of normal images that may be called anomalous.
+            review_fpr: share that may be called anomalous or be looked at; None calls none for a look.
 
         Raises:
-            PatchadError: if the rate does not lie above 0 and at most at 1.
+            PatchadError: if a rate does not lie above 0 and at most at 1, or the second not above the first.
         """
-        check_range({"target_fpr": math.nan if target_fpr is None else target_fpr}, 0, 1, above=True)
-        self.threshold, promised = conformal_threshold(self.normals, target_fpr)
+        self.limits, promised = limits(self.normals, self.peaks, target_fpr, review_fpr)
         return promised
 
     def score(self, images: Sequence[np.ndarray | str | Path]) -> list[Scored]:
@@ -148,8 +137,8 @@ class ExportedDetector:
             for values, (_, content), image in zip(maps, fitted, native, strict=True)
         ]
         return [
-            Scored(float(score), float(score) > self.threshold, float(share), values)
-            for score, share, values in zip(scores, shares, maps, strict=True)
+            Scored(score, score > self.limits.threshold, self.limits.verdict(score), float(share), values)
+            for score, share, values in zip(scores.tolist(), shares, maps, strict=True)
         ]
 
 

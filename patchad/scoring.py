@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchad.conformal import conformal_threshold, p_values
+from patchad.conformal import Limits, check_band, limits, p_values
 from patchad.errors import check_range
 from patchad.pyramid import enlarge
 
@@ -41,18 +41,24 @@ class Scorer(nn.Module):
         smoothing: deviation of the Gaussian that smooths the combined map, in pixels of `image_size`; scores come from
             the map before it. 8, half of the smallest side, is what a map resolves (benchmarks/products.md); 4 in
             PatchCore (Roth et al., CVPR 2022, section 3.3); not in the paper: 0.
-        target_fpr: false-positive rate that the threshold promises on normal images.
+        target_fpr: false-positive rate that the threshold promises on normal images, and the map's threshold, too.
+        review_fpr: share of normal images that may be called anomalous or be looked at (verdict `review`); None calls
+            none for a look.
 
     Raises:
-        PatchadError: if a fraction lies outside (0, 1], or smoothing is negative.
+        PatchadError: if a fraction lies outside (0, 1], smoothing is negative, or no score is between the two rates.
     """
 
     threshold: Tensor
+    review_threshold: Tensor
+    map_threshold: Tensor
     scale: Tensor
     level: Tensor
     spread: Tensor
     normals: Tensor
-    """Scores of normal images, each compared with the others, float32 `[images]`; the threshold follows from them."""
+    """Scores of normal images, each compared with the others, float32 `[images]`; the limits follow from them."""
+    peaks: Tensor
+    """The highest pixel of the map of each of them, float32 `[images]`."""
 
     def __init__(
         self,
@@ -62,15 +68,20 @@ class Scorer(nn.Module):
         top_fraction: float = 0.01,
         smoothing: float = 8.0,
         target_fpr: float = 0.05,
+        review_fpr: float | None = None,
     ) -> None:
         super().__init__()
-        check_range({"top_fraction": top_fraction, "target_fpr": target_fpr}, 0, 1, above=True)
+        check_range({"top_fraction": top_fraction}, 0, 1, above=True)
+        check_band(target_fpr, review_fpr)
         check_range({"smoothing": smoothing}, 0)
         self.combination, self.image_score = combination, image_score
-        self.top_fraction, self.smoothing, self.target_fpr = top_fraction, smoothing, target_fpr
+        self.top_fraction, self.smoothing = top_fraction, smoothing
+        self.target_fpr, self.review_fpr = target_fpr, review_fpr
         self.sides = tuple(sides)
-        self.register_buffer("threshold", torch.tensor(torch.inf), persistent=False)
-        self.register_buffer("normals", torch.empty(0))
+        for name in Limits._fields:
+            self.register_buffer(name, torch.tensor(torch.inf), persistent=False)
+        for name in ("normals", "peaks"):
+            self.register_buffer(name, torch.empty(0))
         for name in ("scale", "level", "spread"):
             self.register_buffer(name, torch.ones(len(self.sides)))  # until it is calibrated
 
@@ -152,11 +163,25 @@ class Scorer(nn.Module):
             return values.flatten(1).amax(1)
         return top_mean(values, pixels, self.top_fraction, cell)
 
-    def set_threshold(self, normals: Float[Tensor, " images"]) -> float:
-        """Sets the threshold from scores of normal images, and keeps them; returns the promised false-positive rate."""
-        self.normals = normals.float()
-        threshold, promised = conformal_threshold(normals.cpu().numpy(), self.target_fpr)
-        self.threshold.fill_(threshold)
+    @property
+    def limits(self) -> Limits:
+        """Where verdicts change."""
+        return Limits(*(float(getattr(self, name)) for name in Limits._fields))
+
+    def set_limits(self, normals: Float[Tensor, " images"], peaks: Float[Tensor, " images"]) -> float:
+        """Sets the thresholds from normal images, and keeps what they come from.
+
+        Args:
+            normals: scores of normal images.
+            peaks: the highest pixel of the map of each.
+
+        Returns:
+            The false-positive rate that is promised.
+        """
+        self.normals, self.peaks = normals.float(), peaks.float()
+        found, promised = limits(normals.cpu().numpy(), peaks.cpu().numpy(), self.target_fpr, self.review_fpr)
+        for name, value in found._asdict().items():
+            getattr(self, name).fill_(value)
         return promised
 
     def p_value(self, scores: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -164,11 +189,13 @@ class Scorer(nn.Module):
         return torch.from_numpy(p_values(scores.cpu().numpy(), self.normals.cpu().numpy())).to(scores)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """Takes any number of scores, and sets the threshold for the rate that is asked for now."""
-        self.normals = torch.empty_like(state_dict.get(f"{prefix}normals", self.normals), device=self.normals.device)
+        """Takes any number of scores, and sets the thresholds for the rates that are asked for now."""
+        for name in ("normals", "peaks"):
+            kept = getattr(self, name)
+            setattr(self, name, torch.empty_like(state_dict.get(f"{prefix}{name}", kept), device=kept.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if len(self.normals):
-            self.set_threshold(self.normals)
+            self.set_limits(self.normals, self.peaks)
 
 
 def content_pixels(

@@ -74,6 +74,22 @@ class ImageBatch(NamedTuple):
     doubts: Sequence[str]
 
 
+class FittedImages(NamedTuple):
+    """The normal images that set the threshold, in the order of their scores (`Scorer.normals`).
+
+    Attributes:
+        digests: of their pixels (`patchad.data.doubts.digest`).
+        things: number of what each shows, as the bank knows it.
+        added: whether an image came after the fit, so that no encoder saw it.
+        mirrors: axes of an image `[3, height, width]` along which it was reversed and taken into the bank once more.
+    """
+
+    digests: Sequence[int] = ()
+    things: Sequence[int] = ()
+    added: Sequence[bool] = ()
+    mirrors: Sequence[Sequence[int]] = ()
+
+
 class Pyramid(NamedTuple):
     """Patches of one side, all within one window of each image.
 

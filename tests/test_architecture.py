@@ -18,6 +18,8 @@ ORDER = [
     "masks",
     "files",
     "conformal",
+    "results",
+    "drawing",
     "runtime",
     "types",
     "spec",

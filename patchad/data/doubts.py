@@ -1,7 +1,7 @@
 """What makes figures doubtful: files that cannot be read, odd images and masks, images seen before."""
 
 import hashlib
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -66,8 +66,8 @@ class Doubts:
         paths: of the images that a kind of doubt is about, by the end of its sentence.
     """
 
-    def __init__(self, fitted: Container[int] = ()) -> None:
-        self.fitted = fitted
+    def __init__(self, fitted: Iterable[int] = ()) -> None:
+        self.fitted = frozenset(fitted)
         self.errors: dict[str, str] = {}
         self.digests: dict[str, int] = {}
         self.paths: dict[str, set[str]] = {}

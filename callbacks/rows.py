@@ -1,0 +1,94 @@
+"""What `patchad test` and `patchad predict` say of each image -> scores.csv."""
+
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from pytorch_lightning import Callback, Trainer
+
+from patchad.callbacks.pictures import SheetEntry, sheet_entry
+from patchad.callbacks.publish import run_folder
+from patchad.checkpoint import checksum
+from patchad.conformal import Limits
+from patchad.data.doubts import of_all_processes
+from patchad.detector import Detector
+from patchad.pyramid import crop_resize
+from patchad.results import Label, Row, Scored, Source, append_rows, row_of, unreadable, write_rows
+from patchad.types import ImageBatch, Prediction
+
+LABELS: dict[int, Label] = {0: "normal", 1: "anomalous", -1: ""}
+"""The words for the labels of a batch."""
+
+
+class Rows(Callback):
+    """Keeps one row of each image, and writes `scores.csv`, failures first. Subclasses also show the images (`show`).
+
+    Rows are kept in a file as they come, so that a command that ends in an error leaves those found until then.
+
+    Attributes:
+        folder: where `scores.csv` goes.
+        rows: of the images that this process has scored.
+    """
+
+    folder: Path
+    rows: list[Row]
+    _kept: Path
+    _source: Source
+
+    def begin(self, trainer: Trainer, folder: str = "") -> None:
+        """Starts with no rows.
+
+        Args:
+            trainer: of the run.
+            folder: below that of the run.
+        """
+        self.folder, self.rows = run_folder(trainer) / folder, []
+        self._kept = self.folder / f".{trainer.global_rank}.csv.part"
+        self._kept.unlink(missing_ok=True)
+        model = checksum(Path(trainer.ckpt_path)) if trainer.ckpt_path else ""
+        self._source = Source(model, version("patchad"), datetime.now().astimezone().isoformat(timespec="seconds"))
+
+    def take(self, trainer: Trainer, detector: Detector, prediction: Prediction, batch: ImageBatch) -> None:
+        """Keeps the rows of a batch."""
+        limits, rows = detector.scorer.limits, []
+        p_values = detector.scorer.p_value(prediction.score).tolist()
+        for number, error in enumerate(batch.error):
+            path, defect = batch.path[number], batch.defect[number]
+            if error:
+                rows.append(unreadable(path, error, limits, self._source, defect))
+                continue
+            size = (int(batch.size[number, 0]), int(batch.size[number, 1]))
+            values = crop_resize(prediction.map[number, None], batch.content[number, None], size)[0].cpu().numpy()
+            score = float(prediction.score[number])
+            verdict = limits.verdict(score)
+            scored = Scored(score, verdict == "anomalous", verdict, p_values[number], values)
+            rows.append(row_of(path, scored, limits, self._source, LABELS[int(batch.label[number])], defect))
+            self.show(trainer, rows[-1], sheet_entry(prediction, batch, number), limits)
+        append_rows(self._kept, rows)
+        self.rows += rows
+
+    def show(self, trainer: Trainer, row: Row, entry: SheetEntry, limits: Limits) -> None:
+        """Shows an image that was scored.
+
+        Args:
+            trainer: of the run.
+            row: what is said of it.
+            entry: its pixels, its truth and its map, at the size at which it was scored.
+            limits: of the detector.
+        """
+
+    def finish(self, trainer: Trainer) -> list[Row]:
+        """Writes `scores.csv`; returns the rows of all processes, failures first."""
+        rows = sorted((row for rows in of_all_processes(self.rows) for row in rows), key=lambda row: row.order)
+        if trainer.is_global_zero:
+            write_rows(self.folder / "scores.csv", rows)
+        self._kept.unlink(missing_ok=True)
+        return rows
+
+    def on_exception(self, trainer: Trainer, pl_module: Detector, exception: BaseException) -> None:
+        """Leaves the rows kept until then: they cost no further space, should the disk be full."""
+        if getattr(self, "rows", None):
+            rest = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"
+            scores = self._kept.replace(self.folder / f"scores{rest}.csv")
+            print(f"scores of the {len(self.rows)} images until then: {scores}", file=sys.stderr)

@@ -1,0 +1,75 @@
+"""The figures of a test on a terminal: in per cent, the most important first."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from patchad.results import Row
+
+VERDICTS = ("normal", "review", "anomalous")
+FIGURES = {
+    "detection AUROC": "detection_auroc",
+    "segmentation AUROC": "segmentation_auroc",
+    "per-region overlap": "pro",
+    "average precision of pixels": "segmentation_average_precision",
+}
+"""The names of metrics, and what they are called here."""
+
+
+def confusion(rows: Iterable[Row]) -> dict[str, Counter[str]]:
+    """How many images of each label have which verdict.
+
+    Args:
+        rows: of a test; those without a label or a score are left out.
+    """
+    counts: dict[str, Counter[str]] = {"normal": Counter(), "anomalous": Counter()}
+    for row in rows:
+        if row.label and row.score is not None:
+            counts[row.label][row.verdict] += 1
+    return counts
+
+
+def figures(metrics: Mapping[str, float], rows: Sequence[Row], target_fpr: float) -> dict[str, str]:
+    """What a test found, by name, as it is printed.
+
+    Args:
+        metrics: by name, without the stage.
+        rows: of the images.
+        target_fpr: the false-positive rate that was asked for.
+    """
+    said = {name: percent(metrics[metric]) for name, metric in FIGURES.items() if metric in metrics}
+    counts = confusion(rows)
+    normals, defects = counts["normal"].total(), counts["anomalous"].total()
+    if normals:
+        low, high = (percent(metrics[f"false_positive_rate_{end}"]) for end in ("low", "high"))
+        rate = percent(counts["normal"]["anomalous"] / normals)
+        asked = f"{100 * target_fpr:.3g} % asked for"
+        said["false alarms"] = f"{rate} ({low} to {high}): {counts['normal']['anomalous']} of {normals}, {asked}"
+    if defects:
+        missed = counts["anomalous"]["normal"]
+        said["missed defects"] = f"{percent(missed / defects)}: {missed} of {defects}"
+    return said
+
+
+def percent(share: float) -> str:
+    """A share as it is printed, never rounded up to all.
+
+    Example:
+        >>> percent(0.99999994), percent(0.9996), percent(1.0)
+        ('100.0 %', '99.9 %', '100.0 %')
+    """
+    rounded = round(100 * share, 1)
+    return f"{99.9 if rounded == 100 and share < 1 - 1e-6 else rounded:.1f} %"
+
+
+def print_summary(metrics: Mapping[str, float], rows: Sequence[Row], target_fpr: float) -> None:
+    """Prints the figures of a test and its confusion matrix."""
+    console, table = Console(soft_wrap=True, highlight=False), Table.grid(padding=(0, 2))
+    for name, value in figures(metrics, rows, target_fpr).items():
+        table.add_row(name, value)
+    matrix = Table("image is", *VERDICTS, box=None, padding=(0, 2, 0, 0), title="verdicts", title_justify="left")
+    for label, counts in confusion(rows).items():
+        matrix.add_row(label, *(str(counts[verdict]) for verdict in VERDICTS))
+    console.print(table, matrix, sep="\n")

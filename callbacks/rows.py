@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, Trainer
 from patchad.callbacks.pictures import SheetEntry, sheet_entry
 from patchad.callbacks.publish import run_folder
 from patchad.checkpoint import checksum
-from patchad.conformal import Limits
+from patchad.conformal import Limits, p_values
 from patchad.data.doubts import of_all_processes
 from patchad.detector import Detector
 from patchad.pyramid import crop_resize
@@ -52,7 +52,7 @@ class Rows(Callback):
     def take(self, trainer: Trainer, detector: Detector, prediction: Prediction, batch: ImageBatch) -> None:
         """Keeps the rows of a batch."""
         limits, rows = detector.scorer.limits, []
-        p_values = detector.scorer.p_value(prediction.score).tolist()
+        shares = p_values(prediction.score.cpu().numpy(), detector.scorer.normals.cpu().numpy()).tolist()
         for number, error in enumerate(batch.error):
             path, defect = batch.path[number], batch.defect[number]
             if error:
@@ -62,7 +62,7 @@ class Rows(Callback):
             values = crop_resize(prediction.map[number, None], batch.content[number, None], size)[0].cpu().numpy()
             score = float(prediction.score[number])
             verdict = limits.verdict(score)
-            scored = Scored(score, verdict == "anomalous", verdict, p_values[number], values)
+            scored = Scored(score, verdict == "anomalous", verdict, shares[number], values)
             rows.append(row_of(path, scored, limits, self._source, LABELS[int(batch.label[number])], defect))
             self.show(trainer, rows[-1], sheet_entry(prediction, batch, number), limits)
         append_rows(self._kept, rows)
@@ -88,7 +88,7 @@ class Rows(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Detector, exception: BaseException) -> None:
         """Leaves the rows kept until then: they cost no further space, should the disk be full."""
-        if getattr(self, "rows", None):
+        if getattr(self, "rows", None) and self._kept.is_file():
             rest = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"
             scores = self._kept.replace(self.folder / f"scores{rest}.csv")
             print(f"scores of the {len(self.rows)} images until then: {scores}", file=sys.stderr)

@@ -111,8 +111,8 @@ class PatchadCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, and those of `DetectorTrainer`."""
-        further = {name: {"model", "datamodule"} for name in ("export", "verify", "benchmark")}
-        return {**LightningCLI.subcommands(), **further}
+        own = {name: {"model", "datamodule"} for name in ("predict", "export", "verify", "benchmark")}
+        return {**LightningCLI.subcommands(), **own}
 
     def _parse_ckpt_path(self) -> None:
         """Checks one that a config names; Lightning would put the checkpoint's settings above the caller's options."""
@@ -174,10 +174,6 @@ class PatchadCLI(LightningCLI):
     def test(self, **settings: Any) -> None:
         """Lightning's, without its table: the `Report` callback prints a shorter one."""
         self.trainer.test(**{**settings, "verbose": False})
-
-    def predict(self, **settings: Any) -> None:
-        """Lightning's, which would keep every map in memory; the `Predictions` callback has written them."""
-        self.trainer.predict(**{**settings, "return_predictions": False})
 
     def after_fit(self) -> None:
         """Validates what had no epochs to do it in; says where everything is and what comes next."""

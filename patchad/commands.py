@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
 
+from patchad.callbacks.predictions import Maps, Predictions
 from patchad.checkpoint import read_checkpoint
 from patchad.data.datamodule import PyramidDataModule
 from patchad.data.datasets import ImageDataset
@@ -21,7 +22,29 @@ from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memor
 
 
 class DetectorTrainer(Trainer):
-    """Lightning's trainer with three more verbs."""
+    """Lightning's trainer with three more verbs, and a `predict` that says what is written."""
+
+    def predict(  # type: ignore[override]
+        self,
+        model: Detector,
+        datamodule: PyramidDataModule,
+        ckpt_path: Path | None = None,
+        maps: Maps | None = None,
+    ) -> None:
+        """Score images without labels.
+
+        Args:
+            model: takes the weights.
+            datamodule: its folder's images are scored.
+            ckpt_path: what patchad fit wrote.
+            maps: what is written of each image beside its row: none, overlay, heatmap or float16 (see
+                patchad.callbacks.Predictions); by default what that callback says, an overlay.
+        """
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Predictions) and maps is not None:
+                callback.maps = maps
+        # else every map would stay in memory
+        super().predict(model, datamodule=datamodule, ckpt_path=ckpt_path, return_predictions=False)
 
     def export(
         self,

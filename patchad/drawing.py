@@ -46,7 +46,7 @@ def outline(region: np.ndarray, width: int = 1) -> np.ndarray:
     Example:
         >>> outline(np.eye(3, dtype=bool)[:2]).astype(int)
         array([[1, 1, 0],
-               [1, 0, 1]])
+               [1, 1, 1]])
     """
     around = region
     for _ in range(width):

@@ -15,7 +15,8 @@ CHECKPOINT = {
     "patchad_format": CHECKPOINT_FORMAT,
     "patchad_model": {},
     "patchad_scored_by": {},
-    "patchad_fitted_digests": [],
+    "patchad_fitted": {},
+    "patchad_updates": [],
     "hyper_parameters": {},
     "state_dict": {"a": torch.arange(5000.0)},
     "epoch": 3,
@@ -55,7 +56,7 @@ def test_a_file_that_was_cut_is_refused(kept, path):
     ("content", "words"),
     [
         (CHECKPOINT, "is damaged: its checksum does not fit"),
-        (CHECKPOINT | {"patchad_format": 11}, "has format 11; this patchad reads format 12"),
+        (CHECKPOINT | {"patchad_format": 11}, "has format 11; this patchad reads format 13"),
         (CHECKPOINT | {"patchad_format": "12"}, "has format '12'"),
         ({"state_dict": {}}, "is not one of patchad's"),
         ([1, 2], "is not one of patchad's"),

@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,12 @@ import torch
 import yaml
 from PIL import Image
 
-from patchad import PatchDetector
-from patchad.callbacks.predictions import Row, write_scores
+from patchad import PatchDetector, PatchModel
+from patchad.callbacks.summary import percent
 from patchad.checkpoint import read_checkpoint, save
 from patchad.cli import main
 from patchad.images import read_image
+from patchad.results import Row, write_rows
 
 SMALL = [
     "--data.image_size=[96,96]",
@@ -29,6 +32,9 @@ SMALL = [
     "--trainer.enable_progress_bar=false",
 ]
 LITE = ["--model.bank.max_vectors=500"]
+MAPS = ("float16", "heatmap", "overlay", "none")
+WRITTEN = {"report": "report.html", "scores": "scores.csv"}
+"""What a test names at its end, and where it is."""
 
 
 @contextmanager
@@ -66,6 +72,10 @@ def checkpoint(run: Path) -> str:
     return str(run / "checkpoints" / "last.ckpt")
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def highest_pixels(run: Path, image: Path) -> np.ndarray:
     """The highest 1 % of the pixels of the map that scores come from, of an image of 96 x 96."""
     detector = PatchDetector.load_from_checkpoint(checkpoint(run), weights_only=True).eval()
@@ -84,17 +94,17 @@ def test_a_run_folder_holds_the_resolved_config_and_the_metrics(run):
 def test_a_checkpoint_alone_is_tested(run, here, capsys):
     main(["test", "--ckpt_path", checkpoint(run), "--trainer.enable_progress_bar=false"])
     printed = capsys.readouterr().out
-    for name in (
-        "detection_auroc",
-        "segmentation_auroc_side_16",
-        "pro",
-        "detection_f1_max",
-        "false_positive_rate_high",
-    ):
-        assert f"test/{name}" in printed
+    found = list(csv.DictReader((here / "runs/version_0/metrics.csv").read_text().splitlines()))[-1]
+    for name, metric in (("detection AUROC", "detection_auroc"), ("per-region overlap", "pro")):
+        assert re.search(rf"^{name} +{percent(float(found[f'test/{metric}']))} *$", printed, re.M)
+    rows = read_rows(here / "runs/version_0/scores.csv")
+    for label, count in (("normal", 4), ("anomalous", 7)):
+        verdicts = Counter(row["verdict"] for row in rows if row["label"] == label)
+        assert verdicts.total() == count
+        assert re.search(rf"^{label} +{verdicts['normal']} +0 +{verdicts['anomalous']} *$", printed, re.M)
+    assert printed.splitlines()[-2:] == [f"{name}: runs/version_0/{file}" for name, file in WRITTEN.items()]
     with Image.open(here / "runs/version_0/contact_sheet.png") as sheet:
         assert sheet.width > 4 * 160 and len(np.unique(np.asarray(sheet))) > 100
-    found = list(csv.DictReader((here / "runs/version_0/metrics.csv").read_text().splitlines()))[-1]
     page = (here / "runs/version_0/report.html").read_text()
     for row, end in (("all", ""), ("stain", "_defect_stain"), ("side 16", "_side_16")):
         cells = [f"{100 * float(found[f'test/{kind}_auroc{end}']):.1f}" for kind in ("detection", "segmentation")]
@@ -103,7 +113,31 @@ def test_a_checkpoint_alone_is_tested(run, here, capsys):
     assert not list(here.rglob("*.part"))
 
 
-def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, product):
+def test_a_row_says_what_the_model_says_of_the_image_and_failures_come_first(run, here, product):
+    """By another path to the same numbers: the model alone, image by image."""
+    main(["test", "--ckpt_path", checkpoint(run), "--trainer.enable_progress_bar=false"])
+    rows = read_rows(here / "runs/version_0/scores.csv")
+    assert sorted(Path(row["path"]).parent.name == row["defect"] for row in rows) == [True] * 11
+    wrong = [row["correct"] == "wrong" for row in rows]
+    assert any(wrong) and wrong == sorted(wrong, reverse=True)
+    model = PatchModel.load(checkpoint(run))
+    digits = Path(checkpoint(run)).read_bytes()[-64:].decode()
+    for row in rows:
+        found, limits = model.predict(row["path"]), model.scorer.limits
+        above = np.argwhere(found.map > limits.map_threshold)
+        assert float(row["score"]) == pytest.approx(found.score, rel=1e-4)
+        assert (row["verdict"], float(row["threshold"])) == (found.verdict, limits.threshold)
+        assert abs(int(row["area"]) - len(above)) <= 1  # batches round differently
+        if len(above) > 1:
+            ends = [*above.min(0)[::-1], *(above.max(0)[::-1] + 1)]
+            assert [int(row[side]) for side in ("left", "top", "right", "bottom")] == pytest.approx(ends, abs=1)
+        assert row["model"] == digits and row["version"] == version("patchad")
+        assert row["note"] == {(True, False): "score only", (False, True): "map only"}.get(
+            (found.anomalous, len(above) > 0), ""
+        )
+
+
+def test_predict_writes_scores_and_what_is_asked_for_of_each_image(run, here, product):
     folder = here / "parts"
     folder.mkdir()
     shutil.copy(product / "test" / "good" / "000.png", folder / "same.png")
@@ -112,10 +146,14 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
         image.resize((150, 110)).save(folder / "wide.jpg")
         image.convert("L").save(folder / "deep" / "same.png")
     options = ["--model.scorer.smoothing=0.0", "--trainer.enable_progress_bar=false"]
-    main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", *options])
-    written = here / "runs/version_0/predictions"
-    rows = list(csv.DictReader((written / "scores.csv").read_text().splitlines()))
-    assert [row["path"] for row in rows] == ["parts/deep/same.png", "parts/same.png", "parts/wide.jpg"]
+    for maps in MAPS:
+        named = [] if maps == "overlay" else [f"--maps={maps}"]
+        main(["predict", "--ckpt_path", checkpoint(run), "--data.root", "parts", *named, *options])
+    runs = {maps: here / f"runs/version_{number}/predictions" for number, maps in enumerate(MAPS)}
+    written = runs["float16"]
+    rows = read_rows(written / "scores.csv")
+    assert {row["path"] for row in rows} == {"parts/deep/same.png", "parts/same.png", "parts/wide.jpg"}
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), key=float, reverse=True)
     normals = torch.load(checkpoint(run), weights_only=True)["state_dict"]["model.scorer.normals"]
     threshold = normals.max().item()  # too few for another
     for row in rows:
@@ -123,11 +161,13 @@ def test_predict_writes_scores_and_maps_at_the_size_of_each_image(run, here, pro
             (1 + int((normals >= float(row["score"]) - 1e-6).sum())) / 13, rel=1e-3
         )
         assert row["verdict"] == ("anomalous" if float(row["score"]) > threshold else "normal")
-    for name, size in (("same.png", (96, 96)), ("wide.jpg", (110, 150)), ("deep/same.png", (96, 96))):
+    for name, size in (("same.png", (96, 96)), ("wide.jpg", (70, 96)), ("deep/same.png", (96, 96))):
         values = np.load(written / "maps" / f"{name}.npy")
-        assert values.dtype == np.float32 and values.shape == size and values.min() > 0
-        with Image.open(written / "maps" / f"{name}.heatmap.png") as heat_map:
-            assert heat_map.size == size[::-1]
+        assert values.dtype == np.float16 and values.shape == size and values.min() > 0
+        for maps in ("heatmap", "overlay"):
+            with Image.open(runs[maps] / "maps" / f"{name}.{maps}.png") as picture:
+                assert picture.size == size[::-1]
+    assert not (runs["none"] / "maps").exists()
     scores = {row["path"]: float(row["score"]) for row in rows}
     assert highest_pixels(run, folder / "same.png").mean() == pytest.approx(scores["parts/same.png"], rel=1e-5)
 
@@ -136,8 +176,8 @@ def test_options_override_the_settings_of_the_checkpoint(run, here, product, cap
     shutil.copytree(product / "test", here / "other" / "test")
     main(["test", "--ckpt_path", checkpoint(run), "--data.root=other", "--trainer.enable_progress_bar=false"])
     captured = capsys.readouterr()
-    assert "test/detection_auroc" in captured.out
-    assert "test/segmentation_auroc" not in captured.out  # the other folder has no masks
+    assert "detection AUROC" in captured.out
+    assert "segmentation AUROC" not in captured.out  # the other folder has no masks
 
 
 @pytest.mark.parametrize("score", ["top_fraction", "max"])
@@ -215,7 +255,7 @@ def test_a_fit_that_is_cut_short_and_has_no_logger_leaves_a_checkpoint_that_is_t
     main(["fit", f"--data.root={product}", *SHORT[config], *short])
     assert "patchad test --ckpt_path runs/checkpoints/last.ckpt" in capsys.readouterr().out
     main(["test", "--ckpt_path=runs/checkpoints/last.ckpt", *short, "--trainer.enable_progress_bar=false"])
-    assert "test/detection_auroc" in capsys.readouterr().out
+    assert "detection AUROC" in capsys.readouterr().out
     assert (here / "runs/report.html").is_file()
 
 
@@ -227,7 +267,7 @@ def test_a_fast_dev_run_passes_through_fit_and_test_and_leaves_no_checkpoint(
     main(["fit", f"--data.root={product}", *SHORT[config], *few])
     assert not list(here.rglob("*.ckpt")) and "checkpoint:" not in capsys.readouterr().out
     main(["test", f"--ckpt_path={checkpoint(run)}", *few])
-    assert "test/detection_auroc" in capsys.readouterr().out
+    assert "detection AUROC" in capsys.readouterr().out
 
 
 EXTEND = Path(__file__).parent.parent / "docs" / "extend.md"
@@ -271,7 +311,7 @@ def test_the_examples_of_docs_extend_run_and_their_checkpoints_reload(own, here,
         main(["test", "--ckpt_path", path])
     assert "give --allow mine" in capsys.readouterr().err
     main(["test", "--ckpt_path", path, "--allow", "mine", "--trainer.enable_progress_bar=false"])
-    assert "test/detection_auroc" in capsys.readouterr().out
+    assert "detection AUROC" in capsys.readouterr().out
     settings = torch.load(path, weights_only=True)["hyper_parameters"]
     assert "mine." in str(settings) or own == "a detector of their own"
     loaded = PatchDetector.load_from_checkpoint(path, weights_only=True)
@@ -281,9 +321,8 @@ def test_the_examples_of_docs_extend_run_and_their_checkpoints_reload(own, here,
 def test_scores_of_files_of_any_name_are_written(tmp_path):
     """Such names come out of archives of other systems."""
     name = os.fsdecode(b"caf\xe9.png")
-    write_scores(tmp_path / "scores.csv", [Row(name, 1.5, 0.25, "normal")])
-    written = b"path,score,p_value,verdict,reason\r\ncaf\xe9.png,1.5,0.25,normal,\r\n"
-    assert (tmp_path / "scores.csv").read_bytes() == written
+    write_rows(tmp_path / "scores.csv", [Row(name, score=1.5, p_value=0.25, verdict="normal")])
+    assert (tmp_path / "scores.csv").read_bytes().splitlines()[1].startswith(b"caf\xe9.png,,,1.5,0.25,normal,")
 
 
 def test_an_optimizer_on_the_command_line_is_the_one_that_is_used(here, product):

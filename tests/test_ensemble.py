@@ -11,6 +11,7 @@ from test_cli import LITE, SMALL, commands_in, here  # noqa: F401
 import patchad
 from patchad import Ensemble, PatchadError, PatchDetector, PyramidDataModule
 from patchad.cli import main
+from patchad.model import summary
 from patchad.scoring import Scorer, gaussian
 
 PRODUCT = partial(Scorer, combination="product", smoothing=4.0)
@@ -67,7 +68,7 @@ def test_a_checkpoint_holds_its_members_whole(members, fitted, here, capsys):
         assert torch.equal(alone(image()).map, Ensemble(members, PRODUCT).eval()(image()).map)
     main(["test", f"--ckpt_path={fitted}", "--trainer.enable_progress_bar=false"])
     printed = capsys.readouterr().out
-    assert "test/detection_auroc" in printed and "test/pro" in printed
+    assert "detection AUROC" in printed and "per-region overlap" in printed
     assert (here / "runs/version_0/report.html").is_file()
 
 
@@ -77,11 +78,12 @@ def test_the_threshold_is_that_of_the_normals_each_compared_with_the_others(fitt
     data = PyramidDataModule.load_from_checkpoint(fitted, weights_only=True)
     data.setup("fit")
     batches = list(data.normal_dataloader())
-    scores = torch.cat([alone(batch.image, batch.content, batch.thing).score for batch in batches])
+    scored = [summary(alone(batch.image, batch.content, batch.thing)) for batch in batches]
+    scores, peaks = torch.cat(scored).T
     assert (scores > torch.cat([alone(batch.image, batch.content).score for batch in batches])).all()
     again = Scorer((0, 1))
-    again.set_threshold(scores)
-    assert float(again.threshold) == pytest.approx(float(alone.scorer.threshold))
+    again.set_limits(scores, peaks)
+    assert again.limits == pytest.approx(alone.scorer.limits)
 
 
 @pytest.mark.slow

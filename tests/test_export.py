@@ -247,7 +247,7 @@ def test_another_rate_sets_the_threshold_and_a_score_has_the_p_value_that_the_de
     file.threshold = kept
     found = file(image)
     scorer = Scorer((16,))
-    scorer.set_threshold(torch.from_numpy(normals))
+    scorer.set_limits(torch.from_numpy(normals), torch.from_numpy(file.peaks))
     assert found.p_value == pytest.approx(float(scorer.p_value(torch.tensor([found.score]))))
     with pytest.raises(PatchadError, match="target_fpr 0 must lie above 0"):
         file.set_target_fpr(0)

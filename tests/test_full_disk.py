@@ -14,7 +14,7 @@ from patchad.cli import main
 from tests.test_cli import LITE, SMALL, commands_in
 
 LAST = "runs/fit/checkpoints/last.ckpt"
-PREDICTIONS, HEAT_MAP = "runs/map/predictions", ".heatmap.png"
+PREDICTIONS, OVERLAY = "runs/map/predictions", ".overlay.png"
 FIT = ["fit", "--model.sides=[16]", *LITE, *SMALL, "--trainer.logger.version=fit"]
 FITTED = [f"--ckpt_path={LAST}", "--trainer.enable_progress_bar=false"]
 CASES = {
@@ -82,5 +82,5 @@ def test_a_full_disk_is_told_in_one_line_that_names_the_file_and_costs_nothing_t
         rows = csv.DictReader((disk / PREDICTIONS / "scores.csv").read_text().splitlines())
         scored = {str(Path(row["path"]).relative_to(root)) for row in rows}
         maps = disk / PREDICTIONS / "maps"
-        drawn = {str(path.relative_to(maps)).removesuffix(HEAT_MAP) for path in maps.rglob(f"*{HEAT_MAP}")}
+        drawn = {str(path.relative_to(maps)).removesuffix(OVERLAY) for path in maps.rglob(f"*{OVERLAY}")}
         assert scored == drawn and scored

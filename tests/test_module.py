@@ -350,12 +350,15 @@ def fit_of(root: Path, folder: Path, **settings) -> PatchDetector:
 def test_scores_of_images_that_were_learned_from_are_raised_to_those_of_the_others():
     model = detector(scorer=scorer(target_fpr=0.3))
     scores, unseen = torch.tensor([2.0, 4.0, 6.0, 5.0, 8.0, 11.0]), torch.tensor([False] * 3 + [True] * 3)
-    model.model.set_threshold(scores, unseen)
+    peaks = torch.tensor([1.0, 2.0, 3.0, 6.0, 6.0, 9.0])  # by a ratio of their own
+    model.model.set_limits(torch.stack([scores, peaks], dim=1), unseen)
     torch.testing.assert_close(model.scorer.normals, torch.tensor([4.0, 8.0, 12.0, 5.0, 8.0, 11.0]))
-    model.model.set_threshold(scores.flip(0), unseen)  # those that were learned from are never lowered
+    torch.testing.assert_close(model.scorer.peaks, torch.tensor([3.0, 6.0, 9.0, 6.0, 6.0, 9.0]))
+    lower = torch.stack([scores, peaks], dim=1).flip(0)
+    model.model.set_limits(lower, unseen)  # those that were learned from are never lowered
+    assert torch.equal(model.scorer.normals, scores.flip(0)) and torch.equal(model.scorer.peaks, peaks.flip(0))
+    model.model.set_limits(lower, torch.ones(6, dtype=torch.bool))
     assert torch.equal(model.scorer.normals, scores.flip(0))
-    model.model.set_threshold(scores, torch.ones(6, dtype=torch.bool))
-    assert torch.equal(model.scorer.normals, scores)
 
 
 def test_too_few_normal_images_for_the_rate_are_told_in_fit_test_and_predict(product, tmp_path, caplog):

@@ -2,27 +2,48 @@ import numpy as np
 import pytest
 import torch
 from PIL import ImageDraw
+from scipy import ndimage
 
-from patchad.callbacks.pictures import RAMP, SheetEntry, colour, contact_sheet, montage, overlay, row, sheet_entry
+from patchad.callbacks.pictures import SheetEntry, contact_sheet, montage, row, sheet_entry
+from patchad.conformal import Limits
+from patchad.drawing import FOUND, RAMP, TRUTH, heat, outline, outlined
 from patchad.types import ImageBatch, Prediction
 
 
-def test_colours_go_from_blue_at_the_low_end_to_red_at_the_high_end():
-    values = np.array([[-9.0, 2.0, 4.0, 6.0, 99.0]])
-    blue, red = RAMP[0].astype(int).tolist(), RAMP[-1].astype(int).tolist()
-    found = colour(values, low=2.0, high=6.0)[0].astype(int).tolist()
-    assert found == [blue, blue, RAMP[2].astype(int).tolist(), red, red]
-    assert blue[2] > blue[0] and red[0] > red[2]
+def test_colours_mean_the_same_in_every_picture_and_never_end():
+    values = np.array([[0.0, 2.0, 4.0, 64.0, 1e3, 1e6, 1e9]])
+    found = heat(values, threshold=4.0)[0].astype(int)
+    assert [found[place].tolist() for place in (0, 1, 2, 3)] == [RAMP[row].astype(int).tolist() for row in (0, 1, 2, 3)]
+    brightness = found @ (299, 587, 114)
+    assert (np.diff(brightness) > 0).all()  # in grey, too
+    assert (heat(values[:, ::-1] / 8, threshold=0.5) == heat(values, threshold=4.0)[:, ::-1]).all()
 
 
-def test_an_overlay_is_half_image_and_half_heat_map():
-    image, heat = np.full((2, 2, 3), 250, np.uint8), np.full((2, 2, 3), 100, np.uint8)
-    assert (overlay(image, heat) == 175).all()
+@pytest.mark.parametrize("width", [1, 3])
+def test_an_outline_lies_around_a_region_and_covers_none_of_it_but_at_the_edge(width):
+    region = np.zeros((30, 40), dtype=bool)
+    region[10:14, 20:25] = True
+    region[0:5, 30:40] = True  # at two edges
+    found = outline(region, width)
+    cross = ndimage.generate_binary_structure(2, 1)
+    around = ndimage.binary_dilation(region, cross, iterations=width) & ~region
+    edge = np.ones_like(region)
+    edge[width:-width, width:-width] = False
+    np.testing.assert_array_equal(found, around | (region & edge))
+    assert not outline(np.zeros((3, 3), bool)).any() and outline(np.ones((5, 5), bool)).sum() == 16
+
+
+def test_an_outlined_image_keeps_its_pixels_elsewhere():
+    image, region = np.full((8, 9, 3), 7, np.uint8), np.eye(8, 9, dtype=bool)
+    found = outlined(image, region, TRUTH)
+    assert (found[outline(region)] == TRUTH).all() and (found[~outline(region)] == 7).all()
+    assert (image == 7).all()
 
 
 def shown(defect: str, anomalous: bool) -> SheetEntry:
-    plain = np.zeros((1, 2, 3), np.uint8)
-    return SheetEntry("good/000.png", defect, 1.5, anomalous, plain, plain, np.array([[0.0, 3.0]]))
+    image, truth, values = np.zeros((4, 4, 3), np.uint8), np.eye(4, dtype=bool), np.zeros((4, 4))
+    values[0, 3] = 9.0
+    return SheetEntry("good/000.png", defect, 4.0 if anomalous else 1.5, anomalous, image, truth, values)
 
 
 @pytest.mark.parametrize(
@@ -30,11 +51,19 @@ def shown(defect: str, anomalous: bool) -> SheetEntry:
     [("good", False, False), ("good", True, True), ("hole", True, False), ("hole", False, True)],
 )
 def test_a_caption_says_where_the_verdict_is_wrong(defect, anomalous, wrong):
-    caption, panels = row(shown(defect, anomalous), low=0.0, threshold=3.0)
+    caption, panels = row(shown(defect, anomalous), Limits(threshold=3.0, review_threshold=3.0, map_threshold=4.5))
     assert caption.endswith("WRONG") == wrong
     assert f"verdict: {'anomalous' if anomalous else 'normal'}" in caption and "threshold 3" in caption
-    assert panels[2][0, 0].tolist() == RAMP[0].astype(int).tolist()
-    assert panels[2][0, 1].tolist() == RAMP[-1].astype(int).tolist()
+    image, truth, found, colours = panels
+    assert not image.any() and colours[0, 0].tolist() == RAMP[0].astype(int).tolist()
+    assert (truth[0, 1] == TRUTH).all() and not truth[1, 1].any()
+    assert (found[1, 3] == FOUND).all() and not found[1, 0].any()
+
+
+def test_what_is_to_be_looked_at_is_neither_right_nor_wrong():
+    limits = Limits(threshold=5.0, review_threshold=3.0, map_threshold=4.5)
+    caption, _ = row(shown("hole", True), limits)
+    assert "verdict: review" in caption and "WRONG" not in caption
 
 
 def test_what_is_shown_of_a_padded_image_is_its_content():
@@ -48,7 +77,7 @@ def test_what_is_shown_of_a_padded_image_is_its_content():
     assert found.name == "b/1.png" and found.score == 2.0 and found.anomalous and found.defect == "b"
     np.testing.assert_array_equal(found.image, (image[1, :, :6, :4].permute(1, 2, 0) * 255).round().byte().numpy())
     np.testing.assert_allclose(found.map, values[1, :6, :4].numpy())
-    assert found.truth.shape == (6, 4, 3) and found.truth[0].min() == 255 and found.truth[2:].max() == 0
+    assert found.truth.shape == (6, 4) and found.truth[0].all() and not found.truth[2:].any()
 
 
 def test_a_sheet_has_the_panels_of_each_row_beside_its_caption():

@@ -163,7 +163,7 @@ def test_p_values_are_the_share_of_normals_that_score_as_high_and_agree_with_the
     expected = [(1 + sum(normal >= score for normal in normals)) / 51 for score in scores]
     np.testing.assert_allclose(p_values(scores, normals), expected)
     scorer = Scorer((16,), target_fpr=0.1)
-    promised = scorer.set_threshold(torch.from_numpy(normals))
+    promised = scorer.set_limits(torch.from_numpy(normals), torch.from_numpy(normals))
     anomalous = torch.from_numpy(scores) > scorer.threshold
     assert torch.equal(scorer.p_value(torch.from_numpy(scores)) <= promised + 1e-6, anomalous)
     assert anomalous.any() and not anomalous.all()
@@ -171,14 +171,20 @@ def test_p_values_are_the_share_of_normals_that_score_as_high_and_agree_with_the
 
 def test_another_rate_sets_another_threshold_from_the_scores_that_are_kept():
     fitted = Scorer((16,), target_fpr=0.05)
-    fitted.set_threshold(torch.arange(100.0))
-    loaded = Scorer((16,), target_fpr=0.2)
+    fitted.set_limits(torch.arange(100.0), 2 * torch.arange(100.0))
+    loaded = Scorer((16,), target_fpr=0.2, review_fpr=0.5)
     loaded.load_state_dict(fitted.state_dict())
-    assert float(loaded.threshold) == conformal_threshold(np.arange(100.0), 0.2)[0] == 80
-    assert float(fitted.threshold) == 95
+    assert conformal_threshold(np.arange(100.0), 0.2)[0] == 80
+    assert loaded.limits == (80, 50, 160) and fitted.limits == (95, 95, 190)
+    assert [loaded.limits.verdict(score) for score in (50.0, 50.5, 80.0, 80.5)] == [
+        *("normal", "review", "review", "anomalous")
+    ]
 
 
-@pytest.mark.parametrize("wrong", [{"top_fraction": 0.0}, {"target_fpr": 1.5}, {"smoothing": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"top_fraction": 0.0}, {"target_fpr": 1.5}, {"smoothing": -1.0}, {"review_fpr": 0.05}, {"review_fpr": 2.0}],
+)
 def test_arguments_outside_their_range_are_refused(wrong):
     with pytest.raises(PatchadError, match=next(iter(wrong))):
         Scorer((16,), **wrong)

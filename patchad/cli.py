@@ -1,4 +1,4 @@
-"""The command line: `patchad fit | validate | test | predict | export | verify | benchmark`."""
+"""The command line: `patchad fit`, `test`, `predict` and what else there is."""
 
 import errno
 import io
@@ -35,6 +35,8 @@ CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
 PARTS = {"model": Detector, "data": PyramidDataModule}
 """What a config and a checkpoint name by class_path."""
+OWN_VERBS = ("predict", "export", "verify", "benchmark", "threshold", "update")
+"""Of `DetectorTrainer`."""
 LIGHTNINGS_WORDS = ("best", "last", "hpc", "null")
 """What `fit --ckpt_path` takes beside a path."""
 LEAST = {"check_val_every_n_epoch": 1, "accumulate_grad_batches": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
@@ -111,7 +113,7 @@ class PatchadCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, and those of `DetectorTrainer`."""
-        own = {name: {"model", "datamodule"} for name in ("predict", "export", "verify", "benchmark")}
+        own = {name: {"model", "datamodule"} for name in OWN_VERBS}
         return {**LightningCLI.subcommands(), **own}
 
     def _parse_ckpt_path(self) -> None:

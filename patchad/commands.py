@@ -1,8 +1,9 @@
-"""What Lightning's trainer has no verb for: `patchad export`, `patchad verify`, `patchad benchmark`."""
+"""What Lightning's trainer has no verb for: `patchad export`, `verify`, `benchmark`, `threshold` and `update`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,19 +11,21 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 
 from patchad.callbacks.predictions import Maps, Predictions
-from patchad.checkpoint import read_checkpoint
+from patchad.checkpoint import checksum, read_checkpoint
 from patchad.data.datamodule import PyramidDataModule
 from patchad.data.datasets import ImageDataset
 from patchad.detector import Detector
 from patchad.errors import PatchadError, check_range
 from patchad.export import MAP_TOLERANCE, TOLERANCE, Difference, compare, export
+from patchad.files import check_writable
 from patchad.model import PatchModel, ScoringModel
+from patchad.revision import Revision
 from patchad.runtime import ExportedDetector, load
 from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, reset_peak_memory, stage_table
 
 
 class DetectorTrainer(Trainer):
-    """Lightning's trainer with three more verbs, and a `predict` that says what is written."""
+    """Lightning's trainer with five more verbs, and a `predict` that says what is written."""
 
     def predict(  # type: ignore[override]
         self,
@@ -105,6 +108,7 @@ class DetectorTrainer(Trainer):
             thresholds = f"{runtime.threshold:.4g}, not {float(scoring.scorer.threshold):.4g} as {ckpt_path}"
             raise PatchadError(f"{exported} has the threshold {thresholds}; export it again")
         print(f"{largest}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
+        check_origin(exported, runtime.metadata["checkpoint"], named(ckpt_path))
         if errors:
             raise PatchadError(f"{len(errors)} of {len(paths)} images could not be scored: {'; '.join(errors)}")
 
@@ -147,6 +151,61 @@ class DetectorTrainer(Trainer):
                 images_per_second = 1e3 * size / np.median(rows[-1].times)
                 print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
 
+    def threshold(
+        self,
+        model: Detector,
+        datamodule: PyramidDataModule,
+        target_fpr: float,
+        output: Path,
+        ckpt_path: Path | None = None,
+        review_fpr: float | None = None,
+    ) -> None:
+        """Set the thresholds of a fitted detector for another rate of false alarms, without a fit.
+
+        Args:
+            model: takes the weights.
+            datamodule: knows the size of images.
+            target_fpr: share of normal images that may be called anomalous.
+            output: the checkpoint that is written.
+            ckpt_path: what patchad fit wrote.
+            review_fpr: share of normal images that may be called anomalous or be looked at.
+        """
+        revision = revise(model, datamodule, ckpt_path, output)
+        revision.set_rates(target_fpr, review_fpr)
+        revision.save(output)
+
+    def update(
+        self,
+        model: Detector,
+        datamodule: PyramidDataModule,
+        output: Path,
+        ckpt_path: Path | None = None,
+        normal: Path | None = None,
+        remove: Path | None = None,
+        defects: Path | None = None,
+    ) -> None:
+        """Do something about false alarms and missed defects, without a fit.
+
+        Args:
+            model: takes the weights.
+            datamodule: knows the size of images.
+            output: the checkpoint that is written.
+            ckpt_path: what patchad fit wrote.
+            normal: images, or one, that are normal, such as false alarms: they fill the banks and set the thresholds.
+            remove: images, or one, of those that are taken for normal, which shall be so no longer.
+            defects: images, or one, of known defects, which the threshold shall find.
+        """
+        if not (normal or remove or defects):
+            raise PatchadError("nothing to update: give --normal, --remove or --defects, each a folder or a file")
+        revision = revise(model, datamodule, ckpt_path, output)
+        if remove:
+            revision.remove(remove)
+        if normal:
+            revision.add(normal)
+        if defects:
+            revision.find(defects)
+        revision.save(output)
+
 
 def restored(detector: Detector, datamodule: PyramidDataModule, ckpt_path: Path | None) -> ScoringModel:
     """The model with the checkpoint's weights, in eval mode; warns where options differ from what was fitted.
@@ -154,14 +213,43 @@ def restored(detector: Detector, datamodule: PyramidDataModule, ckpt_path: Path 
     Raises:
         PatchadError: if there is no checkpoint, or one of another format.
     """
+    return restore(detector, datamodule, read_checkpoint(named(ckpt_path), "--ckpt_path"))
+
+
+def named(ckpt_path: Path | None) -> Path:
+    """The path of a checkpoint.
+
+    Raises:
+        PatchadError: if there is none.
+    """
     if ckpt_path is None:
         raise PatchadError("no detector: give --ckpt_path, the checkpoint that patchad fit wrote")
-    checkpoint = read_checkpoint(ckpt_path, "--ckpt_path")
+    return ckpt_path
+
+
+def restore(detector: Detector, datamodule: PyramidDataModule, checkpoint: dict[str, Any]) -> ScoringModel:
+    """The model with the weights of a checkpoint that was read, in eval mode."""
     detector.on_load_checkpoint(checkpoint)
     datamodule.load_state_dict(checkpoint.get(type(datamodule).__qualname__, {}))
     detector.load_state_dict(checkpoint["state_dict"])
     detector.model.canvas = datamodule.canvas
     return detector.model.eval()
+
+
+def revise(detector: Detector, datamodule: PyramidDataModule, ckpt_path: Path | None, output: Path) -> Revision:
+    """A fitted detector, ready to be changed; an output that cannot be written is told before the work."""
+    check_writable(output)
+    checkpoint = read_checkpoint(named(ckpt_path), "--ckpt_path")
+    model = restore(detector, datamodule, checkpoint)
+    return Revision(model, detector.fitted, datamodule, checkpoint, named(ckpt_path))
+
+
+def check_origin(exported: Path, noted: Mapping[str, str] | None, ckpt_path: Path) -> None:
+    """Raises PatchadError if a file notes that it was exported from another checkpoint, such as before an update."""
+    if noted and noted["sha256"] != checksum(ckpt_path):
+        raise PatchadError(
+            f"{exported} was exported from another checkpoint ({noted['name']}), not {ckpt_path}: export it again"
+        )
 
 
 def compare_all(

@@ -45,7 +45,6 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         learning: trains what the model embeds with; None where nothing is learned.
         doubts: about the images of the last fit, validation, test or prediction.
         fitted: the normal images of the fit, and what was added to them.
-        updates: what was changed after the fit, one line for each time.
     """
 
     model: Model
@@ -56,7 +55,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     def __init__(self) -> None:
         super().__init__()
         self.learning = None  # not on the class, where it would hide the submodule
-        self.doubts, self.fitted, self.updates = Doubts(), FittedImages(), list[str]()
+        self.doubts, self.fitted = Doubts(), FittedImages()
 
     @property
     def learns(self) -> bool:
@@ -283,7 +282,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self.model.scored_by
         checkpoint["patchad_model"] = spec(self.model)
-        checkpoint["patchad_fitted"], checkpoint["patchad_updates"] = self.fitted._asdict(), self.updates
+        checkpoint["patchad_fitted"], checkpoint["patchad_updates"] = self.fitted._asdict(), list(self.model.updates)
         checkpoint["patchad_canvas"] = None if self.model.canvas is None else list(self.model.canvas)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -294,7 +293,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         current, fitted = self.model.scored_by, checkpoint["patchad_scored_by"]
         self.model.check_fitted(fitted)
         self.fitted = FittedImages(**checkpoint["patchad_fitted"])
-        self.updates = [] if self._fitting else checkpoint["patchad_updates"]
+        self.model.updates = () if self._fitting else checkpoint["patchad_updates"]
         if checkpoint["patchad_canvas"] is not None:
             self.model.canvas = Canvas.of(checkpoint["patchad_canvas"])
         if (settings := changed_settings(fitted, current)) and not self._fitting:

@@ -106,6 +106,7 @@ def metadata(model: ScoringModel, ckpt_path: Path | None) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "model": spec(model),
         "canvas": model.canvas,
+        "updates": model.updates,
         "limits": model.scorer.limits,
         "normals": model.scorer.normals.tolist(),
         "peaks": model.scorer.peaks.tolist(),

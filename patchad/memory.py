@@ -108,6 +108,18 @@ class MemoryBank(nn.Module):
         self._set(self.keys[:0], self.vectors[:0, :0])
         self._draws = np.empty(0)
 
+    def reopen(self) -> None:
+        """Goes on where a filling ended: the vectors that are there stay as if they were still being drawn."""
+        numbers, places = self.keys.cpu().numpy().T
+        count = int(places.max(initial=-1)) + 1
+        draws = {number: self._draw(number, count) for number in np.unique(numbers).tolist()}
+        self._draws = np.array([draws[number][place] for number, place in self.keys.tolist()])
+
+    def forget(self, things: Int[Tensor, " things"]) -> None:
+        """Leaves out the vectors of these things; `finish` is to follow."""
+        kept = ~torch.isin(self.things, things)
+        self._set(self.keys[kept], self.vectors[kept])
+
     def add(
         self,
         embeddings: Float[Tensor, "batch dim rows columns"],

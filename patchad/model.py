@@ -5,7 +5,7 @@ Nothing here knows Lightning; `patchad.module` trains what `PatchModel` embeds p
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 from warnings import warn
@@ -43,11 +43,13 @@ class ScoringModel(Configurable, nn.Module):
         scorer: holds the threshold and the scores of normal images.
         sides: sides in pixels whose own maps are given, too.
         canvas: what raw images are brought to; None until there is a fit.
+        updates: what was changed after the fit, a line for each time.
     """
 
     scorer: Scorer
     sides: tuple[int, ...] = ()
     canvas: Canvas | None = None
+    updates: Sequence[str] = ()
 
     @classmethod
     def load(cls: type["Loaded"], path: str | Path, device: str | torch.device = "cpu") -> "Loaded":
@@ -72,7 +74,7 @@ class ScoringModel(Configurable, nn.Module):
         model = made(cls, checkpoint["patchad_model"], f"checkpoint {path}")
         state = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
         load_state(model, {name.removeprefix("model."): value for name, value in state.items()})
-        model.canvas = Canvas.of(checkpoint["patchad_canvas"])
+        model.canvas, model.updates = Canvas.of(checkpoint["patchad_canvas"]), checkpoint["patchad_updates"]
         return model.eval()
 
     def forward(
@@ -346,17 +348,19 @@ class PatchModel(ScoringModel):
         embedded: Iterable[tuple[ImageBatch, Mapping[int, Tensor]]],
         things: Int[Tensor, " images"],
         progress: bool = False,
+        more: bool = False,
     ) -> None:
-        """Fills the bank of each side anew.
+        """Fills the bank of each side.
 
         Args:
             embedded: normal images, and what `embed` says of them.
-            things: number of what each training image shows.
+            things: by the number of each image in the banks, the number of what it shows.
             progress: whether a reduction may show a bar.
+            more: whether what the banks hold stays.
         """
         banks = {side: self.bank(side) for side in self.sides}
         for bank in banks.values():
-            bank.clear()
+            bank.reopen() if more else bank.clear()
         for batch, embeddings in embedded:
             check_finite(embeddings)
             for side, bank in banks.items():

@@ -43,6 +43,7 @@ ORDER = [
     "loggers",
     "callbacks",
     "export",
+    "revision",
     "timing",
     "commands",
     "cli",

@@ -1,4 +1,4 @@
-import hashlib
+import csv
 import json
 import math
 import multiprocessing
@@ -27,7 +27,7 @@ from torch import nn
 import patchad
 from patchad import PatchadError, PatchModel
 from patchad.canvas import Canvas
-from patchad.checkpoint import save
+from patchad.checkpoint import checksum, save
 from patchad.cli import main
 from patchad.export import TOLERANCE, export
 from patchad.images import on_canvas, read_image
@@ -321,7 +321,7 @@ def without_checksum(metadata: dict) -> None:
     ("change", "words"),
     [
         (without_checksum, "has no checksum"),
-        (lambda metadata: metadata.update(format=4), "is damaged|has format 4; this patchad reads format 5"),
+        (lambda metadata: metadata.update(format=4), "is damaged|has format 4; this patchad reads format 6"),
         (lambda metadata: metadata.update(threshold=math.nan), "is damaged"),
     ],
 )
@@ -340,7 +340,7 @@ def test_metadata_that_are_none_of_ours_are_refused(metadata, path, tmp_path):
     proto = onnx.load(path)
     onnx.helper.set_model_props(proto, {"patchad": metadata})
     onnx.save_model(proto, tmp_path / "changed")
-    with pytest.raises(PatchadError, match="changed has format None; this patchad reads format 5"):
+    with pytest.raises(PatchadError, match="changed has format None; this patchad reads format 6"):
         patchad.load(tmp_path / "changed")
 
 
@@ -433,7 +433,7 @@ CHECKPOINTS = [f"runs/version_{number}/checkpoints/last.ckpt" for number in rang
 def test_the_file_says_where_it_came_from(fitted):
     metadata = patchad.load(fitted / "model.patchad").metadata
     assert metadata["checkpoint"]["name"] == "last.ckpt"
-    assert metadata["checkpoint"]["sha256"] == hashlib.sha256((fitted / CHECKPOINTS[0]).read_bytes()).hexdigest()
+    assert metadata["checkpoint"]["sha256"] == checksum(fitted / CHECKPOINTS[0])
     assert metadata["model"]["init_args"]["backbone"]["class_path"].endswith("EfficientNetLite0")
     assert metadata["vectors"] == {"32": 300, "16": 500}
 
@@ -507,18 +507,18 @@ def test_benchmark_times_the_users_own_model_at_its_precision(precision, reduced
 
 
 def test_predict_and_the_file_agree(fitted, product, here):
-    main(["predict", f"--ckpt_path={fitted / CHECKPOINTS[0]}", f"--data.root={product}/test"])
+    main(["predict", f"--ckpt_path={fitted / CHECKPOINTS[0]}", f"--data.root={product}/test", "--maps=float16"])
     file = patchad.load(fitted / "model.patchad")
     predictions = next(Path("runs").rglob("predictions"))
-    rows = [line.split(",") for line in (predictions / "scores.csv").read_text().splitlines()[1:]]
+    rows = list(csv.DictReader((predictions / "scores.csv").read_text().splitlines()))
     assert len(rows) == 11
-    for path, score, p_value, verdict, _ in rows:
-        found = file(path)
-        assert found.p_value == pytest.approx(float(p_value), rel=1e-3)
-        assert found.score == pytest.approx(float(score), rel=TOLERANCE)
-        assert ("anomalous" if found.anomalous else "normal") == verdict
-        written = np.load(predictions / "maps" / f"{Path(path).relative_to(product / 'test')}.npy")
-        np.testing.assert_allclose(found.map, written, atol=TOLERANCE * written.max())
+    for row in rows:
+        found = file(row["path"])
+        assert found.p_value == pytest.approx(float(row["p_value"]), rel=1e-6)
+        assert found.score == pytest.approx(float(row["score"]), rel=TOLERANCE)
+        assert found.verdict == row["verdict"]
+        written = np.load(predictions / "maps" / f"{Path(row['path']).relative_to(product / 'test')}.npy")
+        np.testing.assert_allclose(found.map, written, rtol=1e-3, atol=TOLERANCE * float(written.max()))
 
 
 def test_a_checkpoint_and_its_file_score_in_batches_of_1_and_of_8_alike(fitted, product):

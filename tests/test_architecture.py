@@ -43,6 +43,7 @@ ORDER = [
     "export",
     "timing",
     "commands",
+    "help",
     "cli",
 ]
 FILES = [

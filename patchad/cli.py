@@ -8,7 +8,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from patchad.checkpoint import check_exists, read_checkpoint
 from patchad.commands import DetectorTrainer
 from patchad.data.datamodule import PyramidDataModule
 from patchad.detector import Detector
+from patchad.ensemble import Ensemble  # noqa: F401  # so that --model Ensemble finds it
 from patchad.errors import PatchadError, check_range
 from patchad.files import is_below_here
+from patchad.help import CONFIGS, Help, packaged
 from patchad.spec import described, spec
 from patchad.trust import allow, check_slots, check_trusted, foreign_modules
 
-CONFIGS = Path(str(files("patchad.configs")))
 CONFIG_OPTIONS = ("--config", "-c")
 PARTS = {"model": Detector, "data": PyramidDataModule}
 """What a config and a checkpoint name by class_path."""
@@ -100,8 +100,15 @@ class SaveConfig(SaveConfigCallback):
 class PatchadCLI(LightningCLI):
     """LightningCLI with patchad's defaults, and a checkpoint that brings its settings along."""
 
+    def init_parser(self, **settings: Any) -> LightningArgumentParser:
+        """Lightning's, with the help of `patchad.help`."""
+        parser = super().init_parser(add_help=False, **settings)
+        parser.add_argument("-h", "--help", action=Help, help="Show what is needed, or all options, and exit.")
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Every subcommand starts from the packaged default.yaml, and may trust a checkpoint's classes."""
+        parser._option_string_actions["--model.help"].const = "patchad.PatchDetector"  # not its base
         parser.default_config_files = [str(CONFIGS / "default.yaml")]
         parser.add_argument(
             "--allow",
@@ -214,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "parser_mode": "omegaconf",
+                "prog": "patchad",
                 "description": "Finds defects after seeing good images only.",
                 "exit_on_error": False,
                 "allow_abbrev": False,
@@ -277,13 +285,11 @@ def packaged_config(name: str) -> str:
     Raises:
         PatchadError: if a short name fits nothing.
     """
-    packaged = CONFIGS / f"{name}.yaml"
     if "{" in name or Path(name).is_file() or Path(name).suffix in (".yaml", ".yml", ".json"):
         return name  # a config in braces may be too long for a path
-    if not packaged.is_file():
-        names = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
-        raise PatchadError(f"--config {name} is neither a file nor one of {', '.join(names)}")
-    return str(packaged)
+    if name not in packaged():
+        raise PatchadError(f"--config {name} is neither a file nor one of {', '.join(packaged())}")
+    return str(packaged()[name])
 
 
 def with_checkpoint_settings(arguments: list[str]) -> list[str]:
@@ -396,6 +402,7 @@ def explained(text: str) -> str:
     lines = [SLOT.sub("", line.strip(" -").partition(". Got value: ")[0]) for line in text.splitlines()]
     reasons = [EXPECTED.sub(r"expected \1", line) for line in lines if line and not STRUCTURE.match(line)]
     keys, given = re.findall(r'Parser key "([^"]+)"', text), GIVEN.findall(text)
-    value = f", not {given[0]}" if given else ""
-    said = "; or ".join(dict.fromkeys(reasons)) + value
+    said = "; or ".join(dict.fromkeys(reasons)) + (f", not {given[0]}" if given else "")
+    if "expected tuple" in said and re.fullmatch(r"\d+([,x]\d+)+", given[0]):
+        said += f'; give "[{given[0].replace("x", ",")}]"'
     return f"--{'.'.join(keys)}: {said}" if keys else said

@@ -72,7 +72,7 @@ class DetectorTrainer(Trainer):
         self,
         model: Detector,
         datamodule: PyramidDataModule,
-        exported: Path,
+        exported: Path | None = None,
         ckpt_path: Path | None = None,
         images: int = 8,
     ) -> None:
@@ -88,6 +88,8 @@ class DetectorTrainer(Trainer):
         Raises:
             PatchadError: if it says something else, holds another threshold, or images cannot be scored.
         """
+        if exported is None:
+            raise PatchadError("nothing to verify: give patchad verify FILE, the file that patchad export wrote")
         check_range({"--images": images}, 1)
         scoring, runtime = restored(model, datamodule, ckpt_path), load(exported)
         datamodule.setup("predict")

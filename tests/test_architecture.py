@@ -46,6 +46,7 @@ ORDER = [
     "revision",
     "timing",
     "commands",
+    "help",
     "cli",
 ]
 FILES = [

@@ -451,6 +451,13 @@ def test_verify_shows_that_the_file_is_that_of_the_checkpoint(fitted, here, caps
     assert "allowed 1e-04 and 1e-02" in told
 
 
+def test_verify_without_a_file_says_what_to_give(fitted, here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", f"--ckpt_path={fitted / CHECKPOINTS[0]}"])
+    assert stop.value.code == 2
+    assert "error: nothing to verify: give patchad verify FILE" in capsys.readouterr().err
+
+
 def test_verify_tells_a_file_of_another_checkpoint(fitted, here, capsys):
     with pytest.raises(SystemExit):
         main(["verify", str(fitted / "model.patchad"), f"--ckpt_path={fitted / CHECKPOINTS[1]}", "--images=2"])

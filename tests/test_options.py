@@ -102,6 +102,9 @@ CORES = os.cpu_count() or 1
 OPTIONS = {
     "--data.image_size=[256]": r"--data\.image_size: ",
     "--data.image_size=large": r"--data\.image_size: expected tuple; or expected int, not large$",
+    "--data.image_size=512,512": r"--data\.image_size: .*, not 512,512; give \"\[512,512\]\"$",
+    "--data.image_size=512x256": r"--data\.image_size: .*, not 512x256; give \"\[512,256\]\"$",
+    "--data.batch_size=2,5": r"--data\.batch_size: expected int, not 2,5$",
     "--data.batch_size=2.5": r"--data\.batch_size: expected int, not 2\.5$",
     "--data.root=": r"no images: give --data\.root",
     "--model.mode=x": r"--model\.mode: expected Literal\['dense', 'sliding'\], not x$",
@@ -180,6 +183,11 @@ def test_a_config_that_is_refused_ends_in_one_line(kind, here, product, capsys):
 def test_a_command_that_is_not_there_ends_in_one_line(here, capsys):
     assert "invalid choice: 'fitt'" in refused(capsys, "fitt")
     assert "subcommand" in refused(capsys)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict", "export", "verify", "benchmark"])
+def test_a_verb_without_a_checkpoint_says_what_to_give(verb, here, capsys):
+    assert refused(capsys, verb).endswith("no detector: give --ckpt_path, the checkpoint that patchad fit wrote")
 
 
 def test_a_number_for_a_size_reaches_the_config(here, product, capsys):

@@ -34,14 +34,14 @@ class DetectorTrainer(Trainer):
         ckpt_path: Path | None = None,
         maps: Maps | None = None,
     ) -> None:
-        """Score images without labels.
+        """Score images, with verdicts and pictures of what was found.
 
         Args:
             model: takes the weights.
             datamodule: its folder's images are scored.
             ckpt_path: what patchad fit wrote.
-            maps: what is written of each image beside its row: none, overlay, heatmap or float16 (see
-                patchad.callbacks.Predictions); by default what that callback says, an overlay.
+            maps: what is written of each image beside its row: none, overlay (as a rule), heatmap or float16; see
+                patchad.callbacks.Predictions.
         """
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Predictions) and maps is not None:

@@ -74,15 +74,14 @@ VERBS = {
         "--ckpt_path FILE",
         FITTED,
         {**CHECKPOINT, "--data.root FOLDER": "another folder than the fit's.", **THRESHOLD, **RUN},
-        "Prints a table of metrics; writes runs/version_N: report.html, contact_sheet.png, metrics.csv.",
+        "Prints the figures; writes runs/version_N: report.html, scores.csv, contact_sheet.png, metrics.csv.",
         "Measure a fitted detector on labelled images, and report.",
     ),
     "predict": Verb(
         "--ckpt_path FILE --data.root FOLDER",
         f"{FITTED} --data.root NEW_FOLDER",
-        {**CHECKPOINT, "--data.root FOLDER": "every image below it is scored.", **THRESHOLD, **RUN},
-        "Writes runs/version_N/predictions: scores.csv, and in maps a heat map of each image (png, npy).",
-        "Score images, with verdicts and heat maps.",
+        {**CHECKPOINT, "--data.root FOLDER": "every image below it is scored.", "--maps KIND": "", **THRESHOLD, **RUN},
+        "Writes runs/version_N/predictions: scores.csv, and in maps a picture or map of each image.",
     ),
     "export": Verb(
         "--ckpt_path FILE",
@@ -111,6 +110,24 @@ VERBS = {
             "--data.root FOLDER": "another folder than the fit's.",
         },
         "Prints the milliseconds of each stage.",
+    ),
+    "threshold": Verb(
+        "--ckpt_path FILE --target_fpr RATE --output FILE",
+        f"{FITTED} --target_fpr 0.02 --output strict.ckpt",
+        {**CHECKPOINT, "--target_fpr RATE": "", "--review_fpr RATE": "", "--output FILE": ""},
+        "Writes the checkpoint; prints the limits before and after.",
+    ),
+    "update": Verb(
+        "--ckpt_path FILE --output FILE [--normal ...] [--remove ...] [--defects ...]",
+        f"{FITTED} --normal false_alarms --output better.ckpt",
+        {
+            **CHECKPOINT,
+            "--normal FOLDER": "",
+            "--remove FOLDER": "",
+            "--defects FOLDER": "",
+            "--output FILE": "",
+        },
+        "Writes the checkpoint; prints scores, verdicts and limits before and after.",
     ),
 }
 

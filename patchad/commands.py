@@ -162,7 +162,7 @@ class DetectorTrainer(Trainer):
         ckpt_path: Path | None = None,
         review_fpr: float | None = None,
     ) -> None:
-        """Set the thresholds of a fitted detector for another rate of false alarms, without a fit.
+        """Set thresholds for another rate of false alarms, without a fit.
 
         Args:
             model: takes the weights.

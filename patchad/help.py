@@ -113,13 +113,13 @@ VERBS = {
     ),
     "threshold": Verb(
         "--ckpt_path FILE --target_fpr RATE --output FILE",
-        f"{FITTED} --target_fpr 0.02 --output strict.ckpt",
+        "--ckpt_path last.ckpt --target_fpr 0.02 --output strict.ckpt",
         {**CHECKPOINT, "--target_fpr RATE": "", "--review_fpr RATE": "", "--output FILE": ""},
         "Writes the checkpoint; prints the limits before and after.",
     ),
     "update": Verb(
-        "--ckpt_path FILE --output FILE [--normal ...] [--remove ...] [--defects ...]",
-        f"{FITTED} --normal false_alarms --output better.ckpt",
+        "--ckpt_path FILE --output FILE --normal FOLDER",
+        "--ckpt_path last.ckpt --normal false_alarms --output better.ckpt",
         {
             **CHECKPOINT,
             "--normal FOLDER": "",

@@ -9,7 +9,7 @@ sets (benchmarks/products.yaml) but Magnetic Tile, whose folders are others, mak
 
 import csv
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import auto_cli
 from pytorch_lightning import Trainer, seed_everything
@@ -19,7 +19,7 @@ from patchad import PatchDetector, PyramidDataModule
 
 FORMS = ("each", "shared", "one")
 LEFT_OUT = "magnetic_tile"
-SETTINGS = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "deterministic": True}
+SETTINGS: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "deterministic": True}
 
 
 class Row(NamedTuple):
@@ -108,12 +108,14 @@ def tested(form: str, product: str, root: Path, detector: PatchDetector) -> Row:
     figures = {name.removeprefix("test/"): 100 * value for name, value in metrics.items()}
     normals = sum(sample.defect == "good" for sample in data.test_set.samples)
     return Row(
-        form,
-        product,
-        *(figures[name] for name in ("detection_auroc", "segmentation_auroc", "pro")),
-        normals,
-        round(figures["false_positive_rate"] * normals / 100),
-        figures["recall"],
+        form=form,
+        product=product,
+        detection=figures["detection_auroc"],
+        segmentation=figures["segmentation_auroc"],
+        pro=figures["pro"],
+        normals=normals,
+        false_alarms=round(figures["false_positive_rate"] * normals / 100),
+        recall=figures["recall"],
     )
 
 

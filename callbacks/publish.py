@@ -1,11 +1,12 @@
 """Where results go: files in the run folder and, where one is used, the wandb dashboard."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from pytorch_lightning import Trainer
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from patchad.files import write_whole
 
@@ -13,6 +14,11 @@ from patchad.files import write_whole
 def run_folder(trainer: Trainer) -> Path:
     """The folder of this run; all processes must ask."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def dashboards(trainer: Trainer) -> Iterator[WandbLogger | TensorBoardLogger]:
+    """The loggers that show more than figures."""
+    return (logger for logger in trainer.loggers if isinstance(logger, (WandbLogger, TensorBoardLogger)))
 
 
 def publish_picture(trainer: Trainer, path: Path, picture: Image.Image, key: str) -> None:
@@ -25,9 +31,11 @@ def publish_picture(trainer: Trainer, path: Path, picture: Image.Image, key: str
         key: its name on dashboards.
     """
     write_whole(path, lambda part: picture.save(part, format="PNG"))
-    for logger in trainer.loggers:
+    for logger in dashboards(trainer):
         if isinstance(logger, WandbLogger):
             logger.log_image(key, [picture])
+        else:
+            logger.experiment.add_image(key, np.asarray(picture), trainer.global_step, dataformats="HWC")
 
 
 def publish_table(trainer: Trainer, columns: Sequence[str], rows: Sequence[Sequence[object]], key: str) -> None:

@@ -24,6 +24,7 @@ CONTENTS = {
     "patchad_model": Mapping,
     "patchad_fitted": Mapping,
     "patchad_updates": list,
+    "patchad_group": str,
 }
 """What every checkpoint holds, and as what."""
 GOES_ON = {"epoch": int, "global_step": int, "loops": Mapping, "optimizer_states": list, "lr_schedulers": list}

@@ -29,6 +29,7 @@ from patchad.ensemble import Ensemble  # noqa: F401  # so that --model Ensemble 
 from patchad.errors import PatchadError, check_range
 from patchad.files import is_below_here
 from patchad.help import CONFIGS, Help, packaged
+from patchad.loggers import join
 from patchad.spec import described, spec
 from patchad.trust import allow, check_slots, check_trusted, foreign_modules
 
@@ -166,6 +167,7 @@ class PatchadCLI(LightningCLI):
             trainer = super().instantiate_trainer(**settings)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise PatchadError(f"--trainer: {' '.join(str(error).split())}") from error
+        join(trainer.loggers, self._group(), self.config.subcommand)
         cores = os.cpu_count() or 1
         if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
             processes = f"{trainer.num_devices} starts as many processes, on {cores} cores"
@@ -174,6 +176,13 @@ class PatchadCLI(LightningCLI):
             strategy = self.config.fit.trainer.strategy
             raise PatchadError(f"--trainer.strategy {strategy} loses with its processes what was fitted; give ddp")
         return trainer
+
+    def _group(self) -> str:
+        """That of the model, which a checkpoint knows."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is None or is_lightnings(str(path)):
+            return self.model.group
+        return read_checkpoint(Path(path), "--ckpt_path")["patchad_group"]
 
     def instantiate_classes(self) -> None:
         """Also notes where a checkpoint says what the data are."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
+from uuid import uuid4
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,6 +46,8 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         learning: trains what the model embeds with; None where nothing is learned.
         doubts: about the images of the last fit, validation, test or prediction.
         fitted: the normal images of the fit, and what was added to them.
+        terms: the terms of the loss in the last step, by the name that they are logged under.
+        group: a name by which dashboards show the runs of this model together.
     """
 
     model: Model
@@ -55,7 +58,12 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     def __init__(self) -> None:
         super().__init__()
         self.learning = None  # not on the class, where it would hide the submodule
-        self.doubts, self.fitted = Doubts(), FittedImages()
+        self.doubts, self.fitted, self.terms, self.group = (
+            Doubts(),
+            FittedImages(),
+            dict[str, Tensor](),
+            uuid4().hex[:8],
+        )
 
     @property
     def learns(self) -> bool:
@@ -198,10 +206,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         self.doubts = Doubts(self.fitted.digests)
         self._note_few_normals()
 
-    def on_predict_start(self) -> None:
-        """Says where the normal images are too few for the rate that was asked for."""
-        self.doubts = Doubts(self.fitted.digests)
-        self._note_few_normals()
+    on_predict_start = on_test_start
 
     def _of_normals(self, title: str, compute: Callable[[ImageBatch], Tensor]) -> Tensor:
         """What is computed of each normal image, one row for each, whichever process saw it."""
@@ -283,6 +288,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self.model.scored_by
         checkpoint["patchad_model"] = spec(self.model)
         checkpoint["patchad_fitted"], checkpoint["patchad_updates"] = self.fitted._asdict(), list(self.model.updates)
+        checkpoint["patchad_group"] = self.group
         checkpoint["patchad_canvas"] = None if self.model.canvas is None else list(self.model.canvas)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -292,7 +298,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
             check_contents(checkpoint, GOES_ON)
         current, fitted = self.model.scored_by, checkpoint["patchad_scored_by"]
         self.model.check_fitted(fitted)
-        self.fitted = FittedImages(**checkpoint["patchad_fitted"])
+        self.fitted, self.group = FittedImages(**checkpoint["patchad_fitted"]), checkpoint["patchad_group"]
         self.model.updates = () if self._fitting else checkpoint["patchad_updates"]
         if checkpoint["patchad_canvas"] is not None:
             self.model.canvas = Canvas.of(checkpoint["patchad_canvas"])

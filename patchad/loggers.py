@@ -2,11 +2,12 @@
 
 import itertools
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 
 class RunLogger(CSVLogger):
@@ -54,3 +55,19 @@ class RunLogger(CSVLogger):
         with suppress(OSError):  # there is something in it
             if self._experiment is not None:
                 self._fs.rmdir(self.log_dir)
+
+
+def join(loggers: Iterable[Logger], group: str, job: str) -> None:
+    """Lets wandb show the runs of one model together, unless the user has named a group.
+
+    Args:
+        loggers: whose runs have not begun: wandb takes a group at the beginning alone.
+        group: its name.
+        job: what the run does, such as `fit`.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            options = logger._wandb_init
+            options["job_type"] = options.get("job_type") or job
+            if "WANDB_RUN_GROUP" not in os.environ:
+                options["group"] = options.get("group") or group

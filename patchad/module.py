@@ -215,6 +215,7 @@ class PatchDetector(Detector[PatchModel]):
 
     def _add_to_means(self, values: Mapping[str, Tensor]) -> None:
         """Adds a step to the means of the epoch; Lightning's `log` would take ten times as long."""
+        self.terms |= values
         for name, value in values.items():
             if name not in self._watched:
                 self._watched[name] = MeanMetric(nan_strategy="disable").to(self.device)  # else it waits for the GPU

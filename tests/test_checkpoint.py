@@ -17,6 +17,7 @@ CHECKPOINT = {
     "patchad_scored_by": {},
     "patchad_fitted": {},
     "patchad_updates": [],
+    "patchad_group": "c0ffee",
     "hyper_parameters": {},
     "state_dict": {"a": torch.arange(5000.0)},
     "epoch": 3,

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import wandb
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import commands_in
 from wandb.proto import wandb_internal_pb2
 
+from patchad import PatchModel
+from patchad.checkpoint import read_checkpoint
 from patchad.cli import main
 
 BLOCK, FILE_HEADER, CHUNK_HEADER = 32768, 7, 7
@@ -48,7 +51,7 @@ def records(path: Path) -> list:
 
 @pytest.fixture(scope="module")
 def runs(product, tmp_path_factory) -> Path:
-    """A fit and a test with a wandb dashboard."""
+    """A fit and a test with dashboards of wandb and TensorBoard."""
     folder = tmp_path_factory.mktemp("dashboard")
     last = "runs/version_0/checkpoints/last.ckpt"
     with commands_in(folder) as patch:
@@ -60,7 +63,8 @@ def runs(product, tmp_path_factory) -> Path:
             ["fit", f"--data.root={product}", *SMALL],
             ["test", f"--ckpt_path={last}", "--trainer.enable_progress_bar=false"],
         ):
-            main([*command, "--config=logger/wandb"])
+            tensorboard = "--trainer.logger+=TensorBoardLogger"
+            main([*command, "--config=logger/wandb", tensorboard, "--trainer.logger.save_dir=runs/tensorboard"])
             wandb.finish()
         wandb.teardown()  # its service would live on, and serve other tests
     return folder / "runs"
@@ -86,13 +90,70 @@ def test_wandb_gets_what_a_trainer_watches(runs):
     assert expected <= history(dashboards(runs)[0])
 
 
-def test_wandb_gets_the_resolved_config(runs):
-    found = {
+def config(folder: Path) -> dict:
+    return {
         item.key: json.loads(item.value_json)
-        for record in records(next(dashboards(runs)[0].glob("*.wandb")))
+        for record in records(next(folder.glob("*.wandb")))
         if record.HasField("config")
         for item in record.config.update
     }
+
+
+def test_wandb_gets_losses_of_each_step_and_a_curve_of_each_epoch(runs):
+    fit = next(dashboards(runs)[0].glob("*.wandb"))
+    rows = [
+        {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+        for record in records(fit)
+        if record.HasField("history")
+    ]
+    losses = [row for row in rows if "train/position_side_32_step" in row]
+    curve = [float(row["val/quick_detection_auroc"]) for row in rows if "val/quick_detection_auroc" in row]
+    assert len(losses) == 4 * 2 and len(curve) == 4 and all(0 <= value <= 1 for value in curve)
+
+
+def test_fit_and_test_of_a_model_are_one_group_and_say_what_it_was_fitted_on(runs, product):
+    groups, said = set(), []
+    for folder in dashboards(runs):
+        (run,) = [record.run for record in records(next(folder.glob("*.wandb"))) if record.HasField("run")][:1]
+        groups.add(run.run_group)
+        said.append(config(folder))
+        assert run.job_type == ("fit" if folder == dashboards(runs)[0] else "test")
+    checkpoint = read_checkpoint(runs / "version_0/checkpoints/last.ckpt")
+    assert groups == {checkpoint["patchad_group"]}
+    limits = PatchModel.load(runs / "version_0/checkpoints/last.ckpt").scorer.limits._asdict()
+    for one in said:
+        assert one["limits"] == pytest.approx(limits)
+        assert one["images"] == {"root": str(product), "normal": 12, "test": 11}
+        assert one["false_positive_rate"] == pytest.approx({"asked": 0.05, "promised": 1 / 13})
+
+
+def test_wandb_gets_the_checkpoint(runs):
+    fit = next(dashboards(runs)[0].glob("*.wandb"))
+    (artifact,) = [
+        record.request.log_artifact.artifact
+        for record in records(fit)
+        if record.HasField("request")
+        and record.request.HasField("log_artifact")
+        and record.request.log_artifact.artifact.type == "model"
+    ] or [record.artifact for record in records(fit) if record.HasField("artifact") and record.artifact.type == "model"]
+    (entry,) = artifact.manifest.contents
+    assert entry.size == (runs / "version_0/checkpoints/last.ckpt").stat().st_size
+
+
+def test_tensorboard_gets_figures_and_pictures(runs):
+    found = {}
+    for folder in sorted((runs / "tensorboard").rglob("version_*")):
+        accumulator = EventAccumulator(str(folder))
+        accumulator.Reload()
+        for kind, names in accumulator.Tags().items():
+            if isinstance(names, list):
+                found.setdefault(kind, set()).update(names)
+    assert {"train/loss", "train/position_side_32_step", "val/detection_auroc", "test/pro"} <= set(found["scalars"])
+    assert {"anomaly_maps", "clusters/side_32", "possible_defects", "contact_sheet"} <= set(found["images"])
+
+
+def test_wandb_gets_the_resolved_config(runs):
+    found = config(dashboards(runs)[0])
     assert found["config"]["model"]["init_args"]["backbone"]["class_path"] == "patchad.models.EfficientNetLite0"
     assert found["config"]["data"]["init_args"]["image_size"] == [96, 96]
 

@@ -1,6 +1,8 @@
 """`patchad`, and `python -m patchad`."""
 
 import gc
+import sys
+from collections.abc import Callable, Sequence
 
 
 def main() -> None:
@@ -9,11 +11,28 @@ def main() -> None:
     What is imported stays until the end, so that no garbage collection has to walk it: not on the way, and not at exit.
     """
     gc.disable()
-    from patchad import cli
-
+    run = command(sys.argv[1:])
     gc.freeze()
     gc.enable()
-    cli.main()
+    run()
+
+
+def command(arguments: Sequence[str]) -> Callable[[], None]:
+    """What runs a command: `patchad.line` those of an exported file, `patchad.cli`, which imports torch, all others."""
+    verb, value = [*arguments, "", ""][:2]
+    if verb in ("score", "--version") or (verb == "benchmark" and not value.startswith("-")):
+        from patchad.line import main
+    else:
+        try:
+            from patchad.cli import main
+        except ModuleNotFoundError as error:
+            if verb in ("", "-h", "--help", "benchmark"):
+                from patchad.line import main
+            else:
+                missing = f"patchad {verb} needs {error.name}, which is not installed: pip install patchad"
+                print(f"patchad: error: {missing} (patchad-runtime has score and benchmark alone)", file=sys.stderr)
+                sys.exit(2)
+    return main
 
 
 if __name__ == "__main__":

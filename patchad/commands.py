@@ -17,7 +17,8 @@ from patchad.errors import PatchadError, check_range
 from patchad.export import MAP_TOLERANCE, TOLERANCE, Difference, compare, export
 from patchad.model import PatchModel, ScoringModel
 from patchad.runtime import ExportedDetector, load
-from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, reset_peak_memory, stage_table
+from patchad.stages import Row, stage_table
+from patchad.timing import alternate, best_rate, measure_stages, peak_memory, reset_peak_memory
 
 
 class DetectorTrainer(Trainer):

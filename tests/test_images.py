@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from patchad.canvas import Canvas
-from patchad.data.layouts import images_below
 from patchad.errors import PatchadError
+from patchad.folders import images_below
 from patchad.images import Augmentations, augment, draw_view, native_size, on_canvas, read_image
 from patchad.masks import HALF, read_mask, resize_mask
 

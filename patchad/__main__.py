@@ -18,7 +18,10 @@ def main() -> None:
 
 
 def command(arguments: Sequence[str]) -> Callable[[], None]:
-    """What runs a command: `patchad.line` those of an exported file, `patchad.cli`, which imports torch, all others."""
+    """What runs a command: `patchad.line` those of an exported file, `patchad.cli`, which imports torch, all others.
+
+    Where only patchad-runtime is installed, there is no `patchad.cli`.
+    """
     verb, value = [*arguments, "", ""][:2]
     if verb in ("score", "--version") or (verb == "benchmark" and not value.startswith("-")):
         from patchad.line import main
@@ -26,12 +29,12 @@ def command(arguments: Sequence[str]) -> Callable[[], None]:
         try:
             from patchad.cli import main
         except ModuleNotFoundError as error:
-            if verb in ("", "-h", "--help", "benchmark"):
-                from patchad.line import main
-            else:
-                missing = f"patchad {verb} needs {error.name}, which is not installed: pip install patchad"
-                print(f"patchad: error: {missing} (patchad-runtime has score and benchmark alone)", file=sys.stderr)
+            if verb not in ("", "-h", "--help", "benchmark") or "--ckpt_path" in " ".join(arguments):
+                missing = "torch" if error.name == "patchad.cli" else error.name
+                hint = "pip install patchad; patchad-runtime has score and benchmark MODEL alone"
+                print(f"patchad: error: patchad {verb} needs {missing}: {hint}", file=sys.stderr)
                 sys.exit(2)
+            from patchad.line import main
     return main
 
 

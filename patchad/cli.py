@@ -216,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "parser_mode": "omegaconf",
-                "description": "Finds defects after seeing good images only.",
+                "description": "Finds defects after seeing good images only. `patchad score --help` and `patchad "
+                "benchmark MODEL --help` tell of exported files.",
                 "exit_on_error": False,
                 "allow_abbrev": False,
             },

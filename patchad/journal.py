@@ -19,6 +19,7 @@ class Format(NamedTuple):
     Attributes:
         name: of the format.
         head: what stands above the first row.
+        begins: how a file begins that has a row.
         line: a row as text.
         ending: of a line.
         paths: the paths of the rows in a text of whole lines; ValueError if they are none.
@@ -26,6 +27,7 @@ class Format(NamedTuple):
 
     name: str
     head: str
+    begins: str
     line: Callable[[Row], str]
     ending: str
     paths: Callable[[str], set[str]]
@@ -55,9 +57,10 @@ def json_paths(text: str) -> set[str]:
     return {row["path"] for row in rows}
 
 
+HEAD = as_csv(Row._fields)
 FORMATS = {
-    "csv": Format("csv", as_csv(Row._fields), lambda row: as_csv(cells(row)), "\r\n", csv_paths),
-    "jsonl": Format("jsonl", "", lambda row: f"{as_json(row)}\n", "\n", json_paths),
+    "csv": Format("csv", HEAD, HEAD, lambda row: as_csv(cells(row)), "\r\n", csv_paths),
+    "jsonl": Format("jsonl", "", '{"path": "', lambda row: f"{as_json(row)}\n", "\n", json_paths),
 }
 
 
@@ -82,12 +85,12 @@ def paths_so_far(output: Path, form: Format) -> set[str]:
     """
     if not output.exists():
         return set()
-    content, ending = output.read_bytes(), form.ending.encode()
+    content, ending, begins = output.read_bytes(), form.ending.encode(), form.begins.encode()
     whole = content[: content.rfind(ending) + len(ending)] if ending in content else b""
     try:
+        if not begins.startswith(content[: len(begins)]):
+            raise ValueError("another beginning")
         paths = form.paths(whole.decode("utf-8", "surrogateescape"))
-        if not whole and not form.head.encode().startswith(content[:1]):
-            raise ValueError("no torn head")
     except ValueError as error:
         raise PatchadError(
             f"--output {output} holds other things than rows of this patchad as {form.name}; give a new file"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import patchad
 from benchmarks.speed import SIZE, exported_ways, peer, quiet
-from patchad.data.layouts import images_below
+from patchad.folders import images_below
 from patchad.images import read_image
 from patchad.timing import CPU, Clock
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.speed import OURS, content, quiet, synthetic_images
 from patchad import PatchModel
+from patchad.stages import stage_table
 from patchad.timing import (
     STAGES,
     Row,
@@ -25,7 +26,6 @@ from patchad.timing import (
     peak_memory,
     reset_peak_memory,
     score_from_memory,
-    stage_table,
 )
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}

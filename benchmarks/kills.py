@@ -32,8 +32,8 @@ import patchad
 from benchmarks.products import PLACE, append, commit
 from patchad import PatchadError
 from patchad.checkpoint import read_checkpoint
-from patchad.data.layouts import images_below
 from patchad.data.synthetic import write_synthetic
+from patchad.folders import images_below
 
 STAGES = Path("stages")
 """Where a command says what it does, in its current folder."""

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from jsonargparse import auto_cli
 
-from patchad.data.layouts import images_below
 from patchad.data.synthetic import write_synthetic
+from patchad.folders import images_below
 
 SCORE = """
 import sys

@@ -34,7 +34,8 @@ from patchad.memory import MemoryBank
 from patchad.models import VGG16, EfficientNetLite0, LearnedEncoder
 from patchad.models.backbones import Backbone
 from patchad.scoring import Scorer
-from patchad.timing import alternate, best_rate, measure_stages, peak_memory, stage_table
+from patchad.stages import stage_table
+from patchad.timing import alternate, best_rate, measure_stages, peak_memory
 
 SIZE, BATCHES = 256, (1, 8)
 CORESET = int(0.1 * 209 * 32 * 32)

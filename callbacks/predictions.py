@@ -1,7 +1,5 @@
 """`patchad predict` -> scores.csv, and a picture or a map of each image."""
 
-import hashlib
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,12 +15,10 @@ from patchad.conformal import Limits
 from patchad.detector import Detector
 from patchad.drawing import heat, outlined
 from patchad.errors import PatchadError
-from patchad.files import write_array, write_whole
+from patchad.files import map_name, write_array, write_whole
 from patchad.results import Row
 from patchad.types import ImageBatch, Prediction
 
-LONGEST_NAME = 255
-"""Bytes of the name of a file."""
 Maps = Literal["none", "overlay", "heatmap", "float16"]
 
 
@@ -82,19 +78,3 @@ class Predictions(Rows):
         counts = Counter(row.verdict for row in rows)
         said = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
         rank_zero_info(f"{len(rows)} images: {said}\npredictions: {self.folder}")
-
-
-def map_name(name: str, ending: str) -> str:
-    """The name of an image with an ending; of what would be too long, a part and a hash that tells images apart.
-
-    The suffix of the image stays in the name, so that no two collide.
-
-    Example:
-        >>> map_name("a.png", ".npy"), len(map_name(250 * "a", ".npy"))
-        ('a.png.npy', 254)
-    """
-    whole = os.fsencode(name)
-    if len(whole) + len(ending) <= LONGEST_NAME:
-        return f"{name}{ending}"
-    mark = f"-{hashlib.sha256(whole).hexdigest()[:8]}{ending}"
-    return f"{os.fsdecode(whole[: LONGEST_NAME - len(mark)])}{mark}"

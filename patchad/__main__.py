@@ -2,8 +2,7 @@
 
 import gc
 import sys
-from importlib.metadata import version
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 
 
 def main() -> None:
@@ -11,21 +10,32 @@ def main() -> None:
 
     What is imported stays until the end, so that no garbage collection has to walk it: not on the way, and not at exit.
     """
-    if sys.argv[1:] == ["--version"]:
-        print(versions())
-        return
     gc.disable()
-    from patchad import cli
-
+    run = command(sys.argv[1:])
     gc.freeze()
     gc.enable()
-    cli.main()
+    run()
 
 
-def versions() -> str:
-    """Of patchad, and of torch and Lightning where they are installed, in one line; imports none of them."""
-    others = [name for name in ("torch", "pytorch_lightning") if find_spec(name)]
-    return ", ".join(f"{name} {version(name)}" for name in ("patchad", *others))
+def command(arguments: Sequence[str]) -> Callable[[], None]:
+    """What runs a command: `patchad.line` those of an exported file, `patchad.cli`, which imports torch, all others.
+
+    Where only patchad-runtime is installed, there is no `patchad.cli`.
+    """
+    verb, value = [*arguments, "", ""][:2]
+    if verb in ("score", "--version") or (verb == "benchmark" and not value.startswith("-")):
+        from patchad.line import main
+    else:
+        try:
+            from patchad.cli import main
+        except ModuleNotFoundError as error:
+            if verb not in ("", "-h", "--help", "benchmark") or "--ckpt_path" in " ".join(arguments):
+                missing = "torch" if error.name == "patchad.cli" else error.name
+                hint = "pip install patchad; patchad-runtime has score and benchmark MODEL alone"
+                print(f"patchad: error: patchad {verb} needs {missing}: {hint}", file=sys.stderr)
+                sys.exit(2)
+            from patchad.line import main
+    return main
 
 
 if __name__ == "__main__":

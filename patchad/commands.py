@@ -21,7 +21,8 @@ from patchad.files import check_writable
 from patchad.model import PatchModel, ScoringModel
 from patchad.revision import Revision
 from patchad.runtime import ExportedDetector, load
-from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, reset_peak_memory, stage_table
+from patchad.stages import Row, stage_table
+from patchad.timing import alternate, best_rate, measure_stages, peak_memory, reset_peak_memory
 
 
 class DetectorTrainer(Trainer):

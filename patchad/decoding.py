@@ -74,7 +74,7 @@ def opened(path: Path, max_megapixels: float) -> Iterator[ImageFile.ImageFile]:
         raise
     except UnidentifiedImageError as error:
         raise PatchadError(f"cannot read image {path}: it is none of {', '.join(FORMATS)}, or damaged") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
         raise PatchadError(f"cannot read image {path}: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written under a temporary name and renamed."""
 
+import hashlib
 import io
 import os
 import tempfile
@@ -9,6 +10,9 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
+
+LONGEST_NAME = 255
+"""Bytes of the name of a file."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -68,3 +72,19 @@ def write_array(path: Path, values: np.ndarray) -> None:
     content = io.BytesIO()
     np.save(content, values)
     write_whole(path, lambda part: part.write_bytes(content.getbuffer()))
+
+
+def map_name(name: str, ending: str) -> str:
+    """The name of an image with an ending; of what would be too long, a part and a hash that tells images apart.
+
+    The suffix of the image stays in the name, so that no two collide.
+
+    Example:
+        >>> map_name("a.png", ".npy"), len(map_name(250 * "a", ".npy"))
+        ('a.png.npy', 254)
+    """
+    whole = os.fsencode(name)
+    if len(whole) + len(ending) <= LONGEST_NAME:
+        return f"{name}{ending}"
+    mark = f"-{hashlib.sha256(whole).hexdigest()[:8]}{ending}"
+    return f"{os.fsdecode(whole[: LONGEST_NAME - len(mark)])}{mark}"

@@ -156,7 +156,8 @@ class Help(argparse._HelpAction):
 def overview(parser: ArgumentParser) -> str:
     """All verbs."""
     options = {"--version": "versions of patchad, torch and Lightning."}
-    sections = {"verbs": {verb: sentence(verb) for verb in VERBS}, "options": options}
+    verbs = {**{verb: sentence(verb) for verb in VERBS}, "score": "Score images by an exported file, without torch."}
+    sections = {"verbs": verbs, "options": options}
     end = "patchad VERB --help says what it needs, patchad VERB --help all every option."
     return page("patchad VERB [options]", str(parser.description), sections, end)
 

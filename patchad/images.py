@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.decoding import MAX_MEGAPIXELS, decode, opened, read_pixels
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
-"""Lower case; files are matched in any case."""
 ORIENTATION = 0x0112
 """The EXIF tag."""
 

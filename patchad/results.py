@@ -1,9 +1,11 @@
 """What is said of each image: one row, in the same words wherever it is scored. No torch is needed."""
 
 import csv
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -179,10 +181,21 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
     begins = not path.is_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any name of a file
-        writer = csv.writer(file)
         if begins:
-            writer.writerow(Row._fields)
-        writer.writerows(cells(row) for row in rows)
+            file.write(as_csv(Row._fields))
+        file.writelines(as_csv(cells(row)) for row in rows)
+
+
+def as_csv(values: Iterable[str]) -> str:
+    r"""One line of CSV.
+
+    Example:
+        >>> as_csv(["a.png", "", "a, b"])
+        'a.png,,"a, b"\r\n'
+    """
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(values)
+    return line.getvalue()
 
 
 def cells(row: Row) -> list[str]:
@@ -202,6 +215,24 @@ def cell(text: str) -> str:
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
+def cell_text(cell: str) -> str:
+    """The text of a cell that `cell` gave.
+
+    Example:
+        >>> cell_text("'=cmd.png"), cell_text("images/a.png")
+        ('=cmd.png', 'images/a.png')
+    """
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
+
+
 def as_json(row: Row) -> str:
     """A row as one line of JSON, by the names of the columns."""
     return json.dumps(row._asdict())
+
+
+def installed_version() -> str:
+    """The version of patchad, by whichever of its two distributions is there."""
+    try:
+        return version("patchad")
+    except PackageNotFoundError:
+        return version("patchad-runtime")

@@ -127,10 +127,7 @@ class ExportedDetector:
             return []
         native = [to_rgb(image) for image in images]
         fitted = [on_canvas(image, self.canvas) for image in native]
-        content = np.array([size for _, size in fitted], np.int64)  # NumPy 1 would take int32 on Windows
-        inputs = {"image": np.stack([image for image, _ in fitted]), "content": content}
-        scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
-        check_scores(scores)
+        scores, maps = self.run(fitted)
         shares = p_values(scores, self.normals)
         maps = [
             off_canvas(values, content, image.shape[1:])
@@ -140,6 +137,18 @@ class ExportedDetector:
             Scored(score, score > self.limits.threshold, self.limits.verdict(score), float(share), values)
             for score, share, values in zip(scores.tolist(), shares, maps, strict=True)
         ]
+
+    def run(self, fitted: Sequence[tuple[np.ndarray, Size]]) -> tuple[np.ndarray, np.ndarray]:
+        """The graph alone: scores `[images]` and maps `[images, height, width]` of what `on_canvas` gave.
+
+        Raises:
+            PatchadError: if an image has no score.
+        """
+        content = np.array([size for _, size in fitted], np.int64)  # NumPy 1 would take int32 on Windows
+        inputs = {"image": np.stack([image for image, _ in fitted]), "content": content}
+        scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
+        check_scores(scores)
+        return scores, maps
 
 
 def load(

@@ -1,19 +1,18 @@
 """How long a detector takes, stage by stage, and how far that is from what the machine can do at best."""
 
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchad.model import PatchModel
+from patchad.stages import Row, process_memory
 
 STAGES = ("backbone", "encoders", "search", "fold", "score")
 """From an image in memory to its score; `encoders` is what is left of embedding without the backbone."""
@@ -159,38 +158,7 @@ def peak_memory(device: torch.device) -> float:
     """The most memory that this process has held, in MB: on the device, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what the parent held before this process began
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e6
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
-
-
-class Row(NamedTuple):
-    """One line of a stage table.
-
-    Attributes:
-        stage: its name.
-        times: milliseconds of each run.
-        floor: milliseconds at the machine's best rate; None where nothing is counted.
-    """
-
-    stage: str
-    times: Sequence[float]
-    floor: float | None = None
-
-    def markdown(self) -> str:
-        """Stage, median, 95th percentile, floor, and the median over the floor."""
-        median = float(np.median(self.times))
-        floor = f"{self.floor:.2f} | {median / self.floor:.2f}" if self.floor else "- | -"
-        return f"| {self.stage} | {median:.2f} | {np.percentile(self.times, 95):.2f} | {floor} |"
-
-
-def stage_table(rows: Iterable[Row]) -> str:
-    """Rows under their header, as Markdown."""
-    header = "| stage | median ms | 95th percentile ms | floor ms | times the floor |\n|---|---|---|---|---|"
-    return "\n".join([header, *(row.markdown() for row in rows)])
+    return process_memory()
 
 
 def stage_rows(measured: Iterable[Mapping[str, float]], operations: Mapping[str, int], rate: float) -> list[Row]:

@@ -19,8 +19,9 @@ from patchad.cli import main
 from patchad.data import Folder
 from patchad.data.datasets import ImageDataset
 from patchad.data.doubts import Doubts
-from patchad.data.layouts import Layout, images_below
+from patchad.data.layouts import Layout
 from patchad.data.listing import listing
+from patchad.folders import images_below
 from patchad.masks import nearest_pixels, resize_mask
 from patchad.types import NORMAL, UNKNOWN, Sample
 

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from patchad.canvas import Canvas
-from patchad.data.layouts import images_below
 from patchad.errors import PatchadError
+from patchad.folders import images_below
 from patchad.images import Augmentations, augment, draw_view, native_size, on_canvas, read_image
 from patchad.masks import HALF, read_mask, resize_mask
 
@@ -94,6 +94,19 @@ def test_what_is_named_an_image_and_is_of_another_format_is_refused(kind, tmp_pa
     Image.fromarray(PIXELS).save(tmp_path / "a.png", format=kind)
     with pytest.raises(PatchadError, match=r"cannot read image .*a\.png: it is none of PNG, JPEG"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_tiff_file_with_a_damaged_second_page_is_refused(tmp_path):
+    """Pillow raises a TypeError of a page that has no width."""
+    path = tmp_path / "a.tif"
+    Image.fromarray(PIXELS).save(path)
+    content = path.read_bytes()
+    [start] = struct.unpack_from("<I", content, 4)
+    following = start + 2 + 12 * struct.unpack_from("<H", content, start)[0]
+    second = struct.pack("<I", len(content))
+    path.write_bytes(content[:following] + second + content[following + 4 :] + struct.pack("<HI", 0, 0))
+    with pytest.raises(PatchadError, match=r"cannot read image .*a\.tif: Missing dimensions"):
+        read_image(path)
 
 
 def test_several_pages_signed_bytes_and_numbers_that_are_none_are_refused(tmp_path):

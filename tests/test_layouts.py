@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from patchad.data import PyramidDataModule
-from patchad.data.layouts import BTAD, Folder, MagneticTile, MVTecAD, Synthetic, detect_layout, images_below, tiles
+from patchad.data.layouts import BTAD, Folder, MagneticTile, MVTecAD, Synthetic, detect_layout, tiles
 from patchad.errors import PatchadError
+from patchad.folders import images_below
 
 
 def touch(root: Path, *names: str) -> None:

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,10 +11,8 @@ import pytest
 CHECKOUT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from the files that git knows, so that nothing left in the checkout slips in."""
-    folder = tmp_path_factory.mktemp("wheel")
+def built(folder: Path, project: str) -> Path:
+    """The wheel of a project, built from the files that git knows, so that nothing left in the checkout slips in."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
         source, copy = CHECKOUT / name, folder / "source" / name
@@ -22,9 +21,21 @@ def wheel(tmp_path_factory) -> Path:
             copy.symlink_to(os.readlink(source))
         else:
             copy.write_bytes(source.read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), project]
     subprocess.run(command, cwd=folder / "source", check=True, capture_output=True)
     return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Of patchad."""
+    return built(tmp_path_factory.mktemp("wheel"), ".")
+
+
+@pytest.fixture(scope="module")
+def runtime_wheel(tmp_path_factory) -> Path:
+    """Of patchad-runtime."""
+    return built(tmp_path_factory.mktemp("runtime"), "./runtime")
 
 
 def test_the_wheel_holds_callbacks_configs_and_the_published_split(wheel):
@@ -49,6 +60,38 @@ def test_the_installed_wheel_runs_the_quickstart_outside_the_checkout(wheel, tmp
     assert finished.returncode == 0, finished.stderr
     assert (folder / "runs/version_0/checkpoints/last.ckpt").is_file()
     assert finished.stdout.startswith(str(site))
+
+
+def test_the_runtime_holds_what_scoring_imports_and_nothing_else(runtime_wheel):
+    program = "import sys; from patchad.__main__ import command; command(['score']); print(*sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    imported = set(finished.stdout.split())
+    assert not imported & {"torch", "lightning_fabric", "pytorch_lightning", "scipy", "jaxtyping", "faiss"}
+    names = zipfile.ZipFile(runtime_wheel).namelist()
+    held = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in names if ".py" in name}
+    assert held == {name for name in imported if name.partition(".")[0] == "patchad"}
+
+
+def test_both_distributions_are_of_one_version_and_fit_together(wheel, runtime_wheel, tmp_path):
+    """Whichever is installed last, the files are the same."""
+    whole, part = zipfile.ZipFile(wheel), zipfile.ZipFile(runtime_wheel)
+    shared = [name for name in part.namelist() if name.startswith("patchad/")]
+    assert all(part.read(name) == whole.read(name) for name in shared)
+    site = tmp_path / "site"
+    target = ["--no-deps", "--no-index", "--quiet", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *target, wheel, runtime_wheel], check=True)
+    program = "import patchad, importlib.metadata as m; print(m.version('patchad'), m.version('patchad-runtime'))"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=site)
+    version = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"]
+    assert told.stdout.split() == [version, version], told.stderr
+    needed = re.findall("^Requires-Dist: ([a-z]+)", part.read(metadata_of(part)).decode(), re.M)
+    assert sorted(needed) == ["numpy", "onnxruntime", "pillow"]
+
+
+def metadata_of(archive: zipfile.ZipFile) -> str:
+    """The name of a wheel's metadata."""
+    return next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
 
 
 def test_every_dependency_has_its_reason_beside_it():

@@ -26,10 +26,11 @@ from patchad.data.datasets import (
     ViewDataset,
 )
 from patchad.data.defects import FORMAT, SMALLEST
-from patchad.data.layouts import Layout, detect_layout, images_below
+from patchad.data.layouts import Layout, detect_layout
 from patchad.data.listing import class_doubt, listing, product_doubt
 from patchad.decoding import MAX_MEGAPIXELS
 from patchad.errors import PatchadError, check_range, check_seed, printable
+from patchad.folders import images_below
 from patchad.images import Augmentations, native_size
 from patchad.spec import changed_settings, hyperparameters
 from patchad.types import NORMAL, UNKNOWN, PyramidPlan, Sample

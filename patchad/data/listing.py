@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from patchad.data.layouts import Layout, files_below, is_hidden, is_image, known_layout
+from patchad.data.layouts import Layout, known_layout
+from patchad.folders import files_below, is_hidden, is_image
 from patchad.types import NORMAL, Sample
 
 

@@ -1,0 +1,354 @@
+"""The commands of a machine on the line, without torch: `patchad score`, `patchad benchmark` of an exported file."""
+
+import argparse
+import io
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+import numpy as np
+from PIL import Image
+
+from patchad.arrivals import Arrivals
+from patchad.decoding import read_pixels
+from patchad.drawing import outlined
+from patchad.drift import Drift
+from patchad.errors import PatchadError, check_range
+from patchad.files import check_writable, map_name, naming, write_whole
+from patchad.folders import images_below
+from patchad.journal import FORMATS, Format, add, opened, paths_so_far
+from patchad.results import Row, Scored, Source, installed_version, row_of, unreadable
+from patchad.runtime import ExportedDetector, load, to_rgb
+from patchad.stages import measure_exported, process_memory, stage_table
+
+STDIN = "-"
+UNREADABLE, MISTAKE, INTERRUPTED, UNHEARD = 1, 2, 130, 141
+"""Exit codes: images could not be read; what the caller can mend; Ctrl-C; who read the rows has left."""
+PAUSE, SHARE = 0.2, 0.05
+"""Seconds between two looks at a folder that fills, and the most of the time that is spent looking at it."""
+LONGEST_SIDE = 1024
+"""Pixels of an overlay, at most."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leaves it to `main`."""
+        raise PatchadError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command, and ends the process with one of the exit codes."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")  # any name of a file
+    try:
+        options = parser().parse_args(arguments)
+        sys.exit(options.run(options))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
+        sys.exit(UNHEARD)
+    except (PatchadError, OSError) as error:
+        say(f"patchad: error: {error}")
+        sys.exit(MISTAKE)
+
+
+def parser() -> Parser:
+    """The options of both commands."""
+    made = Parser(prog="patchad", description="Scores images by a file that patchad export wrote.", allow_abbrev=False)
+    made.add_argument("--version", action="version", version=versions())
+    verbs = made.add_subparsers(required=True, metavar="score | benchmark")
+    score = verbs.add_parser("score", help="score images", description="Scores images.", allow_abbrev=False)
+    score.add_argument("--format", choices=FORMATS, default="csv", help="of the rows")
+    score.add_argument("--output", type=Path, help="the file of the rows, instead of standard output")
+    score.add_argument("--overlays", type=Path, help="a folder for each image with an outline of what is anomalous")
+    score.add_argument("--target_fpr", type=float, help="share of normal images that may be called anomalous")
+    score.add_argument("--review_fpr", type=float, help="share that may be called anomalous or be looked at")
+    score.add_argument("--watch", action="store_true", help="go on with images that arrive in the folder")
+    score.add_argument("--drift", type=int, metavar="IMAGES", help="tell when more of the last so many are unusual")
+    score.set_defaults(run=run_score)
+    benchmark = verbs.add_parser("benchmark", help="time an exported file", allow_abbrev=False)
+    benchmark.add_argument("--images", type=Path, help="a folder; by default, noise of the size that the file reads")
+    benchmark.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="images per batch")
+    benchmark.add_argument("--repeats", type=int, default=10, help="timed runs")
+    benchmark.set_defaults(run=run_benchmark)
+    for verb in (score, benchmark):
+        verb.add_argument("model", type=Path, help="the file that patchad export wrote")
+        verb.add_argument("--threads", type=int, help="of the CPU; by default one per core")
+    score.add_argument("images", help="a folder, an image, or - for one path a line from standard input")
+    return made
+
+
+def versions() -> str:
+    """Of patchad, and of torch and Lightning where they are installed, in one line; imports none of them."""
+    others = [f"{name} {version(name)}" for name in ("torch", "pytorch_lightning") if find_spec(name)]
+    return ", ".join([f"patchad {installed_version()}", *others])
+
+
+class Stop:
+    """Whether a signal has asked for the end; what is in work is not torn by it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, *_: object) -> None:
+        """Notes it."""
+        self.asked = True
+
+
+class Line:
+    """Scores image files one after the other, and keeps count.
+
+    Args:
+        detector: the exported file.
+        root: of the images, whose folders overlays have, too; without it those below the current one, or the disk's.
+        overlays: the folder for them; None draws none.
+        drift: told of each p-value.
+
+    Attributes:
+        counts: images of each verdict.
+    """
+
+    def __init__(
+        self, detector: ExportedDetector, root: Path | None, overlays: Path | None, drift: Drift | None
+    ) -> None:
+        self._detector, self._root, self._overlays, self._drift = detector, root, overlays, drift
+        checkpoint = detector.metadata["checkpoint"]
+        self._model, self._version = checkpoint["sha256"] if checkpoint else "", installed_version()
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, name: str) -> Row:
+        """The row of an image, which is counted.
+
+        Args:
+            name: the path of its file.
+        """
+        time_now = datetime.now().astimezone().isoformat(timespec="seconds")
+        limits, source = self._detector.limits, Source(self._model, self._version, time_now)
+        try:
+            pixels = read_pixels(Path(name))
+        except PatchadError as error:
+            row = unreadable(name, str(error), limits, source)
+        else:
+            scored = self._detector(pixels)
+            self._show(Path(name), pixels, scored)
+            row = row_of(name, scored, limits, source)
+            if self._drift and (change := self._drift.take(scored.p_value)):
+                say(change)
+        self.counts[row.verdict] += 1
+        return row
+
+    def _show(self, path: Path, pixels: np.ndarray, scored: Scored) -> None:
+        """Draws what is above the threshold of the map."""
+        if self._overlays is None:
+            return
+        region = scored.map > self._detector.limits.map_threshold
+        picture, place = overlay(pixels, region), self._overlays / place_below(self._root, path)
+        name = map_name(place.name, ".overlay.png")
+        try:
+            write_whole(place.with_name(name), lambda part: picture.save(part, format="PNG"))
+        except OSError as error:
+            raise PatchadError(str(error)) from error  # else it would seem to be of the file of rows
+
+
+def overlay(pixels: np.ndarray, region: np.ndarray) -> Image.Image:
+    """An image with the outline of a region, no larger than can be looked at.
+
+    Args:
+        pixels: as `to_rgb` takes them.
+        region: bool `[height, width]`; of it, no pixel is lost.
+    """
+    image = Image.fromarray((to_rgb(pixels).transpose(1, 2, 0) * 255).round().astype(np.uint8))
+    share = LONGEST_SIDE / max(image.size)
+    if share < 1:
+        size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+        image = image.resize(size, Image.Resampling.BOX)
+        region = np.asarray(Image.fromarray(region.astype(np.float32)).resize(size, Image.Resampling.BOX)) > 0
+    return Image.fromarray(outlined(np.asarray(image), region))
+
+
+def place_below(root: Path | None, path: Path) -> Path:
+    """The path from a root; without one from the current folder where it lies below that, else from the disk's."""
+    if root is not None:
+        return path.relative_to(root)
+    whole, here = Path(os.path.abspath(path)), Path.cwd()
+    return whole.relative_to(here if whole.is_relative_to(here) else whole.anchor)
+
+
+def run_score(options: argparse.Namespace) -> int:
+    """`patchad score`; returns its exit code."""
+    begun = time.perf_counter()
+    check_score(options)
+    names = image_names_of(options)
+    stop = Stop() if options.watch else None
+    detector = load(options.model, options.threads)
+    set_limits(detector, options)
+    drift = drift_of(options, detector)
+    line = Line(detector, root_of(options.images), options.overlays, drift)
+    form = FORMATS[options.format]
+    if stop:
+        watch(line, Path(options.images), options.output, form, stop)
+    elif options.output:
+        write_whole(options.output, lambda part: write_file(part, form, map(line, names)))
+    else:
+        write(sys.stdout, form, map(line, names))
+    told = ", ".join(f"{line.counts[verdict]} {verdict}" for verdict in ("anomalous", "review", "normal", "unreadable"))
+    say(f"{line.counts.total()} images: {told}; {time.perf_counter() - begun:.1f} s")
+    if drift and not drift.full:
+        say(f"drift: fewer than {options.drift} images were scored, and nothing can be said of them")
+    return UNREADABLE if line.counts["unreadable"] and not stop else 0
+
+
+def check_score(options: argparse.Namespace) -> None:
+    """Raises PatchadError, or OSError, where options do not fit each other or nothing can be written."""
+    check_range({"--drift": options.drift}, 1)
+    images, output = Path(options.images), options.output
+    if options.images != STDIN and not images.exists():
+        raise PatchadError(f"{images} does not exist; give a folder, an image, or - for paths from standard input")
+    if options.watch and not images.is_dir():
+        raise PatchadError(f"--watch follows a folder, and {images} is none")
+    if options.watch and output is None:
+        raise PatchadError("--watch needs --output, the file by which it knows what is done when it starts again")
+    if options.review_fpr is not None and options.target_fpr is None:
+        raise PatchadError(f"--review_fpr {options.review_fpr:g} needs --target_fpr, above which it begins")
+    if options.overlays and images.is_dir() and options.overlays.resolve().is_relative_to(images.resolve()):
+        raise PatchadError(f"--overlays {options.overlays} lies in {images}, where they would be scored, too")
+    if output and output.is_dir():
+        raise PatchadError(f"--output {output} is a folder; give a file, such as {output / 'scores.csv'}")
+    if output:
+        check_writable(output)
+
+
+def image_names_of(options: argparse.Namespace) -> Iterable[str]:
+    """Paths of the images to score; none where they are still to come."""
+    if options.watch:
+        return []
+    if options.images == STDIN:
+        return (name for line in sys.stdin if (name := line.rstrip("\r\n")))
+    path = Path(options.images)
+    return [str(image) for image in images_below(path)] if path.is_dir() else [options.images]
+
+
+def root_of(images: str) -> Path | None:
+    """The folder that images are told of from; None where their paths come from standard input."""
+    path = Path(images)
+    return None if images == STDIN else path if path.is_dir() else path.parent
+
+
+def set_limits(detector: ExportedDetector, options: argparse.Namespace) -> None:
+    """Sets the limits that are asked for; says where so few normal images cannot promise them."""
+    target = options.target_fpr
+    if target is None:
+        return
+    promised = detector.set_target_fpr(target, options.review_fpr)
+    if promised > target:
+        count = len(detector.normals)
+        say(f"{count} normal images cannot promise a false-positive rate of {target:g}, only {promised:.3g}")
+
+
+def drift_of(options: argparse.Namespace, detector: ExportedDetector) -> Drift | None:
+    """What watches for drift, if that is asked for and can be."""
+    if options.drift is None:
+        return None
+    try:
+        return Drift(options.drift, len(detector.normals))
+    except PatchadError as error:
+        say(f"drift cannot be told: {error}")
+        return None
+
+
+def write(file: TextIO, form: Format, rows: Iterable[Row]) -> None:
+    """Writes rows, each as it comes."""
+    add(file, form.head)
+    for row in rows:
+        add(file, form.line(row))
+
+
+def write_file(path: Path, form: Format, rows: Iterable[Row]) -> None:
+    """Writes rows into a file, each as it comes."""
+    with opened(path, "w") as file:
+        write(file, form, rows)
+
+
+def watch(line: Line, folder: Path, output: Path, form: Format, stop: Stop) -> None:
+    """Adds a row for each image that arrives in a folder, until a signal asks for the end.
+
+    Args:
+        line: scores them.
+        folder: where they arrive.
+        output: what is in it is done, and is not scored again.
+        form: of the rows.
+        stop: of the signals.
+    """
+    done = paths_so_far(output, form)
+    with opened(output, "a") as file, naming(output):
+        if not file.tell():
+            add(file, form.head)
+        for name in arriving(Arrivals(folder, done), stop):
+            row = line(name)
+            if row.score is None and not os.path.exists(name):
+                line.counts[row.verdict] -= 1
+                say_gone(name)
+                continue
+            add(file, form.line(row))
+            done.add(name)
+
+
+def arriving(arrivals: Arrivals, stop: Stop) -> Iterator[str]:
+    """Paths of images as they arrive."""
+    next_look = 0.0
+    while not stop.asked:
+        begun = time.monotonic()
+        if begun >= next_look:
+            whole, gone = arrivals.look(begun)
+            next_look = begun + (time.monotonic() - begun) / SHARE
+            for name in gone:
+                say_gone(name)
+            for name in whole:
+                yield name
+                if stop.asked:
+                    return
+        time.sleep(PAUSE)
+
+
+def say_gone(name: str) -> None:
+    """Tells of an image that went before it was scored."""
+    say(f"{name} vanished before it was read, and is left out")
+
+
+def run_benchmark(options: argparse.Namespace) -> int:
+    """`patchad benchmark` of an exported file; returns its exit code."""
+    check_range({"--repeats": options.repeats, "--batch_sizes": min(options.batch_sizes)}, 1)
+    if options.images and not options.images.is_dir():
+        raise PatchadError(f"--images {options.images} does not exist or is no folder")
+    paths = images_below(options.images) if options.images else None
+    detector = load(options.model, options.threads)
+    size = detector.canvas.image_size
+    noise = np.random.default_rng(0).random((3, *size), dtype=np.float32)
+    threads = f"threads: {options.threads}" if options.threads else "one thread per core"
+    print(f"{options.model}: {size[0]} x {size[1]} pixels; {threads}")
+    for count in options.batch_sizes:
+        images = [paths[number * len(paths) // count] for number in range(count)] if paths else [noise] * count
+        rows = measure_exported(detector, images, options.repeats)
+        print(f"\nbatch {count}\n", stage_table(rows), sep="\n")
+        rate = 1e3 * count / float(np.median(rows[-1].times))
+        print(f"\n{rate:.1f} images/s, peak memory {process_memory():.0f} MB", flush=True)
+    return 0
+
+
+def say(text: str) -> None:
+    """Tells the caller, beside the rows: one line."""
+    print(" ".join(text.split()), file=sys.stderr, flush=True)

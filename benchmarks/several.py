@@ -8,6 +8,7 @@ sets (benchmarks/products.yaml) but Magnetic Tile, whose folders are others, mak
 """
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -58,8 +59,13 @@ def main(
                 row = tested(form, product, root, fitted(form, root, folder / half, roots))
                 append(results, row)
                 known.append(row)
+    print_table(known)
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Prints rows as Markdown."""
     print("| form | product | detection / segmentation | PRO | false alarms | recall |\n|---|---|---|---|---|---|")
-    for row in known:
+    for row in rows:
         figures = f"{row.detection:.1f} / {row.segmentation:.1f} | {row.pro:.1f}"
         alarms = false_alarms(row.false_alarms, row.normals)
         print(f"| {row.form} | {row.product} | {figures} | {alarms} | {row.recall:.1f} |")
@@ -72,8 +78,7 @@ def fitted(form: str, root: Path, folder: Path, roots: dict[str, Path]) -> Patch
     checkpoint = folder / "one.ckpt"
     if not checkpoint.is_file():
         trainer = Trainer(**SETTINGS)
-        seed_everything(0)
-        trainer.fit(PatchDetector(), PyramidDataModule(joined(folder / "all", roots)))
+        fit(PatchDetector(), joined(folder / "all", roots), trainer)
         trainer.save_checkpoint(checkpoint)
     one = PatchDetector.load_from_checkpoint(checkpoint)
     if form == "one":
@@ -83,10 +88,10 @@ def fitted(form: str, root: Path, folder: Path, roots: dict[str, Path]) -> Patch
     return fit(shared, root)
 
 
-def fit(detector: PatchDetector, root: Path) -> PatchDetector:
+def fit(detector: PatchDetector, root: Path, trainer: Trainer | None = None) -> PatchDetector:
     """A detector that knows what is normal of one folder."""
     seed_everything(0)
-    Trainer(**SETTINGS).fit(detector, PyramidDataModule(root))
+    (trainer or Trainer(**SETTINGS)).fit(detector, PyramidDataModule(root))
     return detector
 
 

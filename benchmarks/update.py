@@ -58,7 +58,7 @@ def measured(product: str, root: Path, folder: Path, seed: int) -> list[Row]:
         f"these {ADDED} added": (added, root),
         "fitted with all": (full, root),
         "fitted with all, half of the good test images": (full, others),
-        "the other half added": (more, others),
+        "that other half added": (more, others),
     }
     return [
         tested(form, product, tests, PatchDetector.load_from_checkpoint(path)) for form, (path, tests) in steps.items()

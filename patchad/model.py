@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from patchad.canvas import Canvas, Size
 from patchad.checkpoint import read_checkpoint
+from patchad.conformal import check_band
 from patchad.errors import PatchadError
 from patchad.images import on_canvas
 from patchad.memory import BankFactory, MemoryBank
@@ -128,6 +129,20 @@ class ScoringModel(Configurable, nn.Module):
         values = crop_resize(prediction.map, content, (native.shape[1], native.shape[2]))[0].cpu().numpy()
         score, p_value = float(prediction.score), float(self.scorer.p_value(prediction.score))
         return Scored(score, bool(prediction.anomalous), self.scorer.limits.verdict(score), p_value, values)
+
+    def set_target_fpr(self, target_fpr: float, review_fpr: float | None = None) -> float:
+        """Sets the limits for another false-positive rate; returns the rate that the threshold promises.
+
+        Args:
+            target_fpr: share of normal images that may be called anomalous.
+            review_fpr: share that may be called anomalous or be looked at; None calls none for a look.
+
+        Raises:
+            PatchadError: if a rate does not lie above 0 and at most at 1, or the second not above the first.
+        """
+        check_band(target_fpr, review_fpr)
+        self.scorer.target_fpr, self.scorer.review_fpr = target_fpr, review_fpr
+        return self.scorer.set_limits(self.scorer.normals, self.scorer.peaks)
 
     def set_limits(self, scored: Float[Tensor, "images 2"], unseen: Bool[Tensor, " images"]) -> tuple[float, float]:
         """Sets the thresholds from normal images, each scored without itself.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from patchad.checkpoint import checksum, save
-from patchad.conformal import check_band, p_values
+from patchad.conformal import p_values
 from patchad.data.datamodule import PyramidDataModule
 from patchad.data.datasets import ImageDataset
 from patchad.data.doubts import Doubts
@@ -270,13 +270,10 @@ class Revision:
 
     def set_rates(self, target_fpr: float, review_fpr: float | None = None) -> None:
         """Sets the limits for other rates of false alarms, and of what is to be looked at."""
-        check_band(target_fpr, review_fpr)
-        scorer = self.model.scorer
-        self.changes.append(f"target_fpr {target_fpr:.4g}, not {scorer.target_fpr:.4g}")
+        self.changes.append(f"target_fpr {target_fpr:.4g}, not {self.model.scorer.target_fpr:.4g}")
+        self.model.set_target_fpr(target_fpr, review_fpr)
         for options in (self.checkpoint["hyper_parameters"], self.checkpoint["patchad_model"]["init_args"]):
             set_rates(options, target_fpr, review_fpr)
-        scorer.target_fpr, scorer.review_fpr = target_fpr, review_fpr
-        scorer.set_limits(scorer.normals, scorer.peaks)
 
     def save(self, output: Path) -> None:
         """Writes the checkpoint, and says how limits changed and which exported files are out of date."""

@@ -48,6 +48,7 @@ def evaluation(count: int = 13) -> tuple[Prediction, ImageBatch, dict]:
         image=torch.zeros(count, 3, 24, 24),
         content=torch.full((count, 2), 24),
         size=torch.full((count, 2), 24),
+        gain=torch.ones(count),
         number=torch.arange(count),
         thing=torch.full((count,), -1),
         label=truth.long(),

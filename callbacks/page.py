@@ -21,7 +21,7 @@ MOST_PICTURES = 2000
 """Images whose pictures are in the page: 20 MB."""
 
 
-class Tested(NamedTuple):
+class Findings(NamedTuple):
     """What a page tells of a test.
 
     Attributes:
@@ -35,7 +35,7 @@ class Tested(NamedTuple):
         normals: scores of the normal images that the threshold comes from.
         overlap: points (false-positive rate of pixels, mean overlap with the defects).
         doubts: what makes the figures doubtful, as a sentence and the paths of the images that it is about.
-        checkpoint: path of what was tested.
+        checkpoint: path of what was findings.
         provenance: where the figures come from, by name.
         updates: what was changed after the fit.
     """
@@ -55,39 +55,39 @@ class Tested(NamedTuple):
     updates: Sequence[str]
 
 
-def page(tested: Tested) -> str:
+def page(findings: Findings) -> str:
     """The HTML of a test; every text is escaped."""
     environment = Environment(
         loader=PackageLoader("patchad.callbacks", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html.jinja").render(
-        tested=tested,
-        data=page_data(tested),
-        figures=figures(tested.metrics, tested.rows, tested.target_fpr),
+        findings=findings,
+        data=page_data(findings),
+        figures=figures(findings.metrics, findings.rows, findings.target_fpr),
         verdicts=VERDICTS,
-        confusion=confusion(tested.rows),
-        unreadable=[row.reason for row in tested.rows if row.score is None],
-        pictures=min(MOST_PICTURES, len(tested.pictures)),
-        ramp=[rgb(colour) for colour in RAMP],
+        confusion=confusion(findings.rows),
+        unreadable=[row.reason for row in findings.rows if row.score is None],
+        pictures=min(MOST_PICTURES, len(findings.pictures)),
+        ramp=[rgb(colour) for colour in RAMP.tolist()],
         found=rgb(FOUND),
         truth=rgb(TRUTH),
     )
 
 
-def page_data(tested: Tested) -> dict[str, Any]:
+def page_data(findings: Findings) -> dict[str, Any]:
     """What the page's program reads: rows as lists of `COLUMNS`, and their pictures beside them."""
-    shown = set([row.path for row in tested.rows if row.path in tested.pictures][:MOST_PICTURES])
-    folder = common_folder(row.path for row in tested.rows)
+    shown = set([row.path for row in findings.rows if row.path in findings.pictures][:MOST_PICTURES])
+    folder = common_folder(row.path for row in findings.rows)
     return {
         "folder": folder,
         "columns": COLUMNS,
-        "rows": [cells(row, folder) for row in tested.rows],
-        "pictures": [encoded(tested.pictures[row.path]) if row.path in shown else None for row in tested.rows],
-        "threshold": tested.limits.threshold,
-        "review": tested.limits.review_threshold,
-        "normals": np.sort(tested.normals).tolist(),
-        "overlap": tested.overlap,
-        "command": f"patchad threshold --ckpt_path {shlex.quote(tested.checkpoint)}",
+        "rows": [cells(row, folder) for row in findings.rows],
+        "pictures": [encoded(findings.pictures[row.path]) if row.path in shown else None for row in findings.rows],
+        "threshold": findings.limits.threshold,
+        "review": findings.limits.review_threshold,
+        "normals": np.sort(findings.normals).tolist(),
+        "overlap": findings.overlap,
+        "command": ["patchad threshold", f"--ckpt_path {shlex.quote(findings.checkpoint)}"],
     }
 
 

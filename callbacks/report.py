@@ -6,7 +6,7 @@ from bisect import insort
 
 from pytorch_lightning import Trainer
 
-from patchad.callbacks.page import MOST_PICTURES, Tested, page
+from patchad.callbacks.page import MOST_PICTURES, Findings, page
 from patchad.callbacks.pictures import SheetEntry, sheet
 from patchad.callbacks.provenance import provenance
 from patchad.callbacks.publish import publish_picture, publish_table
@@ -72,11 +72,11 @@ class Report(Rows):
         if not trainer.is_global_zero:
             return
         self._write_sheet(trainer, pl_module)
-        tested = self._tested(trainer, pl_module, rows, pictures)
-        text = page(tested).encode(errors="backslashreplace")  # a file may have a name that is no text
+        findings = self._findings(trainer, pl_module, rows, pictures)
+        text = page(findings).encode(errors="backslashreplace")  # a file may have a name that is no text
         write_whole(self.folder / "report.html", lambda part: part.write_bytes(text))
-        publish_table(trainer, ("part", "detection_auroc", "segmentation_auroc"), tested.aurocs, "aurocs")
-        print_summary(tested.metrics, rows, tested.target_fpr)
+        publish_table(trainer, ("part", "detection_auroc", "segmentation_auroc"), findings.aurocs, "aurocs")
+        print_summary(findings.metrics, rows, findings.target_fpr)
         print(f"report: {self.folder / 'report.html'}\nscores: {self.folder / 'scores.csv'}")
 
     def _write_sheet(self, trainer: Trainer, detector: Detector) -> None:
@@ -84,10 +84,12 @@ class Report(Rows):
         picture = sheet([entry for defect in order for entry in self.entries[defect]], detector.scorer.limits)
         publish_picture(trainer, self.folder / "contact_sheet.png", picture, "contact_sheet")
 
-    def _tested(self, trainer: Trainer, detector: Detector, rows: list[Row], pictures: dict[str, Thumbnails]) -> Tested:
+    def _findings(
+        self, trainer: Trainer, detector: Detector, rows: list[Row], pictures: dict[str, Thumbnails]
+    ) -> Findings:
         scorer, overlap = detector.scorer, detector.metrics.overlap_curve
         metrics = {name.removeprefix("test/"): float(value) for name, value in trainer.callback_metrics.items()}
-        return Tested(
+        return Findings(
             title=f"patchad test: {trainer.datamodule.root.resolve().name}",  # type: ignore[attr-defined]
             metrics=metrics,
             aurocs=aurocs(metrics),

@@ -15,7 +15,7 @@ OUTLINE_BUDGET, HEAT_BUDGET = 1000, 1500
 """Bytes of one outline and of the heat map, which leave the rest to the image."""
 LONGEST, LONGEST_HEAT = 224, 112
 """Longer side in pixels of the image and its outlines, and of the heat map, which is smooth."""
-QUALITIES = (80, 65, 50, 35, 20, 10, 0)
+QUALITIES = (80, 65, 50, 35, 20)
 """Of WebP, from what looks like the image down to what fits."""
 
 

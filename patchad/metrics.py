@@ -143,8 +143,8 @@ def thinned(x: Float[Tensor, " points"], y: Float[Tensor, " points"], limit: flo
         points: how many are left.
 
     Example:
-        >>> thinned(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.2, 0.6, 1.0]), limit=1.0, points=3)
-        Curve(x=array([0.  , 0.25, 1.  ]), y=array([0. , 0.4, 1. ]))
+        >>> thinned(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.25, 0.75, 1.0]), limit=1.0, points=3)
+        Curve(x=array([0.  , 0.25, 1.  ]), y=array([0. , 0.5, 1. ]))
     """
     places = limit * np.linspace(0, 1, points) ** 2
     return Curve(places, np.append(0.0, np.interp(places[1:], x.numpy(), y.numpy())))

@@ -1,4 +1,5 @@
 import csv
+import functools
 import io
 import json
 import re
@@ -47,6 +48,7 @@ def rows_of(data: dict) -> list[dict]:
     return [dict(zip(data["columns"], cells, strict=True)) for cells in data["rows"]]
 
 
+@functools.cache
 def findings(images: int = 60) -> Findings:
     """A test of made-up images, one of which could not be read."""
     made = made_up(images)

@@ -14,9 +14,11 @@ from patchad.conformal import conformal_threshold
 from patchad.data.datamodule import PyramidDataModule
 from patchad.detector import Detector
 from patchad.results import Source
-from patchad.spec import defaults, described, spec
+from patchad.spec import defaults, described, digest, spec
 
 PACKAGES = ("patchad", "torch", "pytorch-lightning")
+LONGEST = 80
+"""Characters of a setting."""
 ELSEWHERE = ("root", "backbone.weights")
 """Settings that are told elsewhere, or that the checkpoint has in their place."""
 
@@ -73,7 +75,17 @@ def changed(hyperparameters: Mapping[str, Any], kind: type) -> str:
     usual = flat(spec(defaults(kind)))
     found = flat(described(hyperparameters).get("init_args", {}))
     different = {name: value for name, value in found.items() if usual.get(name) != value and name not in ELSEWHERE}
-    return ", ".join(f"{name} {value}" for name, value in different.items()) or "the defaults"
+    return ", ".join(f"{name} {in_short(value)}" for name, value in different.items()) or "the defaults"
+
+
+def in_short(value: Any) -> str:
+    """A setting as it is read; one that is too long, such as the members of an ensemble, by its digest.
+
+    Example:
+        >>> in_short([96, 96]), in_short(99 * [0])
+        ('[96, 96]', '(digest 226ee305)')
+    """
+    return str(value) if len(str(value)) <= LONGEST else f"(digest {digest(value)})"
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

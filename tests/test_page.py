@@ -132,6 +132,12 @@ def test_a_page_of_many_images_has_the_pictures_of_the_first_and_says_so(monkeyp
     assert "Pictures of the first" not in page(findings())
 
 
+def test_a_page_of_2000_images_can_be_mailed():
+    html = page(findings(2000))
+    assert sum(map(bool, data_of(html)["pictures"])) == 2000
+    assert len(html) <= 20_000_000
+
+
 @pytest.mark.parametrize("shape", [(384, 384), (3, 900), (700, 40), (1, 1)])
 @pytest.mark.parametrize("deviation", [0, 30, 200])
 def test_thumbnails_keep_their_budget_whatever_they_show(shape, deviation):
@@ -383,6 +389,21 @@ def test_filters_go_for_table_and_gallery(reader):
     assert set(reader.cells(2)) == {"hole"} and len(reader.cells(2)) == 31
     reader.page.locator("#text").fill("003")
     assert all("003" in name for name in reader.cells(1)) and reader.cells(1)
+
+
+@pytest.mark.browser
+def test_a_long_table_and_gallery_grow_as_they_are_scrolled(browser, tmp_path):
+    (tmp_path / "report.html").write_text(page(findings(260)))
+    reader = Reader(browser, tmp_path / "report.html")
+    rows, figures = (reader.page.locator(selector) for selector in ("#table tbody tr", "#gallery figure"))
+    assert rows.count() < 261 and figures.count() < 260
+    for place, more, found, count in (("table", ".more", rows, 261), ("gallery", "~ .more", figures, 260)):
+        while reader.page.locator(f"#{place} {more}").is_visible():
+            began = found.count()
+            reader.page.locator(f"#{place} {more}").scroll_into_view_if_needed()
+            found.nth(began).wait_for(state="attached")
+        assert found.count() == count
+    reader.page.close()
 
 
 @pytest.mark.browser

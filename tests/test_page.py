@@ -329,6 +329,20 @@ def test_a_threshold_is_dragged_and_set_back(reader):
 
 
 @pytest.mark.browser
+def test_without_a_band_to_look_at_all_that_is_not_found_is_missed(browser, tmp_path):
+    made = findings()
+    limits = made.limits._replace(review_threshold=made.limits.threshold)
+    (tmp_path / "report.html").write_text(page(made._replace(limits=limits)))
+    reader = Reader(browser, tmp_path / "report.html")
+    defects = [row.score for row in made.rows if row.label == "anomalous"]
+    for place in (0.2, 0.5, 0.8):
+        threshold = reader.page.evaluate(f"move(scoreAt({place})), threshold")
+        assert reader.counts()[2] == sum(score <= threshold for score in defects)
+    assert not reader.page.locator("#reviewed").is_visible()
+    reader.page.close()
+
+
+@pytest.mark.browser
 def test_a_finger_moves_the_threshold(reader):
     box = reader.page.locator("#histogram svg").bounding_box()
     for kind, place in (("pointerdown", 0.3), ("pointermove", 0.7)):

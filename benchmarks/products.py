@@ -23,7 +23,7 @@ from jsonargparse import auto_cli
 
 from benchmarks.tables import fit, splits, tested, without_place
 from patchad.data.layouts import MagneticTile, detect_layout
-from patchad.metrics import false_positive_rate_interval
+from patchad.metrics import exact_interval
 from patchad.spec import digest
 from patchad.types import NORMAL
 
@@ -240,7 +240,7 @@ def false_alarms(count: int, normals: int) -> str:
         >>> false_alarms(1, 20)
         '1 of 20: 5.0 % (0.1 to 24.9)'
     """
-    low, high = false_positive_rate_interval(count, normals)
+    low, high = exact_interval(count, normals)
     return f"{count} of {normals}: {100 * count / normals:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 

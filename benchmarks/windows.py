@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import binary_auroc
 from benchmarks.large_banks import POINTS_PER_LIST, PROBES, list_count
 from benchmarks.products import HALVES
 from patchad import PyramidDataModule
-from patchad.metrics import per_region_overlap
+from patchad.metrics import PerRegionOverlap
 from patchad.models import EfficientNetLite0, WindowEncoder
 from patchad.nearest import faiss, search
 from patchad.pyramid import fold
@@ -169,7 +169,7 @@ def figures(maps: Tensor, label: Tensor, mask: Tensor) -> str:
     smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min())
     detection = scores(maps)[:-HELD_OUT].argsort().argsort() / len(label)  # ranks, since AUROC takes probabilities
     aurocs = binary_auroc(detection, label), binary_auroc(smooth.flatten(), mask.flatten().long())
-    return f"{100 * aurocs[0]:.1f} / {100 * aurocs[1]:.1f} | {100 * per_region_overlap(smooth, mask):.1f}"
+    return f"{100 * aurocs[0]:.1f} / {100 * aurocs[1]:.1f} | {100 * PerRegionOverlap()(smooth, mask):.1f}"
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def montage(rows: Sequence[tuple[str, Sequence[np.ndarray]]], cell: int) -> Imag
 
 
 class SheetEntry(NamedTuple):
-    """What is shown of one image, at the size at which it was scored.
+    """What is shown of one image, at the size at which it was scored and in the light of its file.
 
     Attributes:
         name: of its file and the folder around it.
@@ -64,6 +64,7 @@ class SheetEntry(NamedTuple):
         anomalous: the verdict.
         image: RGB, uint8 `[height, width, 3]`.
         truth: True on defects, bool `[height, width]`.
+        has_mask: whether that is known.
         map: float32 `[height, width]`.
     """
 
@@ -73,6 +74,7 @@ class SheetEntry(NamedTuple):
     anomalous: bool
     image: np.ndarray
     truth: np.ndarray
+    has_mask: bool
     map: np.ndarray
 
 
@@ -88,8 +90,9 @@ def sheet_entry(prediction: Prediction, batch: ImageBatch, number: int) -> Sheet
         defect=batch.defect[number],
         score=float(prediction.score[number]),
         anomalous=bool(prediction.anomalous[number]),
-        image=to_rgb(batch.image[number, :, :height, :width]),
+        image=to_rgb(batch.image[number, :, :height, :width] / batch.gain[number]),
         truth=np.asarray(truth),
+        has_mask=bool(batch.has_mask[number]),
         map=values,
     )
 

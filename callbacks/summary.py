@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from patchad.metrics import exact_interval
 from patchad.results import Row
 
 VERDICTS = ("normal", "review", "anomalous")
@@ -43,14 +44,21 @@ def figures(metrics: Mapping[str, float], rows: Sequence[Row], target_fpr: float
     counts = confusion(rows)
     normals, defects = counts["normal"].total(), counts["anomalous"].total()
     if normals:
-        low, high = (percent(metrics[f"false_positive_rate_{end}"]) for end in ("low", "high"))
-        rate = percent(counts["normal"]["anomalous"] / normals)
-        asked = f"{100 * target_fpr:.3g} % asked for"
-        said["false alarms"] = f"{rate} ({low} to {high}): {counts['normal']['anomalous']} of {normals}, {asked}"
+        said["false alarms"] = f"{rate(counts['normal']['anomalous'], normals)}, {100 * target_fpr:.3g} % asked for"
     if defects:
-        missed = counts["anomalous"]["normal"]
-        said["missed defects"] = f"{percent(missed / defects)}: {missed} of {defects}"
+        said["missed defects"] = rate(counts["anomalous"]["normal"], defects)
     return said
+
+
+def rate(count: int, total: int) -> str:
+    """How many of all, with the exact interval of 95 %.
+
+    Example:
+        >>> rate(1, 20)
+        '5.0 % (0.1 to 24.9 %): 1 of 20'
+    """
+    low, high = exact_interval(count, total)
+    return f"{percent(count / total)} ({100 * low:.1f} to {100 * high:.1f} %): {count} of {total}"
 
 
 def percent(share: float) -> str:

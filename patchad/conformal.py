@@ -76,7 +76,8 @@ def conformal_threshold(scores: np.ndarray, target_fpr: float) -> tuple[float, f
     """The ceil((n + 1) (1 - target_fpr))-th smallest of n scores, and the false-positive rate that it promises.
 
     A new normal image, exchangeable with these, exceeds that score with at most the promised probability. With too few
-    images for the target (`images_needed`) it is their maximum, which promises 1 / (n + 1).
+    images for the target (`images_needed`) it is their maximum, which promises 1 / (n + 1); it is never below their
+    minimum.
 
     Args:
         scores: of normal images, `[images]`.
@@ -96,7 +97,7 @@ def conformal_threshold(scores: np.ndarray, target_fpr: float) -> tuple[float, f
         raise PatchadError(
             "scores of normal images are nan or infinite, and no threshold can be set by them: fit again"
         )
-    rank = min(count, math.ceil((count + 1) * (1 - target_fpr) - 1e-9))
+    rank = max(1, min(count, math.ceil((count + 1) * (1 - target_fpr) - 1e-9)))
     return float(np.sort(scores)[rank - 1]), 1 - rank / (count + 1)
 
 

@@ -84,12 +84,19 @@ class PerRegionOverlap(Metric):
 
     def compute(self) -> Tensor:
         """PRO in [0, 1]; nan without a defect pixel or without a defect-free one."""
+        return self.area(*self.curve())
+
+    def curve(self) -> tuple[Float[Tensor, " thresholds"], Float[Tensor, " thresholds"]]:
+        """False-positive rate and mean overlap with the defects at each threshold, by falling threshold."""
         scores, order = dim_zero_cat(self.scores).sort(descending=True)
         scores, weights = scores.cpu(), dim_zero_cat(self.weights)[order].cpu().double()  # GPUs sum in any order
         last_of_ties = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])
         overlap = weights.cumsum(0)[last_of_ties] / weights.sum()  # the weights sum to the number of components
         false_positives = (weights == 0).cumsum(0)[last_of_ties]
-        rate = false_positives.double() / false_positives[-1]
+        return false_positives.double() / false_positives[-1], overlap
+
+    def area(self, rate: Float[Tensor, " thresholds"], overlap: Float[Tensor, " thresholds"]) -> Tensor:
+        """PRO of a curve."""
         return area_up_to(rate, overlap, self.limit) / self.limit
 
 
@@ -114,9 +121,38 @@ def area_up_to(x: Float[Tensor, " points"], y: Float[Tensor, " points"], limit: 
     return torch.trapezoid(y, x)
 
 
-def false_positive_rate_interval(false_positives: int, normals: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact interval of the rate of false positives among normals (Clopper and Pearson, Biometrika 1934)."""
-    interval = binomtest(false_positives, normals).proportion_ci(confidence, method="exact")
+class Curve(NamedTuple):
+    """A curve to be drawn.
+
+    Attributes:
+        x: rising, `[points]`.
+        y: `[points]`.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+def thinned(x: Float[Tensor, " points"], y: Float[Tensor, " points"], limit: float, points: int = 200) -> Curve:
+    """A curve from (0, 0) up to x = limit by few points, which are the closer together the smaller x is.
+
+    Args:
+        x: rising.
+        y: at each of them.
+        limit: the last x.
+        points: how many are left.
+
+    Example:
+        >>> thinned(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.25, 0.75, 1.0]), limit=1.0, points=3)
+        Curve(x=array([0.  , 0.25, 1.  ]), y=array([0. , 0.5, 1. ]))
+    """
+    places = limit * np.linspace(0, 1, points) ** 2
+    return Curve(places, np.append(0.0, np.interp(places[1:], x.numpy(), y.numpy())))
+
+
+def exact_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a rate, of some among all (Clopper and Pearson, Biometrika 1934)."""
+    interval = binomtest(count, total).proportion_ci(confidence, method="exact")
     return float(interval.low), float(interval.high)
 
 
@@ -147,10 +183,15 @@ class AnomalyMetrics(Metric):
         full: whether to compute more than the AUROCs.
         defects: names of the defect types, the same on all processes.
         progress: whether `compute` shows a bar.
+
+    Attributes:
+        overlap_curve: of the last `compute`: the mean overlap with the defects over the false-positive rate of pixels,
+            up to the limit of PRO; None where there is none.
     """
 
     full_state_update = False
     rows: Tensor
+    overlap_curve: Curve | None = None
 
     def __init__(
         self, sides: Sequence[int], full: bool = False, defects: Sequence[str] = (), progress: bool = False
@@ -238,14 +279,20 @@ class AnomalyMetrics(Metric):
 
     def _per_region_overlap(self) -> dict[str, Tensor]:
         maps, masks = self._planes(f"map_{COMBINED}"), self._planes("mask").bool()
-        return {"pro": per_region_overlap(maps, masks)} if masks.any() and not masks.all() else {}
+        if not masks.any() or masks.all():
+            return {}
+        metric = PerRegionOverlap(sync_on_compute=False)  # these maps are gathered from all processes already
+        metric.update(maps, masks)
+        rate, overlap = metric.curve()
+        self.overlap_curve = thinned(rate, overlap, metric.limit)
+        return {"pro": metric.area(rate, overlap)}
 
     def _at_threshold(self) -> dict[str, Tensor]:
         flagged, normal = self._state("anomalous").bool(), self._state("label") == 0
         figures: dict[str, Tensor] = {}
         if normal.any():
             count, total = int((flagged & normal).sum()), int(normal.sum())
-            low, high = false_positive_rate_interval(count, total)
+            low, high = exact_interval(count, total)
             rates = {"": count / total, "_low": low, "_high": high}
             for ending, rate in rates.items():
                 figures[f"false_positive_rate{ending}"] = torch.tensor(rate, device=normal.device)
@@ -273,10 +320,3 @@ def two_class(name: str, kind: type[Metric], elements: Elements) -> dict[str, Te
     metric = kind(thresholds=None, validate_args=False, sync_on_compute=False)
     metric.update(elements.score, elements.label)
     return {name: metric.compute()}
-
-
-def per_region_overlap(maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]) -> Tensor:
-    """PRO of maps that are already gathered from all processes."""
-    metric = PerRegionOverlap(sync_on_compute=False)
-    metric.update(maps, masks)
-    return metric.compute()

@@ -100,15 +100,15 @@ class Row(NamedTuple):
 
     @property
     def order(self) -> tuple[int, float, str]:
-        """Failures first: what could not be read, what is wrong (the farther from the threshold the sooner), the rest.
+        """Failures first, the worst sooner: what could not be read, missed defects, false alarms; then the rest.
 
         Where labels are not known, the highest scores come first.
         """
         if self.score is None:
             return 0, 0.0, self.path
-        if self.correct == "wrong":
-            return 1, -abs(self.score - self.threshold), self.path
-        return 2, -self.score, self.path
+        if self.correct == "wrong" and self.label == "anomalous":
+            return 1, self.score, self.path
+        return 2 if self.correct == "wrong" else 3, -self.score, self.path
 
 
 def row_of(path: str, scored: Scored, limits: Limits, source: Source, label: Label = "", defect: str = "") -> Row:

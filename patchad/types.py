@@ -46,6 +46,8 @@ class ImageBatch(NamedTuple):
         image: RGB in [0, 1], float32 `[batch, 3, height, width]`; the content lies top left, the rest is edge padding.
         content: height x width of the content within `image`, in pixels, int64 `[batch, 2]`.
         size: height x width of the file, in pixels, int64 `[batch, 2]`.
+        gain: what the light of the file is multiplied with in `image` (`data.brightness`), up to what resizing does to
+            its mean, float32 `[batch]`.
         number: of the image within its dataset, int64 `[batch]`.
         thing: number of what the image shows, among the normal images that fill the bank; -1 if it is none of them;
             int64 `[batch]`.
@@ -62,6 +64,7 @@ class ImageBatch(NamedTuple):
     image: Tensor
     content: Tensor
     size: Tensor
+    gain: Tensor
     number: Tensor
     thing: Tensor
     label: Tensor

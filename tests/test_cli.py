@@ -107,9 +107,10 @@ def test_a_checkpoint_alone_is_tested(run, here, capsys):
         assert sheet.width > 4 * 160 and len(np.unique(np.asarray(sheet))) > 100
     page = (here / "runs/version_0/report.html").read_text()
     for row, end in (("all", ""), ("stain", "_defect_stain"), ("side 16", "_side_16")):
-        cells = [f"{100 * float(found[f'test/{kind}_auroc{end}']):.1f}" for kind in ("detection", "segmentation")]
-        assert f"<td>{row}</td><td>{cells[0]}</td><td>{cells[1]}</td>" in page
-    assert f"<td>pro</td><td>{100 * float(found['test/pro']):.1f}</td>" in page
+        values = [100 * float(found[f"test/{kind}_auroc{end}"]) for kind in ("detection", "segmentation")]
+        cells = "".join(f'<td class="number">{value:.1f}</td>' for value in values)
+        assert f"<td>{row}</td>{cells}" in page
+    assert f"<dt>per-region overlap</dt><dd><b>{100 * float(found['test/pro']):.1f} %</b>" in page
     assert not list(here.rglob("*.part"))
 
 

@@ -1,5 +1,6 @@
 """What a run really leaves behind: pictures in the run folder, and a wandb run that is read back from its file."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -127,17 +128,17 @@ def test_fit_and_test_of_a_model_are_one_group_and_say_what_it_was_fitted_on(run
         assert one["false_positive_rate"] == pytest.approx({"asked": 0.05, "promised": 1 / 13})
 
 
+def artifacts(folder: Path, kind: str) -> list:
+    """What a run keeps as artifacts of a kind: their files, by path within them."""
+    found = records(next(folder.glob("*.wandb")))
+    logged = [record.request.log_artifact.artifact for record in found if record.request.HasField("log_artifact")]
+    logged += [record.artifact for record in found if record.HasField("artifact")]
+    return [{entry.path: entry for entry in one.manifest.contents} for one in logged if one.type == kind]
+
+
 def test_wandb_gets_the_checkpoint(runs):
-    fit = next(dashboards(runs)[0].glob("*.wandb"))
-    (artifact,) = [
-        record.request.log_artifact.artifact
-        for record in records(fit)
-        if record.HasField("request")
-        and record.request.HasField("log_artifact")
-        and record.request.log_artifact.artifact.type == "model"
-    ] or [record.artifact for record in records(fit) if record.HasField("artifact") and record.artifact.type == "model"]
-    (entry,) = artifact.manifest.contents
-    assert entry.size == (runs / "version_0/checkpoints/last.ckpt").stat().st_size
+    (files,) = artifacts(dashboards(runs)[0], "model")
+    assert files["model.ckpt"].size == (runs / "version_0/checkpoints/last.ckpt").stat().st_size
 
 
 def test_tensorboard_gets_figures_and_pictures(runs):
@@ -168,6 +169,21 @@ def test_wandb_gets_pictures_and_the_table_of_aurocs(runs, product):
     assert table["columns"] == ["part", "detection_auroc", "segmentation_auroc"]
     assert [row[0] for row in table["data"]] == ["all", *defects, "side 64", "side 32", "side 16"]
     assert all(0 <= row[1] <= 1 for row in table["data"])
+
+
+def test_wandb_gets_a_row_and_pictures_of_each_image_and_the_plots_of_a_test(runs):
+    test = dashboards(runs)[1]
+    assert {"images", "scores_table", "roc_table", "verdicts_table"} <= history(test)
+    files = next(files for files in artifacts(test, "run_table") if "images.table.json" in files)
+    images = json.loads(Path(files["images.table.json"].local_path).read_text())
+    rows = list(csv.DictReader((runs / "version_1/scores.csv").read_text().splitlines()))
+    place = {name: images["columns"].index(name) for name in ("path", "score", "image", "heat map")}
+    assert [row[place["path"]] for row in images["data"]] == [row["path"] for row in rows]
+    assert [row[place["score"]] for row in images["data"]] == pytest.approx([float(row["score"]) for row in rows])
+    for row in images["data"]:
+        for name in ("image", "heat map"):
+            with Image.open(files[row[place[name]]["path"]].local_path) as picture:
+                assert len(np.unique(np.asarray(picture))) > 20
 
 
 def test_the_run_folder_holds_the_same_pictures(runs):

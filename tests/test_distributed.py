@@ -14,6 +14,7 @@ from patchad.cli import main
 from patchad.data.synthetic import write_synthetic
 from patchad.memory import MemoryBank
 from patchad.models import EfficientNetLite0, FeatureCache, LearnedEncoder
+from tests.test_page import data_of
 
 SMALL = [
     "--model.bank.max_vectors=400",
@@ -81,6 +82,9 @@ def test_two_processes_give_the_bank_and_the_auroc_of_one(tmp_path, monkeypatch)
     torch.testing.assert_close(one["model.scorer.normals"], two["model.scorer.normals"], rtol=1e-5, atol=0)
     assert "test/detection_auroc" in metrics and metrics_of_two == pytest.approx(metrics, abs=1e-6)
     assert [row["path"] for row in rows] == [row["path"] for row in rows_of_two] and len(rows) == 11
+    for folder in (alone, together):
+        data = data_of((folder / "runs/version_1/report.html").read_text())
+        assert len(data["rows"]) == 11 and all(data["pictures"])
 
 
 def learn(folder: Path, root: Path, devices: int) -> None:

@@ -13,7 +13,7 @@ from patchad.metrics import (
     BinaryF1Max,
     PerRegionOverlap,
     area_up_to,
-    false_positive_rate_interval,
+    exact_interval,
     squash,
 )
 from patchad.types import ImageBatch, Prediction
@@ -48,6 +48,7 @@ def evaluation(count: int = 13) -> tuple[Prediction, ImageBatch, dict]:
         image=torch.zeros(count, 3, 24, 24),
         content=torch.full((count, 2), 24),
         size=torch.full((count, 2), 24),
+        gain=torch.ones(count),
         number=torch.arange(count),
         thing=torch.full((count,), -1),
         label=truth.long(),
@@ -265,7 +266,7 @@ def test_verdicts_are_counted_over_normal_and_defective_images():
 
 
 def test_no_false_positive_among_n_gives_the_closed_form_upper_bound():
-    low, high = false_positive_rate_interval(0, 20)
+    low, high = exact_interval(0, 20)
     assert low == 0
     assert high == pytest.approx(1 - 0.025 ** (1 / 20))
 

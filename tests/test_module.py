@@ -1,5 +1,4 @@
 import functools
-import math
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -16,7 +15,6 @@ from pytorch_lightning.callbacks import Callback
 
 from patchad import Learning, PatchadError, PatchDetector, PyramidDataModule
 from patchad.callbacks import LastCheckpoint, Predictions, Report
-from patchad.callbacks.report import aurocs, report_page
 from patchad.checkpoint import save
 from patchad.data.synthetic import write_synthetic
 from patchad.detector import OTHER_PRECISIONS
@@ -213,14 +211,6 @@ def test_the_contact_sheet_shows_the_lowest_and_highest_scores_of_each_defect_ty
     shown = {defect: [one.score for one in kept] for defect, kept in report.entries.items()}
     assert shown == {defect: sorted({min(found), max(found)}) for defect, found in scores.items()}
     assert len(shown["good"]) == 2
-
-
-def test_the_page_has_a_row_for_whatever_was_measured():
-    rows = aurocs({"test/detection_auroc": 0.8, "test/segmentation_auroc_defect_on_side_left": 0.9, "test/pro": 0.7})
-    assert [name for name, *_ in rows] == ["all", "on_side_left"]
-    assert rows[0][1] == 0.8 and math.isnan(rows[0][2])
-    page = report_page({"test/segmentation_auroc_side_16": 0.9, "test/pro": 0.7}, threshold=1.0)
-    assert "<td>side 16</td><td></td><td>90.0</td>" in page and "<td>pro</td><td>70.0</td>" in page
 
 
 def test_evaluation_draws_nothing_from_the_training_generators(product, tmp_path):

@@ -40,7 +40,7 @@ def runtime_wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_callbacks_configs_and_the_published_split(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    callbacks = {f"patchad/callbacks/{path.name}" for path in (CHECKOUT / "callbacks").glob("*.py")}
+    callbacks = {f"patchad/callbacks/{path.name}" for path in (CHECKOUT / "callbacks").glob("*.*")}
     configs = {f"patchad/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / "configs").rglob("*.yaml")}
     assert callbacks | configs | {"patchad/data/differnet_train_761.txt", "patchad/py.typed"} <= names
     assert not [name for name in names if name.startswith(("tests/", "callbacks/", "configs/"))]

@@ -43,7 +43,7 @@ def test_an_outlined_image_keeps_its_pixels_elsewhere():
 def shown(defect: str, anomalous: bool) -> SheetEntry:
     image, truth, values = np.zeros((4, 4, 3), np.uint8), np.eye(4, dtype=bool), np.zeros((4, 4))
     values[0, 3] = 9.0
-    return SheetEntry("good/000.png", defect, 4.0 if anomalous else 1.5, anomalous, image, truth, values)
+    return SheetEntry("good/000.png", defect, 4.0 if anomalous else 1.5, anomalous, image, truth, True, values)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,16 @@ def test_what_is_shown_of_a_padded_image_is_its_content():
     mask[1, 0] = True
     content, zeros = torch.tensor([[8, 8], [6, 4]]), torch.zeros(2, dtype=torch.int64)
     names, fine = (["a", "b"], ["a/0.png", "b/1.png"]), ["", ""]
-    batch = ImageBatch(image, content, content, zeros, zeros, zeros, mask, mask[:, 0, 0], *names, zeros, fine, fine)
+    gain = torch.tensor([1.0, 0.5])
+    batch = ImageBatch(
+        image, content, content, gain, zeros, zeros, zeros, mask, mask[:, 0, 0], *names, zeros, fine, fine
+    )
     found = sheet_entry(Prediction(torch.tensor([1.0, 2.0]), torch.tensor([False, True]), values, {}, {}), batch, 1)
     assert found.name == "b/1.png" and found.score == 2.0 and found.anomalous and found.defect == "b"
-    np.testing.assert_array_equal(found.image, (image[1, :, :6, :4].permute(1, 2, 0) * 255).round().byte().numpy())
+    shown = (image[1, :, :6, :4].permute(1, 2, 0) / 0.5 * 255).round().clamp(0, 255)  # in the light of the file
+    np.testing.assert_array_equal(found.image, shown.byte().numpy())
     np.testing.assert_allclose(found.map, values[1, :6, :4].numpy())
-    assert found.truth.shape == (6, 4) and found.truth[0].all() and not found.truth[2:].any()
+    assert found.has_mask and found.truth.shape == (6, 4) and found.truth[0].all() and not found.truth[2:].any()
 
 
 def test_a_sheet_has_the_panels_of_each_row_beside_its_caption():

@@ -72,7 +72,7 @@ def test_failures_come_first_and_the_worst_of_them_sooner(tmp_path):
     ]
     write_rows(tmp_path / "scores.csv", rows)
     written = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
-    assert [row["path"] for row in written] == ["broken", "alarm", "missed", "found", "looked at", "passed"]
+    assert [row["path"] for row in written] == ["broken", "missed", "alarm", "found", "looked at", "passed"]
     assert written[0] == {**dict.fromkeys(Row._fields, ""), **{
         "path": "broken", "verdict": "unreadable", "threshold": "5.0", "map_threshold": "2.0", "model": "c0ffee",
         "version": "0.1.0", "time": SOURCE.time, "reason": "cannot read it",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from patchad.canvas import Canvas, Size, content_size
+from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.data.defects import paint_defect, paint_defects
 from patchad.data.doubts import digest, image_doubts
 from patchad.decoding import MAX_MEGAPIXELS
@@ -92,6 +92,7 @@ class ImageDataset(Dataset[ImageBatch]):
             image=image,
             content=torch.tensor(content),
             size=torch.tensor(size),
+            gain=torch.tensor(self._gain(native)),
             number=torch.tensor(index),
             thing=self.things[index],
             label=torch.tensor({NORMAL: 0, UNKNOWN: -1}.get(sample.defect, 1)),
@@ -104,12 +105,17 @@ class ImageDataset(Dataset[ImageBatch]):
             doubts="\n".join(doubts),
         )
 
+    def _gain(self, native: torch.Tensor) -> float:
+        brightness = self.canvas.brightness
+        return 1.0 if brightness is None else gain(float(native.mean()), brightness)
+
     def _unreadable(self, index: int, error: str) -> ImageBatch:
         sample, size = self.samples[index], torch.tensor(self.canvas.image_size)
         return ImageBatch(
             image=torch.zeros(3, *self.canvas.image_size),
             content=size,
             size=size,
+            gain=torch.tensor(1.0),
             number=torch.tensor(index),
             thing=self.things[index],
             label=torch.tensor(-1),

@@ -50,14 +50,10 @@ def drift(folder: Path = Path("runs/drift"), seed: int = 0) -> None:
             watched.take(value)
         told = (number for number, value in enumerate(generator.permutation(darker), 1) if watched.take(value))
         delays.append(next(told, NORMALS))
-    print(
-        f"p-values up to 0.05: {np.mean(normal <= 0.05):.1%} of {NORMALS} normal images, {np.mean(darker <= 0.05):.1%} "
-        f"at {DARKER} of their brightness"
-    )
-    print(
-        f"alarms: in {alarms} of {SHUFFLES} shuffles of the normal images; after {min(delays)} to {max(delays)} darker "
-        f"images, {statistics.median(delays):g} in the median"
-    )
+    usual, unusual = (f"{np.mean(values <= 0.05):.1%}" for values in (normal, darker))
+    print(f"p-values up to 0.05: {usual} of {NORMALS} normal images, {unusual} at {DARKER} of their brightness")
+    print(f"alarms: in {alarms} of {SHUFFLES} shuffles of the normal images")
+    print(f"darker images until an alarm: {min(delays)} to {max(delays)}, in the median {statistics.median(delays):g}")
 
 
 def checkpointed(path: Path, data: PyramidDataModule) -> PatchModel:
@@ -106,11 +102,9 @@ def repeat(
             chosen = [file for file in files if (file.parent.name == "good") == (label == "normal")]
             chosen = [chosen[number] for number in generator.permutation(len(chosen))[: images // 2]]
             taken = [retaken(model, read_pixels(file), times, generator) for file in chosen]
-            spread = statistics.median(np.std(scores) / np.mean(scores) for scores in taken)
-            flips = sum(
-                min(above, times - above) > 0
-                for above in (int((s > model.scorer.limits.threshold).sum()) for s in taken)
-            )
+            spread = np.median([np.std(scores) / np.mean(scores) for scores in taken])
+            above = [int((scores > model.scorer.limits.threshold).sum()) for scores in taken]
+            flips = sum(0 < count < times for count in above)
             print(f"| {product} | {label} | {len(chosen)} | {spread:.1%} of it (median) | {flips} of {len(chosen)} |")
 
 

@@ -1,12 +1,13 @@
 """Batches -> pictures: contact sheets and montages."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from patchad.conformal import Limits
@@ -18,6 +19,33 @@ from patchad.types import NORMAL, ImageBatch, Prediction
 def to_rgb(image: Tensor) -> np.ndarray:
     """An image `[3, height, width]` in [0, 1] as uint8 `[height, width, 3]`."""
     return (image.detach().cpu().permute(1, 2, 0).numpy() * 255).round().clip(0, 255).astype(np.uint8)
+
+
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arialuni.ttf", "msyh.ttc", "segoeui.ttf")
+"""Of systems, for what Pillow's own font, which knows ASCII, does not have."""
+NO_GLYPH = "\uffff"
+
+
+def written(text: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    r"""A caption and a font that has all of it; where no font of the system does, what is not ASCII is escaped.
+
+    Example:
+        >>> written("good/000.png")[0]
+        'good/000.png'
+    """
+    if not text.isascii():
+        for name in FONTS:
+            with suppress(OSError):  # not on this system
+                font = ImageFont.truetype(name, size=10)
+                nothing = glyph(font, NO_GLYPH)
+                if all(character == "\n" or glyph(font, character) != nothing for character in text):
+                    return text, font
+    return text.encode("ascii", "backslashreplace").decode(), ImageFont.load_default()
+
+
+def glyph(font: ImageFont.FreeTypeFont, character: str) -> bytes:
+    """What a font draws for a character."""
+    return bytes(font.getmask(character))  # type: ignore[arg-type]
 
 
 def contact_sheet(
@@ -32,7 +60,8 @@ def contact_sheet(
         draw.text((caption + column * (cell + gap), 5), title, fill="black")
     for row, (text, panels) in enumerate(rows):
         top = head + row * (cell + gap)
-        draw.multiline_text((6, top + 4), text, fill="black", spacing=4)
+        text, font = written(text)
+        draw.multiline_text((6, top + 4), text, fill="black", spacing=4, font=font)
         for column, panel in enumerate(panels):
             picture = Image.fromarray(panel)
             picture.thumbnail((cell, cell))

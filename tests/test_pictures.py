@@ -4,7 +4,7 @@ import torch
 from PIL import ImageDraw
 from scipy import ndimage
 
-from patchad.callbacks.pictures import SheetEntry, contact_sheet, montage, row, sheet_entry
+from patchad.callbacks.pictures import SheetEntry, contact_sheet, montage, row, sheet_entry, written
 from patchad.conformal import Limits
 from patchad.drawing import FOUND, RAMP, TRUTH, heat, outline, outlined
 from patchad.types import ImageBatch, Prediction
@@ -91,6 +91,16 @@ def test_a_sheet_has_the_panels_of_each_row_beside_its_caption():
     for top, levels in ((22, (40, 90)), (48, (90, 40))):
         assert [int(picture[top + 5, 190 + column * 26 + 10, 0]) for column in range(2)] == list(levels)
         assert picture[top : top + 20, :190].min() < 100  # the caption is black
+
+
+def test_a_caption_shows_each_character_or_its_escape(monkeypatch):
+    """Whatever fonts the system has: no character is a box, which those that no font knows would be."""
+    for text in ("Kratzer_ü/001.png", "\u50b7/001.png", "\U0001f6e0.png"):
+        shown, font = written(text)
+        boxes = [character for character in shown if bytes(font.getmask(character)) == bytes(font.getmask("\uffff"))]
+        assert not boxes and (shown == text or shown == text.encode("ascii", "backslashreplace").decode())
+    monkeypatch.setattr("patchad.callbacks.pictures.FONTS", ())
+    assert written("Kratzer_ü")[0] == r"Kratzer_\xfc"
 
 
 def test_a_montage_has_its_pictures_in_rows_and_the_captions_before_them(monkeypatch):

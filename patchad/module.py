@@ -237,11 +237,12 @@ class PatchDetector(Detector[PatchModel]):
     def know_normals(self) -> None:
         """Fills the banks and calibrates; once more where mirrored normal images are normal, too."""
         self.fill_banks()
-        self.calibrate()
+        promised = self.calibrate()
         if self.mirrored and self.model.has_room_for_as_much_again() and (mirrors := self._normal_mirrors()):
             self.fill_banks(mirrors)
-            self.calibrate()
+            promised = self.calibrate()
             self.fitted = self.fitted._replace(mirrors=[list(axes) for axes in mirrors])
+        self.announce_threshold(*promised)
 
     def _normal_mirrors(self) -> list[tuple[int, ...]]:
         """The axes along which most normal images can be reversed and pass as normal, each compared with the others."""
@@ -283,9 +284,13 @@ class PatchDetector(Detector[PatchModel]):
             size = count * values.shape[1] * values.element_size() / 1e6
             rank_zero_info(f"memory bank, side {side}: {count} of {patches} vectors x {values.shape[1]}, {size:.1f} MB")
 
-    def calibrate(self) -> None:
-        """Sets the scale of each side and the threshold from the normal images, each compared with the others."""
-        self.announce_threshold(*self.model.calibrate(self._normal_distances(), self._unseen))
+    def calibrate(self) -> tuple[float, float]:
+        """Sets the scale of each side and the limits from the normal images, each compared with the others.
+
+        Returns:
+            What `announce_threshold` says.
+        """
+        return self.model.calibrate(self._normal_distances(), self._unseen)
 
     def _normal_distances(self) -> Distances:
         batches = self._batches(self._data.normal_dataloader(), "Calibrating")

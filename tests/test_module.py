@@ -305,6 +305,8 @@ def test_mirrors_in_which_most_normal_images_are_normal_fill_the_bank_too(halves
     with caplog.at_level("INFO"):
         trainer(tmp_path).fit(model, data)
     assert "pass as normal: 0% left to right, " in caplog.text and "0% both; where most do" in caplog.text
+    assert caplog.text.count("false-positive rate promised at most") == 1  # of the larger bank alone
+    assert model.fitted.mirrors == [[1]]
     memory, count = model.model.bank(16), len(data.normal_set)
     assert memory.keys[:, 0].unique().tolist() == list(range(2 * count))
     assert torch.equal(memory.things, memory.keys[:, 0] % count)

@@ -12,9 +12,11 @@ import patchad
 from patchad import PatchadError, PatchModel
 from patchad.checkpoint import checksum, read_checkpoint
 from patchad.cli import main
-from patchad.revision import rate_that_finds
+from patchad.images import on_canvas, read_image
+from patchad.revision import add_normals, rate_that_finds, read_images
 from patchad.scoring import Scorer
 from tests.test_cli import LITE, SMALL, commands_in
+from tests.test_module import bank, detector, halves, images, trainer  # noqa: F401
 
 LAST = "runs/fit/checkpoints/last.ckpt"
 
@@ -73,6 +75,22 @@ def test_what_is_added_lies_in_the_banks_as_if_the_fit_had_known_it_and_nothing_
     torch.testing.assert_close(model.scorer.normals[9:], torch.cat(expected)[-3:])
     assert after["patchad_fitted"]["added"] == [False] * 9 + [True] * 3
     assert "added 3 normal images, which no encoder saw" in after["patchad_updates"][0]
+
+
+def test_where_mirrors_fill_the_banks_those_of_an_added_image_do_too(halves, tmp_path):
+    model, data = detector(bank=bank(max_vectors=None), mirrored=True), images(halves)
+    trainer(tmp_path).fit(model, data)
+    held, count = model.model.bank(16), len(model.model.bank(16))
+    path = min((halves / "test").glob("*/*.png"))
+    fitted = add_normals(model.model.eval(), read_images(path, data), model.fitted)
+    (thing,) = set(fitted.things) - set(model.fitted.things)
+    assert len(held) == count + 2 * (count // (2 * len(model.fitted.things)))
+    numbers = held.keys[held.things == thing][:, 0].unique()
+    assert len(numbers) == 2 and numbers.min() == 2 * len(model.fitted.things)
+    image = on_canvas(read_image(path), data.canvas)[0][None]
+    upside_down = model.model.embed(image.flip(2))[16].flatten(2).transpose(1, 2)[0]
+    copies = held.keys[:, 0] == numbers.max()
+    torch.testing.assert_close(held.vectors[copies], upside_down[held.keys[copies, 1]])
 
 
 def test_what_was_added_can_be_taken_out_again(here):

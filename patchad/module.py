@@ -18,9 +18,9 @@ from patchad.models.backbones import Backbone
 from patchad.models.features import Features
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
 from patchad.pyramid import mirror, positions, window_size
-from patchad.scoring import Scorer, ScorerFactory
+from patchad.scoring import Scorer, ScorerFactory, content_pixels
 from patchad.spec import hyperparameters, spec
-from patchad.types import ImageBatch, PatchViews, PyramidBatch
+from patchad.types import ImageBatch, PatchViews, PyramidBatch, given
 
 MIRRORS = {"left to right": (2,), "top to bottom": (1,), "both": (1, 2)}
 """The axes along which an image `[3, height, width]` is reversed."""
@@ -253,8 +253,7 @@ class PatchDetector(Detector[PatchModel]):
         return [MIRRORS[name] for name, share in passing.items() if share > 0.5]
 
     def _mirror_verdicts(self, batch: ImageBatch, axes: tuple[int, ...]) -> Int[Tensor, " batch"]:
-        image = mirror(batch.image, batch.content, axes)
-        return self.model(image, batch.content, batch.thing).anomalous.long()
+        return self.model(*mirrored(batch, axes).inputs).anomalous.long()
 
     def fill_banks(self, mirrors: Sequence[tuple[int, ...]] = ()) -> None:
         """Fills the bank of each side with the patches of the normal images, and prints its size first.
@@ -270,10 +269,11 @@ class PatchDetector(Detector[PatchModel]):
         count = len(self._data.normal_set)
         for place, batch in enumerate(self._batches(self._data.normal_dataloader(), "Filling the memory bank")):
             for copy_number, axes in enumerate(mirrors):
-                embeddings = self.model.embed(mirror(batch.image, batch.content, axes))
+                copy = mirrored(batch, axes)
+                embeddings = self.model.embed(copy.image)
                 if place == copy_number == 0:
                     self._announce_banks(embeddings, count * len(mirrors))
-                yield batch._replace(number=batch.number + copy_number * count), embeddings
+                yield copy._replace(number=batch.number + copy_number * count), embeddings
 
     def _announce_banks(self, embeddings: Mapping[int, Tensor], images: int) -> None:
         for side, values in embeddings.items():
@@ -288,10 +288,13 @@ class PatchDetector(Detector[PatchModel]):
 
     def _normal_distances(self) -> Distances:
         batches = self._batches(self._data.normal_dataloader(), "Calibrating")
-        results = [(batch.number, self.model.distances(batch.image, batch.content, batch.thing)) for batch in batches]
+        results = [(batch.number, self.model.distances(*batch.inputs)) for batch in batches]
         numbers, parts = torch.cat([number for number, _ in results]), [distances for _, distances in results]
         sides = {side: self._everywhere(numbers, [part.sides[side] for part in parts]) for side in self.model.sides}
-        return parts[0]._replace(sides=sides, content=self._everywhere(numbers, [part.content for part in parts]))
+        content = self._everywhere(numbers, [part.content for part in parts])
+        regions = [part.region.byte() for part in parts if part.region is not None]
+        region = self._everywhere(numbers, regions).bool() if regions else None
+        return parts[0]._replace(sides=sides, content=content, region=region)
 
     # checkpoints
 
@@ -323,3 +326,12 @@ class PatchDetector(Detector[PatchModel]):
             for state in checkpoint["optimizer_states"]:
                 for group in state["param_groups"]:
                     group["lr"] = rate
+
+
+def mirrored(batch: ImageBatch, axes: tuple[int, ...]) -> ImageBatch:
+    """Images and what is judged of them, reversed along axes of an image `[3, height, width]`."""
+    image, region = mirror(batch.image, batch.content, axes), batch.region
+    if given(region) is not None:
+        on_content = content_pixels(batch.content, image.shape[2], image.shape[3]) > 0
+        region = (mirror(region[:, None].float(), batch.content, axes)[:, 0] > 0) & on_content
+    return batch._replace(image=image, region=region)

@@ -15,9 +15,11 @@ from patchad.data.datasets import ImageDataset
 from patchad.detector import Detector
 from patchad.errors import PatchadError, check_range
 from patchad.export import MAP_TOLERANCE, TOLERANCE, Difference, compare, export
+from patchad.masks import read_region
 from patchad.model import PatchModel, ScoringModel
 from patchad.runtime import ExportedDetector, load
 from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, reset_peak_memory, stage_table
+from patchad.types import Sample
 
 
 class DetectorTrainer(Trainer):
@@ -67,8 +69,8 @@ class DetectorTrainer(Trainer):
         datamodule.setup("predict")
         print("| image | score | map | verdict |\n|---|---|---|---|")
         dataset = datamodule.predict_set
-        paths = [dataset.samples[number].path for number in evenly_spread(dataset, min(images, len(dataset)))]
-        differences, errors = compare_all(scoring, runtime, paths)
+        samples = [dataset.samples[number] for number in evenly_spread(dataset, min(images, len(dataset)))]
+        differences, errors = compare_all(scoring, runtime, samples)
         for difference in differences:
             verdict = "same" if difference.same_verdict else "DIFFERENT"
             print(f"| {difference.path} | {difference.score:.1e} | {difference.map:.1e} | {verdict} |")
@@ -83,7 +85,7 @@ class DetectorTrainer(Trainer):
             raise PatchadError(f"{exported} has the threshold {thresholds}; export it again")
         print(f"{largest}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
         if errors:
-            raise PatchadError(f"{len(errors)} of {len(paths)} images could not be scored: {'; '.join(errors)}")
+            raise PatchadError(f"{len(errors)} of {len(samples)} images could not be scored: {'; '.join(errors)}")
 
     def benchmark(
         self,
@@ -142,13 +144,14 @@ def restored(detector: Detector, datamodule: PyramidDataModule, ckpt_path: Path 
 
 
 def compare_all(
-    model: ScoringModel, exported: ExportedDetector, paths: Sequence[Path]
+    model: ScoringModel, exported: ExportedDetector, samples: Sequence[Sample]
 ) -> tuple[list[Difference], list[str]]:
     """Scores image files by both; the differences, and why files could not be scored."""
     differences, errors = [], []
-    for path in paths:
+    for sample in samples:
         try:
-            differences.append(compare(model, exported, path))
+            region = None if sample.region is None else read_region(sample.region)
+            differences.append(compare(model, exported, sample.path, region))
         except PatchadError as error:
             errors.append(str(error))
     return differences, errors

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from patchad.checkpoint import read_checkpoint
 from patchad.data.datamodule import PyramidDataModule
+from patchad.data.regions import short
 from patchad.detector import Detector
 from patchad.errors import PatchadError
 from patchad.model import PatchModel, ScoringModel, summary, without_weights
@@ -131,6 +132,8 @@ def check_same_data(path: str, settings: dict[str, Any], datamodule: PyramidData
         fitted, expected = settings[name], ensemble_settings[name]
         if name == "root":
             fitted, expected = (str(Path(root).resolve()) for root in (fitted, expected))
+        if name == "region":
+            fitted, expected = short(fitted), short(expected)
         if fitted != expected:
             raise PatchadError(
                 f"member {path} was fitted with data.{name} {fitted}, not {expected}: it sees other images, or knows "

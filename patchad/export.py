@@ -135,15 +135,18 @@ class Difference(NamedTuple):
     same_verdict: bool
 
 
-def compare(model: ScoringModel, exported: ExportedDetector, path: Path) -> Difference:
+def compare(
+    model: ScoringModel, exported: ExportedDetector, path: Path, region: np.ndarray | None = None
+) -> Difference:
     """Scores an image file by both.
 
     Args:
         model: on the CPU.
         exported: the file.
         path: of the image.
+        region: the image's own, as both take it.
     """
-    expected, actual = model.predict(path), exported(path)
+    expected, actual = model.predict(path, region), exported(path, region)
     return Difference(
         path=str(path),
         score=abs(actual.score - expected.score) / max(abs(expected.score), TINY),

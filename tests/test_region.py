@@ -1,6 +1,8 @@
 """Where to look: nothing outside of a region changes a bit of what is said of an image."""
 
+import csv
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +18,10 @@ import patchad
 from patchad import Learning, PatchadError, PatchDetector, PatchModel, PyramidDataModule
 from patchad.callbacks import LastCheckpoint
 from patchad.canvas import EACH, Canvas
+from patchad.cli import main
 from patchad.data.datasets import SyntheticDefects
 from patchad.data.synthetic import write_synthetic
+from patchad.ensemble import EnsembleModel
 from patchad.export import TOLERANCE, export
 from patchad.memory import MemoryBank
 from patchad.models import EfficientNetLite0, LearnedEncoder
@@ -418,3 +422,94 @@ def test_images_to_predict_need_no_region_of_their_own_but_the_size_of_it(roots,
     assert "has 50 x 50: give a mask of the size" in errors.pop(str(tmp_path / "new" / "zz.png"))
     assert len(errors) == 7 and not any(errors.values())
     assert images.predict_set.samples[0].defect == UNKNOWN
+
+
+# commands
+
+QUICK = [
+    "--data.image_size=[96,96]",
+    "--data.metric_size=[96,96]",
+    "--data.num_workers=0",
+    "--model.sides=[32,16]",
+    "--model.bank.max_vectors=500",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty current folder for commands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["patchad"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    return tmp_path
+
+
+LAST = "--ckpt_path=runs/version_0/checkpoints/last.ckpt"
+
+
+def test_commands_carry_the_mask_for_all_images_from_a_fit_to_the_last_score(roots, disc, here, capsys):
+    shutil.copy(disc, "mask.png")
+    main(["fit", f"--data.root={roots[0]}", "--data.region=mask.png", *QUICK])
+    Path("mask.png").unlink()
+    main(["test", LAST])
+    main(["predict", LAST, f"--data.root={roots[0]}/test"])
+    main(["export", LAST])
+    main(["verify", "model.patchad", LAST, "--images=3"])
+    assert capsys.readouterr().out.count("| same |") == 3
+    model, file = PatchModel.load(LAST.partition("=")[2]), patchad.load("model.patchad")
+    found = list(csv.DictReader(Path("runs/version_2/predictions/scores.csv").read_text().splitlines()))
+    assert len(found) == 7
+    for row in found:
+        expected = model.predict(row["path"])
+        assert float(row["score"]) == pytest.approx(expected.score, rel=1e-5)
+        assert int(row["area"]) == (expected.map > model.scorer.limits.map_threshold).sum()
+        assert file(row["path"]).score == pytest.approx(expected.score, rel=TOLERANCE)
+
+
+def test_what_a_fit_did_not_have_is_warned_of(roots, disc, here):
+    main(["fit", f"--data.root={roots[0]}", *QUICK])
+    with pytest.warns(UserWarning, match=r"images of region None, not \w{8}: verdicts do not hold"):
+        main(["test", LAST, f"--data.region={disc}"])
+
+
+def test_commands_ask_for_the_masks_of_other_images_again(roots, masks, here, capsys):
+    main(["fit", f"--data.root={roots[0]}", f"--data.region={masks}", *QUICK])
+    main(["test", LAST])
+    main(["export", LAST])
+    main(["verify", "model.patchad", LAST, f"--data.root={roots[0]}/test", f"--data.region={masks}/test", "--images=3"])
+    assert capsys.readouterr().out.count("| same |") == 3
+    shutil.copytree(roots[0] / "test", "new")
+    with pytest.raises(SystemExit):
+        main(["predict", LAST, "--data.root=new", "--data.region=nowhere"])
+    assert "data.region nowhere does not exist" in capsys.readouterr().err
+    main(["predict", LAST, "--data.root=new", f"--data.region={masks}/test"])
+    assert len(list(Path("runs").rglob("predictions/maps/*/*.png"))) == 7
+
+
+def test_members_of_an_ensemble_look_where_it_looks(roots, disc, here, capsys):
+    for number in (0, 1):
+        main(["fit", f"--data.root={roots[0]}", f"--data.region={disc}", f"--model.bank.seed={number}", *QUICK])
+    members = [f"runs/version_{number}/checkpoints/last.ckpt" for number in (0, 1)]
+    together = ["fit", "--config=ensemble", f"--model.members={members}", f"--data.root={roots[0]}", *QUICK[:3]]
+    together += QUICK[-2:]
+    with pytest.raises(SystemExit):
+        main(together)
+    assert "was fitted with data.region" in capsys.readouterr().err
+    main([*together, f"--data.region={disc}", "--trainer.logger.save_dir=both"])
+    model = EnsembleModel.load("both/version_0/checkpoints/last.ckpt")
+    pixels = pixels_of(next(roots[0].glob("test/*/*.png")))
+    found, other = model.predict(pixels), model.predict(tampered(pixels))
+    assert found.score == other.score and np.array_equal(found.map, other.map) and not found.map[~DISC].any()
+
+
+def test_a_fit_that_goes_on_keeps_the_region(roots, disc, here):
+    shutil.copy(disc, "mask.png")
+    further = ["--config=learned", "--data.pyramids_per_image=8", "--trainer.check_val_every_n_epoch=1"]
+    main(["fit", *further, f"--data.root={roots[0]}", "--data.region=mask.png", *QUICK, "--trainer.max_epochs=1"])
+    Path("mask.png").unlink()
+    main(["fit", LAST, "--trainer.max_epochs=2"])
+    whole, half = (PatchModel.load(f"runs/version_{number}/checkpoints/last.ckpt") for number in (0, 1))
+    assert whole.canvas == half.canvas and half.canvas.region == as_text(DISC)

@@ -272,15 +272,8 @@ class PatchDetector(Detector[PatchModel]):
                 copy = mirrored(batch, axes)
                 embeddings = self.model.embed(copy.image)
                 if place == copy_number == 0:
-                    self._announce_banks(embeddings, count * len(mirrors))
+                    announce_banks(self.model, copy, embeddings, count * len(mirrors))
                 yield copy._replace(number=batch.number + copy_number * count), embeddings
-
-    def _announce_banks(self, embeddings: Mapping[int, Tensor], images: int) -> None:
-        for side, values in embeddings.items():
-            patches = images * values.shape[2] * values.shape[3]
-            count = min(patches, self.model.bank(side).max_vectors or patches)
-            size = count * values.shape[1] * values.element_size() / 1e6
-            rank_zero_info(f"memory bank, side {side}: {count} of {patches} vectors x {values.shape[1]}, {size:.1f} MB")
 
     def calibrate(self) -> None:
         """Sets the scale of each side and the threshold from the normal images, each compared with the others."""
@@ -335,3 +328,20 @@ def mirrored(batch: ImageBatch, axes: tuple[int, ...]) -> ImageBatch:
         on_content = content_pixels(batch.content, image.shape[2], image.shape[3]) > 0
         region = (mirror(region[:, None].float(), batch.content, axes)[:, 0] > 0) & on_content
     return batch._replace(image=image, region=region)
+
+
+def announce_banks(model: PatchModel, batch: ImageBatch, embeddings: Mapping[int, Tensor], images: int) -> None:
+    """Prints how large the banks of so many images become, if of each as many patches count as of the first.
+
+    Args:
+        model: whose banks are to be filled.
+        batch: the first images.
+        embeddings: of their patches, by side.
+        images: how many there are in all.
+    """
+    for side, values in embeddings.items():
+        counted = model.encoder.counted(batch.content, values, side, given(batch.region))[0]
+        patches = images * int(counted.sum())
+        count = min(patches, model.bank(side).max_vectors or patches)
+        size = count * values.shape[1] * values.element_size() / 1e6
+        rank_zero_info(f"memory bank, side {side}: {count} of {patches} vectors x {values.shape[1]}, {size:.1f} MB")

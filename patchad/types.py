@@ -46,6 +46,7 @@ class Sample(NamedTuple):
 
 
 NOTHING = torch.empty(0, dtype=torch.bool)
+"""In place of a region where all of an image is judged."""
 
 
 class ImageBatch(NamedTuple):

@@ -329,6 +329,8 @@ def test_who_was_fitted_without_a_region_takes_none():
     assert np.array_equal(judged(Canvas((96, 96), region=as_text(DISC)), SIZE), DISC)
     assert np.array_equal(judged(Canvas((96, 96), region=as_text(DISC)), SIZE, ~DISC), ~DISC)
     assert np.array_equal(judged(Canvas((96, 96), region=EACH), SIZE, DISC), DISC)
+    of_pillow = np.asarray(Image.fromarray(DISC))  # whose True may be 255
+    assert judged(Canvas((96, 96), region=EACH), SIZE, of_pillow).view(np.uint8).max() == 1
     with pytest.raises(PatchadError, match="is damaged"):
         judged(Canvas((96, 96), region=as_text(DISC)[:-40]), SIZE)
 

@@ -303,7 +303,8 @@ class PyramidDataset(Dataset[PyramidBatch]):
 
 def extent(region: torch.Tensor) -> tuple[Size, Size]:
     """Height x width of the box around a region, bool `[height, width]`, and its top left corner."""
-    (top, left), (bottom, right) = region.nonzero().amin(0).tolist(), region.nonzero().amax(0).tolist()
+    places = region.nonzero()
+    (top, left), (bottom, right) = places.amin(0).tolist(), places.amax(0).tolist()
     return (bottom + 1 - top, right + 1 - left), (top, left)
 
 

@@ -74,7 +74,8 @@ def with_regions(samples: list[Sample], root: Path, region: str | None, strict: 
     if region is None:
         return samples
     if is_text(region):
-        check_size(of_text(region), samples[0].path)
+        for sample in samples[:1]:
+            check_size(of_text(region), sample.path)
         return samples
     folder = Path(str(region))
     if not folder.is_dir():

@@ -19,7 +19,7 @@ from patchad.masks import read_region
 from patchad.model import PatchModel, ScoringModel
 from patchad.runtime import ExportedDetector, load
 from patchad.timing import Row, alternate, best_rate, measure_stages, peak_memory, reset_peak_memory, stage_table
-from patchad.types import Sample
+from patchad.types import Sample, given
 
 
 class DetectorTrainer(Trainer):
@@ -120,8 +120,8 @@ class DetectorTrainer(Trainer):
             for size in batch_sizes:
                 decode = partial(decoded, datamodule.predict_set, size)
                 batches, decoding = decode(), alternate({"decode": decode}, repeats)["decode"]
-                image, content = (torch.cat(parts) for parts in zip(*batches, strict=True))
-                rows = measure_stages(scoring, image, content, repeats, rate)
+                image, content, region = (torch.cat(parts) for parts in zip(*batches, strict=True))
+                rows = measure_stages(scoring, image, content, repeats, rate, given(region))
                 print(f"\nbatch {size}\n", stage_table([Row("decode (in the workers)", decoding), *rows]), sep="\n")
                 images_per_second = 1e3 * size / np.median(rows[-1].times)
                 print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
@@ -162,7 +162,7 @@ def evenly_spread(dataset: ImageDataset, count: int) -> list[int]:
     return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
 
 
-def decoded(dataset: ImageDataset, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Images `[1, 3, height, width]` and their content, `count` of them spread evenly over the dataset."""
+def decoded(dataset: ImageDataset, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Images `[1, 3, height, width]`, their content and region, `count` of them spread evenly over the dataset."""
     images = [dataset.read(number) for number in evenly_spread(dataset, count)]
-    return [(image.image[None], image.content[None]) for image in images]
+    return [(image.image[None], image.content[None], image.region[None]) for image in images]

@@ -23,11 +23,11 @@ from patchad.memory import BankFactory, MemoryBank
 from patchad.models.backbones import Backbone, EfficientNetLite0
 from patchad.models.encoders import MODES
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
-from patchad.pyramid import at_pixels, crop_resize, fold
+from patchad.pyramid import at_pixels, crop_resize, fold, mirror
 from patchad.region import blank, judged, within
 from patchad.results import Scored
 from patchad.runtime import check_scores, to_rgb
-from patchad.scoring import Scorer, ScorerFactory
+from patchad.scoring import Scorer, ScorerFactory, content_pixels
 from patchad.spec import Configurable
 from patchad.trust import made
 from patchad.types import ImageBatch, Prediction, Region, given
@@ -93,8 +93,11 @@ class ScoringModel(Configurable, nn.Module):
             region: True where an image is judged; by default that is its content.
 
         Raises:
-            PatchadError: if a bank is empty, or a side does not fit the image.
+            PatchadError: if a bank is empty, a side does not fit the image, or the region is missing of a model that
+                was fitted with one.
         """
+        if region is None and self.canvas is not None and self.canvas.region is not None:
+            raise PatchadError("the detector was fitted with a region: give it, or call predict, which knows it")
         if content is None:
             lengths = (torch.full((len(image),), length, device=image.device) for length in image.shape[2:])
             content = torch.stack(list(lengths), dim=1)
@@ -436,6 +439,15 @@ class PatchModel(ScoringModel):
         fitted_sides, sides = list(fitted["taps"]), list(self.scored_by["taps"])
         if fitted_sides != sides:  # banks and scales are theirs, in their order
             raise PatchadError(f"the checkpoint has sides {fitted_sides}, not {sides}; fit again")
+
+
+def mirrored(batch: ImageBatch, axes: tuple[int, ...]) -> ImageBatch:
+    """Images and what is judged of them, reversed along axes of an image `[3, height, width]`."""
+    image, region = mirror(batch.image, batch.content, axes), batch.region
+    if given(region) is not None:
+        on_content = content_pixels(batch.content, image.shape[2], image.shape[3]) > 0
+        region = (mirror(region[:, None].float(), batch.content, axes)[:, 0] > 0) & on_content
+    return batch._replace(image=image, region=region)
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

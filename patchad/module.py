@@ -13,12 +13,12 @@ from patchad.canvas import Size
 from patchad.detector import Detector
 from patchad.learning import Learning, LearningFactory
 from patchad.memory import BankFactory, MemoryBank
-from patchad.model import Distances, PatchModel, without_weights
+from patchad.model import Distances, PatchModel, mirrored, without_weights
 from patchad.models.backbones import Backbone
 from patchad.models.features import Features
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
-from patchad.pyramid import mirror, positions, window_size
-from patchad.scoring import Scorer, ScorerFactory, content_pixels
+from patchad.pyramid import positions, window_size
+from patchad.scoring import Scorer, ScorerFactory
 from patchad.spec import hyperparameters, spec
 from patchad.types import ImageBatch, PatchViews, PyramidBatch, given
 
@@ -319,15 +319,6 @@ class PatchDetector(Detector[PatchModel]):
             for state in checkpoint["optimizer_states"]:
                 for group in state["param_groups"]:
                     group["lr"] = rate
-
-
-def mirrored(batch: ImageBatch, axes: tuple[int, ...]) -> ImageBatch:
-    """Images and what is judged of them, reversed along axes of an image `[3, height, width]`."""
-    image, region = mirror(batch.image, batch.content, axes), batch.region
-    if given(region) is not None:
-        on_content = content_pixels(batch.content, image.shape[2], image.shape[3]) > 0
-        region = (mirror(region[:, None].float(), batch.content, axes)[:, 0] > 0) & on_content
-    return batch._replace(image=image, region=region)
 
 
 def announce_banks(model: PatchModel, batch: ImageBatch, embeddings: Mapping[int, Tensor], images: int) -> None:

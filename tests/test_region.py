@@ -24,8 +24,8 @@ from patchad.data.synthetic import write_synthetic
 from patchad.ensemble import EnsembleModel
 from patchad.export import TOLERANCE, export
 from patchad.memory import MemoryBank
+from patchad.model import mirrored
 from patchad.models import EfficientNetLite0, LearnedEncoder
-from patchad.module import mirrored
 from patchad.pyramid import enlarge, fold, inside, sample_pyramids, touching
 from patchad.region import as_text, blank, fitted, judged
 from patchad.scoring import Scorer
@@ -320,6 +320,13 @@ REFUSED = {
     "turned": r"80 x 96 pixels \(height x width\), the image has 96 x 80",
     "black": "black everywhere",
 }
+
+
+def test_no_image_is_judged_as_a_whole_unawares():
+    model = PatchModel(EfficientNetLite0(weights="none"), sides=(16,))
+    model.canvas = Canvas((96, 96), region=as_text(DISC))
+    with pytest.raises(PatchadError, match="was fitted with a region: give it, or call predict"):
+        model(torch.rand(1, 3, 96, 96))
 
 
 def test_who_was_fitted_without_a_region_takes_none():

@@ -14,7 +14,7 @@ from patchad.metrics import COMBINED, AnomalyMetrics
 from patchad.model import Distances, PatchModel
 from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
-from patchad.types import ImageBatch
+from patchad.types import ImageBatch, given
 
 VECTORS = 2000
 """Of each of its banks."""
@@ -77,7 +77,7 @@ def quick_figures(model: PatchModel, normals: list[ImageBatch], measured: list[I
     small.calibrate(joined(small, numbered), torch.ones(len(things), dtype=torch.bool, device=things.device))
     metrics = AnomalyMetrics(()).to(things.device)
     for batch in measured:
-        prediction = small(batch.image, batch.content)
+        prediction = small(batch.image, batch.content, None, given(batch.region))
         maps = crop_resize(prediction.map, batch.content, (batch.mask.shape[1], batch.mask.shape[2]))
         metrics.update(prediction, batch, {COMBINED: maps})
     return metrics.compute()
@@ -96,6 +96,8 @@ def with_small_banks(model: PatchModel) -> PatchModel:
 
 def joined(model: PatchModel, batches: list[ImageBatch]) -> Distances:
     """Distances of normal images, each compared with the others."""
-    parts = [model.distances(batch.image, batch.content, batch.thing) for batch in batches]
+    parts = [model.distances(*batch.inputs) for batch in batches]
     sides = {side: torch.cat([part.sides[side] for part in parts]) for side in model.sides}
-    return parts[0]._replace(sides=sides, content=torch.cat([part.content for part in parts]))
+    regions = [part.region for part in parts if part.region is not None]
+    content, region = torch.cat([part.content for part in parts]), torch.cat(regions) if regions else None
+    return parts[0]._replace(sides=sides, content=content, region=region)

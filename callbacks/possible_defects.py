@@ -59,6 +59,6 @@ def entry_of(trainer: Trainer, detector: Detector, image: ImageBatch) -> SheetEn
     training = detector.training
     batch = trainer.strategy.batch_to_device(default_collate([image]), detector.device)
     with trainer.precision_plugin.forward_context():
-        prediction = detector.eval()(batch.image, batch.content, batch.thing)
+        prediction = detector.eval()(*batch.inputs)
     detector.train(training)
     return sheet_entry(prediction, batch, 0)

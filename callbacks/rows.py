@@ -11,9 +11,11 @@ from patchad.callbacks.pictures import SheetEntry, sheet_entry
 from patchad.callbacks.publish import run_folder
 from patchad.checkpoint import checksum
 from patchad.conformal import Limits, p_values
+from patchad.data.datamodule import PyramidDataModule
 from patchad.data.doubts import of_all_processes
 from patchad.detector import Detector
 from patchad.pyramid import crop_resize
+from patchad.region import within
 from patchad.results import Label, Row, Scored, Source, append_rows, row_of, unreadable, write_rows
 from patchad.types import ImageBatch, Prediction
 
@@ -52,6 +54,8 @@ class Rows(Callback):
     def take(self, trainer: Trainer, detector: Detector, prediction: Prediction, batch: ImageBatch) -> None:
         """Keeps the rows of a batch."""
         limits, rows = detector.scorer.limits, []
+        data: PyramidDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        dataset = data.predict_set if trainer.predicting else data.test_set
         shares = p_values(prediction.score.cpu().numpy(), detector.scorer.normals.cpu().numpy()).tolist()
         for number, error in enumerate(batch.error):
             path, defect = batch.path[number], batch.defect[number]
@@ -60,6 +64,7 @@ class Rows(Callback):
                 continue
             size = (int(batch.size[number, 0]), int(batch.size[number, 1]))
             values = crop_resize(prediction.map[number, None], batch.content[number, None], size)[0].cpu().numpy()
+            values = within(values, dataset.judged(int(batch.number[number]), size))
             score = float(prediction.score[number])
             verdict = limits.verdict(score)
             scored = Scored(score, verdict == "anomalous", verdict, shares[number], values)

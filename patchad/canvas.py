@@ -7,6 +7,8 @@ Size = tuple[int, int]
 """Height x width in pixels."""
 DARKEST = 1 / 255
 """Mean of an image below which it is not made brighter still: there is nothing to see in it."""
+EACH = "each"
+"""What stands for a region where each image has one of its own."""
 
 
 class Canvas(NamedTuple):
@@ -16,22 +18,25 @@ class Canvas(NamedTuple):
         image_size: height x width in pixels.
         keep_aspect: pad the right or bottom edge; otherwise distort.
         brightness: mean to which the pixels of each image are scaled; None leaves them.
+        region: what of each image is judged: a mask as text (`patchad.region.as_text`), `EACH` where each image has a
+            mask of its own, or None for all of it.
     """
 
     image_size: Size
     keep_aspect: bool = True
     brightness: float | None = None
+    region: str | None = None
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> "Canvas":
         """The canvas of what JSON or a checkpoint keeps of one.
 
         Example:
-            >>> Canvas.of([[256, 128], True, None])
-            Canvas(image_size=(256, 128), keep_aspect=True, brightness=None)
+            >>> Canvas.of([[256, 128], True, None, None])
+            Canvas(image_size=(256, 128), keep_aspect=True, brightness=None, region=None)
         """
-        (height, width), keep_aspect, brightness = values
-        return cls((height, width), keep_aspect, brightness)
+        (height, width), *rest = values
+        return cls((height, width), *rest)
 
 
 def content_size(native: Size, size: Size, keep_aspect: bool) -> Size:

@@ -18,11 +18,13 @@ from patchad.detector import Detector
 from patchad.errors import PatchadError, check_range
 from patchad.export import MAP_TOLERANCE, TOLERANCE, Difference, compare, export
 from patchad.files import check_writable
+from patchad.masks import read_region
 from patchad.model import PatchModel, ScoringModel
 from patchad.revision import Revision
 from patchad.runtime import ExportedDetector, load
 from patchad.stages import Row, stage_table
 from patchad.timing import alternate, best_rate, measure_stages, peak_memory, reset_peak_memory
+from patchad.types import Sample, given
 
 
 class DetectorTrainer(Trainer):
@@ -96,8 +98,8 @@ class DetectorTrainer(Trainer):
         datamodule.setup("predict")
         print("| image | score | map | verdict |\n|---|---|---|---|")
         dataset = datamodule.predict_set
-        paths = [dataset.samples[number].path for number in evenly_spread(dataset, min(images, len(dataset)))]
-        differences, errors = compare_all(scoring, runtime, paths)
+        samples = [dataset.samples[number] for number in evenly_spread(dataset, min(images, len(dataset)))]
+        differences, errors = compare_all(scoring, runtime, samples)
         for difference in differences:
             verdict = "same" if difference.same_verdict else "DIFFERENT"
             print(f"| {difference.path} | {difference.score:.1e} | {difference.map:.1e} | {verdict} |")
@@ -113,7 +115,7 @@ class DetectorTrainer(Trainer):
         print(f"{largest}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
         check_origin(exported, runtime.metadata["checkpoint"], named(ckpt_path))
         if errors:
-            raise PatchadError(f"{len(errors)} of {len(paths)} images could not be scored: {'; '.join(errors)}")
+            raise PatchadError(f"{len(errors)} of {len(samples)} images could not be scored: {'; '.join(errors)}")
 
     def benchmark(
         self,
@@ -148,8 +150,8 @@ class DetectorTrainer(Trainer):
             for size in batch_sizes:
                 decode = partial(decoded, datamodule.predict_set, size)
                 batches, decoding = decode(), alternate({"decode": decode}, repeats)["decode"]
-                image, content = (torch.cat(parts) for parts in zip(*batches, strict=True))
-                rows = measure_stages(scoring, image, content, repeats, rate)
+                image, content, region = (torch.cat(parts) for parts in zip(*batches, strict=True))
+                rows = measure_stages(scoring, image, content, repeats, rate, given(region))
                 print(f"\nbatch {size}\n", stage_table([Row("decode (in the workers)", decoding), *rows]), sep="\n")
                 images_per_second = 1e3 * size / np.median(rows[-1].times)
                 print(f"\n{images_per_second:.1f} images/s from memory, peak memory {peak_memory(device):.0f} MB")
@@ -256,13 +258,14 @@ def check_origin(exported: Path, noted: Mapping[str, str] | None, ckpt_path: Pat
 
 
 def compare_all(
-    model: ScoringModel, exported: ExportedDetector, paths: Sequence[Path]
+    model: ScoringModel, exported: ExportedDetector, samples: Sequence[Sample]
 ) -> tuple[list[Difference], list[str]]:
     """Scores image files by both; the differences, and why files could not be scored."""
     differences, errors = [], []
-    for path in paths:
+    for sample in samples:
         try:
-            differences.append(compare(model, exported, path))
+            region = None if sample.region is None else read_region(sample.region)
+            differences.append(compare(model, exported, sample.path, region))
         except PatchadError as error:
             errors.append(str(error))
     return differences, errors
@@ -273,7 +276,7 @@ def evenly_spread(dataset: ImageDataset, count: int) -> list[int]:
     return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
 
 
-def decoded(dataset: ImageDataset, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Images `[1, 3, height, width]` and their content, `count` of them spread evenly over the dataset."""
+def decoded(dataset: ImageDataset, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Images `[1, 3, height, width]`, their content and region, `count` of them spread evenly over the dataset."""
     images = [dataset.read(number) for number in evenly_spread(dataset, count)]
-    return [(image.image[None], image.content[None]) for image in images]
+    return [(image.image[None], image.content[None], image.region[None]) for image in images]

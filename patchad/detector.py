@@ -27,7 +27,7 @@ from patchad.pyramid import crop_resize
 from patchad.runtime import check_scores
 from patchad.scoring import Scorer
 from patchad.spec import changed_settings, spec
-from patchad.types import FittedImages, ImageBatch, Prediction
+from patchad.types import FittedImages, ImageBatch, Prediction, Region, given
 
 OTHER_PRECISIONS = {"16-true": "16-mixed", "bf16-true": "bf16-mixed", "64-true": "32-true"}
 """Of Lightning's, and what to give instead."""
@@ -110,9 +110,10 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         image: Float[Tensor, "batch 3 height width"],
         content: Int[Tensor, "batch 2"] | None = None,
         thing: Int[Tensor, " batch"] | None = None,
+        region: Region | None = None,
     ) -> Prediction:
         """Scores images; see `ScoringModel.forward`."""
-        return self.model(image, content, thing)
+        return self.model(image, content, thing, region)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Never runs where nothing is learned: there are no epochs."""
@@ -260,7 +261,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
 
     def _scored(self, batch: ImageBatch, thing: Tensor | None = None) -> Prediction:
         self.doubts.add(batch)
-        prediction = self(batch.image, batch.content, thing)
+        prediction = self(batch.image, batch.content, thing, given(batch.region))
         check_scores(prediction.score.float().cpu().numpy())
         unreadable = torch.tensor([bool(error) for error in batch.error], device=self.device)
         score = prediction.score.masked_fill(unreadable, torch.nan)

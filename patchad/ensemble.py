@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from patchad.checkpoint import read_checkpoint
 from patchad.data.datamodule import PyramidDataModule
+from patchad.data.regions import short
 from patchad.detector import Detector
 from patchad.errors import PatchadError
 from patchad.model import PatchModel, ScoringModel, summary, without_weights
@@ -18,9 +19,9 @@ from patchad.pyramid import at_pixels
 from patchad.scoring import Scorer, ScorerFactory
 from patchad.spec import hyperparameters, spec
 from patchad.trust import made
-from patchad.types import Prediction
+from patchad.types import Prediction, Region
 
-SHARED = ("image_size", "keep_aspect", "brightness", "held_out_fraction", "seed")
+SHARED = ("image_size", "keep_aspect", "brightness", "region", "held_out_fraction", "seed")
 """Settings of the data that the members and their ensemble must share, beside root and layout."""
 
 
@@ -50,16 +51,17 @@ class EnsembleModel(ScoringModel):
         image: Float[Tensor, "batch 3 height width"],
         content: Int[Tensor, "batch 2"],
         thing: Int[Tensor, " batch"] | None = None,
+        region: Region | None = None,
     ) -> Prediction:
         """The product (or sum) of the members' maps, with its scores and verdicts; members alone are not measured."""
         combined, outlined, size = {}, {}, (image.shape[2], image.shape[3])
         for number, member in enumerate(self.members):
             assert isinstance(member, PatchModel)
-            cells = member.side_maps(member.distances(image, content, thing))
+            cells = member.side_maps(member.distances(image, content, thing, region))
             maps = {side: at_pixels(values, member.cell, size) for side, values in cells.items()}
             combined[number], outlined[number] = member.scorer.combine(maps), member.scorer.outline(maps)
-        scores = self.scorer.score(self.scorer.combine(combined), content)
-        anomaly_map = self.scorer.smooth(self.scorer.outline(outlined), content)
+        scores = self.scorer.score(self.scorer.combine(combined), content, region=region)
+        anomaly_map = self.scorer.smooth(self.scorer.outline(outlined), content, region=region)
         return Prediction(scores, scores > self.scorer.threshold, anomaly_map, {}, {})
 
 
@@ -105,7 +107,7 @@ class Ensemble(Detector[EnsembleModel]):
 
     def know_normals(self) -> None:
         """Sets the threshold from the normal images; the rest the members know."""
-        scored = self._of_normals("Calibrating", lambda batch: summary(self(batch.image, batch.content, batch.thing)))
+        scored = self._of_normals("Calibrating", lambda batch: summary(self(*batch.inputs)))
         self.announce_threshold(*self.model.set_limits(scored, self._unseen))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -130,6 +132,8 @@ def check_same_data(path: str, settings: dict[str, Any], datamodule: PyramidData
         fitted, expected = settings[name], ensemble_settings[name]
         if name == "root":
             fitted, expected = (str(Path(root).resolve()) for root in (fitted, expected))
+        if name == "region":
+            fitted, expected = short(fitted), short(expected)
         if fitted != expected:
             raise PatchadError(
                 f"member {path} was fitted with data.{name} {fitted}, not {expected}: it sees other images, or knows "

@@ -18,6 +18,7 @@ from patchad.files import check_writable, write_whole
 from patchad.model import ScoringModel
 from patchad.runtime import CHECKSUM, EXPORT_FORMAT, ExportedDetector, digest
 from patchad.spec import spec
+from patchad.types import Region
 
 TOLERANCE = 1e-4
 """Most that scores of an exported file may differ from the checkpoint's, relative."""
@@ -40,10 +41,13 @@ class ScoringGraph(nn.Module):
         self.model = model
 
     def forward(
-        self, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+        self,
+        image: Float[Tensor, "batch 3 height width"],
+        content: Int[Tensor, "batch 2"],
+        region: Region | None = None,
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch height width"]]:
         """Scores and maps, by the model's own code."""
-        prediction = self.model(image, content)
+        prediction = self.model(image, content, None, region)
         return prediction.score, prediction.map
 
 
@@ -66,19 +70,21 @@ def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None) -> 
         raise PatchadError("the model knows no image_size: run patchad fit first, and export its checkpoint")
     graph = ScoringGraph(model).eval()
     height, width = model.canvas.image_size
-    image, content = torch.zeros(2, 3, height, width), torch.tensor([[height, width]] * 2)
+    inputs = {"image": torch.zeros(2, 3, height, width), "content": torch.tensor([[height, width]] * 2)}
+    if model.canvas.region is not None:
+        inputs["region"] = torch.ones(2, height, width, dtype=torch.bool)
     batch = {0: torch.export.Dim("batch")}
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*axis name: batch will not be used")  # both inputs share it, as is meant
-        graph(image[:1], content[:1])  # what is missing is told here, not from within the exporter
+        warnings.filterwarnings("ignore", ".*axis name: batch will not be used")  # all inputs share it, as is meant
+        graph(*(values[:1] for values in inputs.values()))  # what is missing is told here, not from within the exporter
         program = torch.onnx.export(
             graph,
-            (image, content),
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
-            input_names=["image", "content"],
+            input_names=list(inputs),
             output_names=["score", "map"],
-            dynamic_shapes=(batch, batch),
+            dynamic_shapes=(batch,) * len(inputs),
         )
     assert program is not None
     proto = program.model_proto
@@ -130,15 +136,18 @@ class Difference(NamedTuple):
     same_verdict: bool
 
 
-def compare(model: ScoringModel, exported: ExportedDetector, path: Path) -> Difference:
+def compare(
+    model: ScoringModel, exported: ExportedDetector, path: Path, region: np.ndarray | None = None
+) -> Difference:
     """Scores an image file by both.
 
     Args:
         model: on the CPU.
         exported: the file.
         path: of the image.
+        region: the image's own, as both take it.
     """
-    expected, actual = model.predict(path), exported(path)
+    expected, actual = model.predict(path, region), exported(path, region)
     return Difference(
         path=str(path),
         score=abs(actual.score - expected.score) / max(abs(expected.score), TINY),

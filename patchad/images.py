@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.decoding import MAX_MEGAPIXELS, decode, opened, read_pixels
+from patchad.region import fitted
 
 ORIENTATION = 0x0112
 """The EXIF tag."""
@@ -50,6 +51,11 @@ def on_canvas(
     image = image * gain(float(image.mean()), canvas.brightness)
     padding = (0, size[1] - content[1], 0, size[0] - content[0])
     return F.pad(image[None], padding, mode="replicate")[0], content
+
+
+def region_on_canvas(mask: np.ndarray, content: Size, size: Size) -> Bool[Tensor, "new_height new_width"]:
+    """`patchad.region.fitted`, as a tensor."""
+    return torch.from_numpy(fitted(mask, content, size))
 
 
 def native_size(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:

@@ -17,7 +17,7 @@ from patchad.models.cache import FeatureCache
 from patchad.models.encoders import PyramidEncoder
 from patchad.models.features import CachedFeatures, Features
 from patchad.pyramid import covered, fits_pyramids, window_size
-from patchad.types import PatchViews, PyramidBatch, PyramidPlan
+from patchad.types import PatchViews, PyramidBatch, PyramidPlan, given
 
 COMPARED = ("normal", "thing", "painted", "share")
 """What a loss may need of patches with and without painted defects."""
@@ -192,7 +192,7 @@ class Learning(nn.Module):
         mask, compared = self.features.masks(batch), {}
         for side, values in normal.items():
             grid = (values.shape[2], values.shape[3])
-            counted = self.encoder.counted(batch.content, values, side)
+            counted = self.encoder.counted(batch.content, values, side, given(batch.region))
             share = covered(mask, grid, side, self.encoder.strides[side])
             touched = counted & (share > 0)
             compared[side] = {

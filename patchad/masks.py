@@ -22,7 +22,9 @@ EIGHT_NEIGHBOURS = np.ones((3, 3))
 FLAT = 2 / 255
 """Most that neighbours differ within an area; at an edge, smooth or not, they differ by more."""
 MOST_GREY = 0.01
-"""Share of the pixels above 0 that may lie in grey areas."""
+"""Share of the pixels above 0, or of all pixels of a region, that may lie in grey areas."""
+DARKEST_GREY = 0.1
+"""Of white; a JPEG file's black and white may be off by less."""
 
 
 def read_mask(path: Path, size: Size, max_megapixels: float = MAX_MEGAPIXELS) -> Float[Tensor, "height width"]:
@@ -47,6 +49,26 @@ def read_mask(path: Path, size: Size, max_megapixels: float = MAX_MEGAPIXELS) ->
     return levels
 
 
+def read_region(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Bool[np.ndarray, "height width"]:
+    """What a mask file says is judged: True where it is white.
+
+    Args:
+        path: of the mask.
+        max_megapixels: a larger mask is refused.
+
+    Raises:
+        PatchadError: if the file cannot be read, has grey areas, or no white.
+    """
+    levels = read_image(path, max_megapixels).mean(0)
+    white = levels > HALF
+    if not white.any():
+        raise PatchadError(f"region {path} has no white: nothing would be judged; mark white what is judged")
+    grey = (levels > DARKEST_GREY) & (levels < 1 - DARKEST_GREY) & flat(levels)
+    if grey.float().mean() > MOST_GREY:
+        raise PatchadError(f"region {path} has grey areas: mark white what is judged, and black what is not")
+    return white.numpy()
+
+
 def resize_mask(mask: Bool[Tensor, "height width"], size: Size) -> Bool[Tensor, "new_height new_width"]:
     """The mask at another size, nearest pixels; a defect that these miss keeps every pixel that it touches.
 
@@ -69,18 +91,25 @@ def nearest_pixels(values: Float[Tensor, "height width"], size: Size) -> Float[T
     return F.interpolate(values[None, None], size, mode="nearest-exact")[0, 0]
 
 
-def mask_doubts(levels: Float[Tensor, "height width"], resized: Bool[Tensor, "new_height new_width"]) -> Iterator[str]:
+def mask_doubts(
+    levels: Float[Tensor, "height width"],
+    inner: Float[Tensor, "height width"],
+    resized: Bool[Tensor, "new_height new_width"],
+) -> Iterator[str]:
     """What is odd about the mask of a defective image, as the end of a sentence about such images.
 
     Args:
         levels: as `read_mask` gives them.
+        inner: the same, 0 where the image is not judged.
         resized: the mask at which figures are computed, as `resize_mask` gives it.
     """
     size = (resized.shape[0], resized.shape[1])
-    mask = levels > HALF
-    if not mask.any():
+    mask = inner > HALF
+    if not mask.any() and (levels > HALF).any():
+        yield "have defects outside of the region alone: they count as defective, but nothing there is judged"
+    elif not mask.any():
         yield "have an empty mask, so that every pixel counts as normal"
-    if mask.float().mean() > 0.5:
+    if (levels > HALF).float().mean() > 0.5:
         yield "have a mask that is white on more than half of it: defects are white, is it inverted?"
     if grey_share(levels) > MOST_GREY:
         yield "have a mask with grey areas, which count as normal: only what is above half of white is a defect"
@@ -97,6 +126,10 @@ def grey_share(levels: Float[Tensor, "height width"]) -> float:
     grey = marked & (levels <= HALF)
     if grey.sum() <= MOST_GREY * marked.sum():
         return 0.0
+    return float((grey & flat(levels)).sum() / marked.sum())
+
+
+def flat(levels: Float[Tensor, "height width"]) -> Bool[Tensor, "height width"]:
+    """What lies away from an edge: its neighbours are as bright."""
     values = levels.numpy()
-    flat = torch.from_numpy(maximum_filter(values, 3) - minimum_filter(values, 3) <= FLAT)
-    return float((grey & flat).sum() / marked.sum())
+    return torch.from_numpy(maximum_filter(values, 3) - minimum_filter(values, 3) <= FLAT)

@@ -15,9 +15,11 @@ from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, Bin
 from torchmetrics.utilities import dim_zero_cat
 
 from patchad.masks import EIGHT_NEIGHBOURS
-from patchad.types import ImageBatch, Prediction
+from patchad.types import ImageBatch, Prediction, given
 
 COMBINED = "combined"
+OUTSIDE = 2
+"""Label of pixels that are not judged, beside 0 and 1."""
 NO_DEFECT = -1
 """Number of the defect type of normal images."""
 
@@ -76,11 +78,18 @@ class PerRegionOverlap(Metric):
         self.add_state("scores", default=[], dist_reduce_fx="cat")
         self.add_state("weights", default=[], dist_reduce_fx="cat")
 
-    def update(self, maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]) -> None:
-        """Takes in maps (any finite numbers, read as float32) and their masks."""
-        # flat float32, like the empty state that torchmetrics makes up for a process without images
-        self.scores.append(maps.flatten().float())
-        self.weights.extend(component_weights(mask).to(maps.device) for mask in masks)
+    def update(
+        self,
+        maps: Float[Tensor, "batch height width"],
+        masks: Bool[Tensor, "batch height width"],
+        judged: Bool[Tensor, "batch height width"] | None = None,
+    ) -> None:
+        """Takes in maps (any finite numbers, read as float32), their masks, and which pixels count (by default all)."""
+        for number, mask in enumerate(masks):
+            counted = slice(None) if judged is None else judged[number].flatten()
+            # flat float32, like the empty state that torchmetrics makes up for a process without images
+            self.scores.append(maps[number].flatten()[counted].float())
+            self.weights.append(component_weights(mask).to(maps.device)[counted])
 
     def compute(self) -> Tensor:
         """PRO in [0, 1]; nan without a defect pixel or without a defect-free one."""
@@ -217,7 +226,9 @@ class AnomalyMetrics(Metric):
         labelled = batch.label >= 0
         numbers = [self.defects.index(name) if name in self.defects else NO_DEFECT for name in batch.defect]
         scores: Mapping[str | int, Tensor] = {COMBINED: prediction.score, **prediction.side_scores}
-        states = {"label": batch.label, "has_mask": batch.has_mask, "mask": batch.mask}
+        mask = batch.mask.to(torch.uint8)
+        mask = mask if given(batch.judged) is None else mask.masked_fill(~batch.judged, OUTSIDE)
+        states = {"label": batch.label, "has_mask": batch.has_mask, "mask": mask}
         states |= {"anomalous": prediction.anomalous, "defect": torch.tensor(numbers, device=labelled.device)}
         states |= {f"score_{name}": scores[name] for name in self.names}
         states |= {f"map_{name}": maps[name] for name in self.names}
@@ -275,14 +286,16 @@ class AnomalyMetrics(Metric):
         maps = self._planes(f"map_{name}")
         defect = self._state("defect")[self._state("has_mask").bool()].to(torch.int16)
         defects = defect[:, None].expand(len(maps), maps[0].numel() if len(maps) else 0)
-        return in_order(maps.flatten(), self._planes("mask").flatten(), defects.flatten())
+        pixels = (maps.flatten(), self._planes("mask").flatten(), defects.flatten())
+        judged = pixels[1] != OUTSIDE
+        return in_order(*(pixels if judged.all() else (values[judged] for values in pixels)))
 
     def _per_region_overlap(self) -> dict[str, Tensor]:
-        maps, masks = self._planes(f"map_{COMBINED}"), self._planes("mask").bool()
-        if not masks.any() or masks.all():
+        maps, masks = self._planes(f"map_{COMBINED}"), self._planes("mask")
+        if not (masks == 0).any() or not (masks == 1).any():
             return {}
         metric = PerRegionOverlap(sync_on_compute=False)  # these maps are gathered from all processes already
-        metric.update(maps, masks)
+        metric.update(maps, masks == 1, masks != OUTSIDE)
         rate, overlap = metric.curve()
         self.overlap_curve = thinned(rate, overlap, metric.limit)
         return {"pro": metric.area(rate, overlap)}

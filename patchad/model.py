@@ -19,18 +19,19 @@ from patchad.canvas import Canvas, Size
 from patchad.checkpoint import read_checkpoint
 from patchad.conformal import check_band
 from patchad.errors import PatchadError
-from patchad.images import on_canvas
+from patchad.images import on_canvas, region_on_canvas
 from patchad.memory import BankFactory, MemoryBank
 from patchad.models.backbones import Backbone, EfficientNetLite0
 from patchad.models.encoders import MODES
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
-from patchad.pyramid import at_pixels, crop_resize, fold
+from patchad.pyramid import at_pixels, crop_resize, fold, mirror
+from patchad.region import blank, judged, within
 from patchad.results import Scored
 from patchad.runtime import check_scores, to_rgb
-from patchad.scoring import Scorer, ScorerFactory
+from patchad.scoring import Scorer, ScorerFactory, content_pixels
 from patchad.spec import Configurable
 from patchad.trust import made
-from patchad.types import ImageBatch, Prediction
+from patchad.types import ImageBatch, Prediction, Region, given
 
 Loaded = TypeVar("Loaded", bound="ScoringModel")
 LEAST_SCALE = 1e-4
@@ -83,6 +84,7 @@ class ScoringModel(Configurable, nn.Module):
         image: Float[Tensor, "batch 3 height width"],
         content: Int[Tensor, "batch 2"] | None = None,
         thing: Int[Tensor, " batch"] | None = None,
+        region: Region | None = None,
     ) -> Prediction:
         """Scores images.
 
@@ -91,42 +93,52 @@ class ScoringModel(Configurable, nn.Module):
             content: height x width of each image's content, top left, in pixels; by default the whole image.
             thing: number of what each image shows, as in `ImageBatch`, which it is then not compared with; by default
                 every image is new.
+            region: True where an image is judged; by default that is its content.
 
         Raises:
-            PatchadError: if a bank is empty, or a side does not fit the image.
+            PatchadError: if a bank is empty, a side does not fit the image, or the region is missing of a model that
+                was fitted with one.
         """
+        if region is None and self.canvas is not None and self.canvas.region is not None:
+            raise PatchadError("the detector was fitted with a region: give it, or call predict, which knows it")
         if content is None:
             lengths = (torch.full((len(image),), length, device=image.device) for length in image.shape[2:])
             content = torch.stack(list(lengths), dim=1)
-        return self.detect(image, content, thing)
+        return self.detect(image, content, thing) if region is None else self.detect(image, content, thing, region)
 
     def detect(
         self,
         image: Float[Tensor, "batch 3 height width"],
         content: Int[Tensor, "batch 2"],
         thing: Int[Tensor, " batch"] | None = None,
+        region: Region | None = None,
     ) -> Prediction:
         """`forward`, with the content named."""
         raise NotImplementedError
 
     @torch.inference_mode()
-    def predict(self, image: np.ndarray | str | Path) -> Scored:
+    def predict(self, image: np.ndarray | str | Path, region: np.ndarray | None = None) -> Scored:
         """Scores one image of any size.
 
         Args:
             image: what `patchad.runtime.to_rgb` takes: a file, or an array.
+            region: True where this image is judged, bool `[height, width]`, where the fit had a mask for each image; in
+                place of the fit's mask, where that was one for all.
 
         Raises:
-            PatchadError: if it is no image, or the model was never fitted.
+            PatchadError: if it is no image, the region does not fit it, or the model was never fitted.
         """
         if self.canvas is None:
             raise PatchadError("the model knows no image_size: run patchad fit first, and load its checkpoint")
-        native = torch.tensor(to_rgb(image))
-        fitted, (height, width) = on_canvas(native, self.canvas)
-        content, device = torch.tensor([[height, width]]), self.scorer.scale.device
-        prediction = self.eval()(fitted[None].to(device), content.to(device))
+        pixels = to_rgb(image)
+        size = (pixels.shape[1], pixels.shape[2])
+        mask = judged(self.canvas, size, region)
+        fitted, extent = on_canvas(torch.tensor(blank(pixels, mask)), self.canvas)
+        content, device = torch.tensor([extent]), self.scorer.scale.device
+        on_it = None if mask is None else region_on_canvas(mask, extent, self.canvas.image_size)[None].to(device)
+        prediction = self.eval()(fitted[None].to(device), content.to(device), None, on_it)
         check_scores(prediction.score.cpu().numpy())
-        values = crop_resize(prediction.map, content, (native.shape[1], native.shape[2]))[0].cpu().numpy()
+        values = within(crop_resize(prediction.map, content, size)[0].cpu().numpy(), mask)
         score, p_value = float(prediction.score), float(self.scorer.p_value(prediction.score))
         return Scored(score, bool(prediction.anomalous), self.scorer.limits.verdict(score), p_value, values)
 
@@ -202,12 +214,14 @@ class Distances(NamedTuple):
     content: Tensor
     height: int
     width: int
+    region: Tensor | None = None
 
     def each(self) -> Iterator["Distances"]:
         """Those of each image on its own, as a batch of one."""
         for number in range(len(self.content)):
             sides = {side: values[number, None] for side, values in self.sides.items()}
-            yield self._replace(sides=sides, content=self.content[number, None])
+            region = None if self.region is None else self.region[number, None]
+            yield self._replace(sides=sides, content=self.content[number, None], region=region)
 
 
 class PatchModel(ScoringModel):
@@ -269,6 +283,7 @@ class PatchModel(ScoringModel):
         image: Float[Tensor, "batch 3 height width"],
         content: Int[Tensor, "batch 2"],
         thing: Int[Tensor, " batch"] | None = None,
+        region: Region | None = None,
     ) -> Distances:
         """How far each patch is from the nearest normal one.
 
@@ -276,8 +291,9 @@ class PatchModel(ScoringModel):
             image: RGB in [0, 1].
             content: height x width of each image's content, top left, in pixels.
             thing: number of what each image shows, which its patches are not compared with.
+            region: True where an image is judged; by default that is its content.
         """
-        return self.nearest(self.embed(image), content, (image.shape[2], image.shape[3]), thing)
+        return self.nearest(self.embed(image), content, (image.shape[2], image.shape[3]), thing, region)
 
     def embed(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Float[Tensor, "batch dim rows columns"]]:
         """What the bank keeps and searches: the embedding of each patch, by side.
@@ -294,6 +310,7 @@ class PatchModel(ScoringModel):
         content: Int[Tensor, "batch 2"],
         size: Size,
         thing: Int[Tensor, " batch"] | None = None,
+        region: Region | None = None,
     ) -> Distances:
         """How far embeddings are from the nearest normal ones: one search per side.
 
@@ -302,12 +319,13 @@ class PatchModel(ScoringModel):
             content: height x width of each image's content, top left, in pixels.
             size: height x width of the images in pixels.
             thing: number of what each image shows, which its patches are not compared with.
+            region: True where an image is judged; by default that is its content.
         """
         sides = {
             side: self.bank(side).distances(values.flatten(2).transpose(1, 2), thing).unflatten(1, values.shape[2:])
             for side, values in embeddings.items()
         }
-        return Distances(sides, content, *size)
+        return Distances(sides, content, *size, region)
 
     def bank(self, side: int) -> MemoryBank:
         """The normal patches of one side (pixels)."""
@@ -320,13 +338,16 @@ class PatchModel(ScoringModel):
         """Height and width in pixels of what has one value in the map of every side."""
         return math.gcd(*self.encoder.strides.values())
 
+    def _counted(self, distances: Distances, side: int) -> Bool[Tensor, "batch rows columns"]:
+        return self.encoder.counted(distances.content, distances.sides[side], side, distances.region)
+
     def side_maps(self, distances: Distances) -> dict[int, Float[Tensor, "batch rows columns"]]:
         """The anomaly map of each side, one value for each `cell` of the image."""
         rows, columns = -(-distances.height // self.cell), -(-distances.width // self.cell)
         maps = {}
         for side, values in distances.sides.items():
-            counted = self.encoder.counted(distances.content, values, side)
-            maps[side] = fold(values, counted, side, self.encoder.strides[side], self.cell)[:, :rows, :columns]
+            counted, stride = self._counted(distances, side), self.encoder.strides[side]
+            maps[side] = fold(values, counted, side, stride, self.cell)[:, :rows, :columns]
         return maps
 
     def score(self, distances: Distances) -> Prediction:
@@ -335,26 +356,28 @@ class PatchModel(ScoringModel):
 
     def score_maps(self, maps: dict[int, Float[Tensor, "batch rows columns"]], distances: Distances) -> Prediction:
         """The combined map, scores and verdicts from the maps of the sides, and the distances that these are of."""
-        combined, content, size = self.scorer.combine(maps), distances.content, (distances.height, distances.width)
-        scores = self.scorer.score(combined, content, self.cell)
-        outlined = at_pixels(self.scorer.show(maps, content, self.cell), 1, size)
+        judged, size = (distances.content, self.cell, distances.region), (distances.height, distances.width)
+        scores = self.scorer.score(self.scorer.combine(maps), *judged)
+        outlined = at_pixels(self.scorer.show(maps, *judged), 1, size)
         pixels = {side: at_pixels(values, self.cell, size) for side, values in maps.items()}
-        return Prediction(scores, scores > self.scorer.threshold, outlined, self.side_scores(maps, content), pixels)
+        return Prediction(scores, scores > self.scorer.threshold, outlined, self.side_scores(maps, distances), pixels)
 
     def side_scores(
-        self, maps: Mapping[int, Float[Tensor, "batch rows columns"]], content: Int[Tensor, "batch 2"]
+        self, maps: Mapping[int, Float[Tensor, "batch rows columns"]], distances: Distances
     ) -> dict[int, Float[Tensor, " batch"]]:
-        """The score of each side alone, from its map."""
-        return {side: self.scorer.score(side_map, content, self.cell) for side, side_map in maps.items()}
+        """The score of each side alone, from its map, and the distances that the maps are of."""
+        judged = (distances.content, self.cell, distances.region)
+        return {side: self.scorer.score(side_map, *judged) for side, side_map in maps.items()}
 
     def detect(
         self,
         image: Float[Tensor, "batch 3 height width"],
         content: Int[Tensor, "batch 2"],
         thing: Int[Tensor, " batch"] | None = None,
+        region: Region | None = None,
     ) -> Prediction:
         """Maps, scores and verdicts of images."""
-        return self.score(self.distances(image, content, thing))
+        return self.score(self.distances(image, content, thing, region))
 
     # what is normal
 
@@ -380,7 +403,8 @@ class PatchModel(ScoringModel):
             check_finite(embeddings)
             for side, bank in banks.items():
                 values = embeddings[side]
-                bank.add(values, self.encoder.counted(batch.content, values, side), batch.number)
+                counted = self.encoder.counted(batch.content, values, side, given(batch.region))
+                bank.add(values, counted, batch.number)
         for bank in banks.values():
             bank.finish(things.to(bank.keys.device), progress)
 
@@ -399,10 +423,10 @@ class PatchModel(ScoringModel):
             What `set_limits` does.
         """
         for number, side in enumerate(self.sides):
-            counted = self.encoder.counted(normals.content, normals.sides[side], side) & unseen[:, None, None]
+            counted = torch.cat([self._counted(image, side) for image in normals.each()]) & unseen[:, None, None]
             mean = normals.sides[side][counted].double().mean()
             self.scorer.scale[number] = self._at_least(mean, side)
-        image_scores = [self.side_scores(self.side_maps(image), image.content) for image in normals.each()]
+        image_scores = [self.side_scores(self.side_maps(image), image) for image in normals.each()]
         side_scores = {side: torch.cat([scores[side] for scores in image_scores]) for side in self.sides}
         self.scorer.measure_normals({side: scores[unseen] for side, scores in side_scores.items()})
         scored = torch.cat([summary(self.score(image)) for image in normals.each()])  # maps are not kept
@@ -434,6 +458,15 @@ class PatchModel(ScoringModel):
         fitted_sides, sides = list(fitted["taps"]), list(self.scored_by["taps"])
         if fitted_sides != sides:  # banks and scales are theirs, in their order
             raise PatchadError(f"the checkpoint has sides {fitted_sides}, not {sides}; fit again")
+
+
+def mirrored(batch: ImageBatch, axes: tuple[int, ...]) -> ImageBatch:
+    """Images and what is judged of them, reversed along axes of an image `[3, height, width]`."""
+    image, region = mirror(batch.image, batch.content, axes), batch.region
+    if given(region) is not None:
+        on_content = content_pixels(batch.content, image.shape[2], image.shape[3]) > 0
+        region = (mirror(region[:, None].float(), batch.content, axes)[:, 0] > 0) & on_content
+    return batch._replace(image=image, region=region)
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -13,14 +13,14 @@ from patchad.canvas import Size
 from patchad.detector import Detector
 from patchad.learning import Learning, LearningFactory
 from patchad.memory import BankFactory, MemoryBank
-from patchad.model import Distances, PatchModel, without_weights
+from patchad.model import Distances, PatchModel, mirrored, without_weights
 from patchad.models.backbones import Backbone
 from patchad.models.features import Features
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
-from patchad.pyramid import mirror, positions, window_size
+from patchad.pyramid import positions, window_size
 from patchad.scoring import Scorer, ScorerFactory
 from patchad.spec import hyperparameters, spec
-from patchad.types import ImageBatch, PatchViews, PyramidBatch
+from patchad.types import ImageBatch, PatchViews, PyramidBatch, given
 
 MIRRORS = {"left to right": (2,), "top to bottom": (1,), "both": (1, 2)}
 """The axes along which an image `[3, height, width]` is reversed."""
@@ -255,8 +255,7 @@ class PatchDetector(Detector[PatchModel]):
         return [MIRRORS[name] for name, share in passing.items() if share > 0.5]
 
     def _mirror_verdicts(self, batch: ImageBatch, axes: tuple[int, ...]) -> Int[Tensor, " batch"]:
-        image = mirror(batch.image, batch.content, axes)
-        return self.model(image, batch.content, batch.thing).anomalous.long()
+        return self.model(*mirrored(batch, axes).inputs).anomalous.long()
 
     def fill_banks(self, mirrors: Sequence[tuple[int, ...]] = ()) -> None:
         """Fills the bank of each side with the patches of the normal images, and prints its size first.
@@ -272,17 +271,11 @@ class PatchDetector(Detector[PatchModel]):
         count = len(self._data.normal_set)
         for place, batch in enumerate(self._batches(self._data.normal_dataloader(), "Filling the memory bank")):
             for copy_number, axes in enumerate(mirrors):
-                embeddings = self.model.embed(mirror(batch.image, batch.content, axes))
+                copy = mirrored(batch, axes)
+                embeddings = self.model.embed(copy.image)
                 if place == copy_number == 0:
-                    self._announce_banks(embeddings, count * len(mirrors))
-                yield batch._replace(number=batch.number + copy_number * count), embeddings
-
-    def _announce_banks(self, embeddings: Mapping[int, Tensor], images: int) -> None:
-        for side, values in embeddings.items():
-            patches = images * values.shape[2] * values.shape[3]
-            count = min(patches, self.model.bank(side).max_vectors or patches)
-            size = count * values.shape[1] * values.element_size() / 1e6
-            rank_zero_info(f"memory bank, side {side}: {count} of {patches} vectors x {values.shape[1]}, {size:.1f} MB")
+                    announce_banks(self.model, copy, embeddings, count * len(mirrors))
+                yield copy._replace(number=batch.number + copy_number * count), embeddings
 
     def calibrate(self) -> tuple[float, float]:
         """Sets the scale of each side and the limits from the normal images, each compared with the others.
@@ -294,10 +287,13 @@ class PatchDetector(Detector[PatchModel]):
 
     def _normal_distances(self) -> Distances:
         batches = self._batches(self._data.normal_dataloader(), "Calibrating")
-        results = [(batch.number, self.model.distances(batch.image, batch.content, batch.thing)) for batch in batches]
+        results = [(batch.number, self.model.distances(*batch.inputs)) for batch in batches]
         numbers, parts = torch.cat([number for number, _ in results]), [distances for _, distances in results]
         sides = {side: self._everywhere(numbers, [part.sides[side] for part in parts]) for side in self.model.sides}
-        return parts[0]._replace(sides=sides, content=self._everywhere(numbers, [part.content for part in parts]))
+        content = self._everywhere(numbers, [part.content for part in parts])
+        regions = [part.region.byte() for part in parts if part.region is not None]
+        region = self._everywhere(numbers, regions).bool() if regions else None
+        return parts[0]._replace(sides=sides, content=content, region=region)
 
     # checkpoints
 
@@ -329,3 +325,20 @@ class PatchDetector(Detector[PatchModel]):
             for state in checkpoint["optimizer_states"]:
                 for group in state["param_groups"]:
                     group["lr"] = rate
+
+
+def announce_banks(model: PatchModel, batch: ImageBatch, embeddings: Mapping[int, Tensor], images: int) -> None:
+    """Prints how large the banks of so many images become, if of each as many patches count as of the first.
+
+    Args:
+        model: whose banks are to be filled.
+        batch: the first images.
+        embeddings: of their patches, by side.
+        images: how many there are in all.
+    """
+    for side, values in embeddings.items():
+        counted = model.encoder.counted(batch.content, values, side, given(batch.region))[0]
+        patches = images * int(counted.sum())
+        count = min(patches, model.bank(side).max_vectors or patches)
+        size = count * values.shape[1] * values.element_size() / 1e6
+        rank_zero_info(f"memory bank, side {side}: {count} of {patches} vectors x {values.shape[1]}, {size:.1f} MB")

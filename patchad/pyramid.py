@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from patchad.canvas import Size
 from patchad.errors import PatchadError
-from patchad.types import Pyramid
+from patchad.types import Pyramid, Region
 
 DIRECTIONS = 12
 """Directions in which a neighbour may lie, 30 degrees apart; 0 points along the rows, 3 along the columns."""
@@ -156,6 +156,33 @@ def inside(content: Int[Tensor, "batch 2"], grid: Size, side: int, stride: int) 
     return (top < limit[:, :1])[:, :, None] & (left < limit[:, 1:])[:, None, :]
 
 
+def touching(region: Region, grid: Size, side: int, stride: int) -> Bool[Tensor, "batch rows columns"]:
+    """Which patches lie on what is judged of an image: `inside`, for regions of any form.
+
+    Each pixel belongs to the patch in whose middle, one stride wide, it lies; at the edges of the image to the first or
+    the last one. A patch counts when a judged pixel belongs to it. So every judged pixel is covered by a patch that
+    counts, and of a patch that counts about half is judged, but where the region is smaller or has corners.
+
+    Args:
+        region: True where an image is judged.
+        grid: rows x columns of positions.
+        side: side of a patch in pixels.
+        stride: distance between patches in pixels.
+    """
+    middle = side - max(side // 2, stride)
+    rows, columns = (
+        belonging(length, count, middle, stride, region.device)
+        for length, count in zip(region.shape[1:], grid, strict=True)
+    )
+    return rows @ region.float() @ columns.mT > 0
+
+
+def belonging(length: int, count: int, middle: int, stride: int, device: torch.device) -> Float[Tensor, "count length"]:
+    """1 where a pixel in a row belongs to a patch: it lies `middle` pixels behind its first, or up to a stride more."""
+    patch = ((torch.arange(length, device=device) - middle) // stride).clamp(0, count - 1)
+    return (patch == torch.arange(count, device=device)[:, None]).float()
+
+
 def covering_sums(
     values: Float[Tensor, "batch rows columns"], width: int
 ) -> Float[Tensor, "batch more_rows more_columns"]:
@@ -271,6 +298,7 @@ def sample_pyramids(
     count: int,
     shift: Size,
     generator: np.random.Generator,
+    start: Size = (0, 0),
 ) -> Pyramid:
     """Draws the pyramids of one side in one image, without the batch axis.
 
@@ -282,12 +310,13 @@ def sample_pyramids(
 
     Args:
         size: height x width of the image in pixels.
-        content: height x width of its content, top left; patches leave it only if it is too small for them.
+        content: height x width of what patches lie on; they leave it only if it is too small for them.
         side: side of a patch in pixels.
         grid: distance between allowed positions in pixels; all displacements are rounded to it.
         count: pyramids to draw.
         shift: rows x columns in pixels by which the second view's content is moved against the first's.
         generator: draws everything.
+        start: top left corner of what patches lie on, in pixels.
 
     Raises:
         PatchadError: if the shift leaves them no room.
@@ -295,7 +324,8 @@ def sample_pyramids(
     area = np.array([round_up(length, grid) for length in size])  # images are padded at least to the next cell
     limit = np.minimum(area, np.maximum(np.array(content) // grid * grid, WINDOW * side))  # where the window may lie
     extent = np.array(window_size(size, side, grid))
-    window, room = _draw_up_to(limit - extent, grid, generator), extent - side
+    offset = (np.array(start) - np.maximum(extent - np.array(content), 0) // 2) // grid * grid
+    window, room = _draw_up_to(limit - extent, grid, generator) + offset.clip(0, area - limit), extent - side
     direction = generator.integers(DIRECTIONS, size=count)
     origin = np.zeros((count, 2), dtype=np.int64)
     if not fits_pyramids((int(extent[0]), int(extent[1])), side):

@@ -18,10 +18,9 @@ from patchad.data.doubts import Doubts
 from patchad.data.layouts import images_below
 from patchad.errors import PatchadError
 from patchad.files import write_whole
-from patchad.model import PatchModel, ScoringModel, summary
-from patchad.pyramid import mirror
+from patchad.model import PatchModel, ScoringModel, mirrored, summary
 from patchad.scoring import Scorer
-from patchad.types import UNKNOWN, FittedImages, ImageBatch, Sample
+from patchad.types import UNKNOWN, FittedImages, ImageBatch, Sample, given
 
 
 class Images(NamedTuple):
@@ -76,7 +75,9 @@ def score(
         things: number of what each shows, which it is not compared with.
     """
     scored = [
-        summary(model(batch.image, batch.content, None if things is None else things[batch.number]))
+        summary(
+            model(batch.image, batch.content, None if things is None else things[batch.number], given(batch.region))
+        )
         for batch in images.batches
     ]
     return torch.cat(scored)
@@ -126,8 +127,8 @@ def embeddings(
     """Batches and their mirrors with the embeddings of their patches, numbered from `first` on."""
     for batch in batches:
         for copy, axes in enumerate(mirrors):
-            image = mirror(batch.image, batch.content, axes)
-            yield batch._replace(number=first + copy * count + batch.number), model.embed(image)
+            copied = mirrored(batch, axes)
+            yield copied._replace(number=first + copy * count + batch.number), model.embed(copied.image)
 
 
 def things_by_number(model: PatchModel) -> Int[Tensor, " images"]:

@@ -20,6 +20,7 @@ from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.conformal import Limits, limits, p_values
 from patchad.decoding import read_pixels
 from patchad.errors import PatchadError
+from patchad.region import blank, fitted, judged, within
 from patchad.results import Scored
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by the import; else it would report to its maker
@@ -90,16 +91,18 @@ class ExportedDetector:
         review = min(self.limits.review_threshold, float(threshold))
         self.limits = Limits(float(threshold), review, self.limits.map_threshold)
 
-    def __call__(self, image: np.ndarray | str | Path) -> Scored:
+    def __call__(self, image: np.ndarray | str | Path, region: np.ndarray | None = None) -> Scored:
         """Scores one image.
 
         Args:
             image: what `to_rgb` takes.
+            region: True where this image is judged, bool `[height, width]`, where the fit had a mask for each image; in
+                place of the fit's mask, where that was one for all.
 
         Raises:
-            PatchadError: if it is anything else, or the file cannot be read.
+            PatchadError: if it is anything else, the file cannot be read, or the region does not fit it.
         """
-        return self.score([image])[0]
+        return self.score([image], None if region is None else [region])[0]
 
     def set_target_fpr(self, target_fpr: float, review_fpr: float | None = None) -> float:
         """Sets the limits for another false-positive rate; returns the rate that the threshold promises.
@@ -114,11 +117,17 @@ class ExportedDetector:
         self.limits, promised = limits(self.normals, self.peaks, target_fpr, review_fpr)
         return promised
 
-    def score(self, images: Sequence[np.ndarray | str | Path]) -> list[Scored]:
+    def score(
+        self, images: Iterable[np.ndarray | str | Path], regions: Iterable[np.ndarray] | None = None
+    ) -> list[Scored]:
         """Scores several images, which may differ in size, in one pass.
 
+        Args:
+            images: what `to_rgb` takes.
+            regions: of each image, as a call takes it.
+
         Raises:
-            PatchadError: if one is no image, or has no score.
+            PatchadError: if one is no image, or has no score, or a region does not fit its image.
         """
         if isinstance(images, (np.ndarray, str, Path)) or not isinstance(images, Iterable):
             raise PatchadError("score takes a list of images; call the detector with one image")
@@ -126,26 +135,40 @@ class ExportedDetector:
         if not images:
             return []
         native = [to_rgb(image) for image in images]
-        fitted = [on_canvas(image, self.canvas) for image in native]
-        scores, maps = self.run(fitted)
+        given = [None] * len(images) if regions is None else list(regions)
+        if len(given) != len(images):
+            raise PatchadError(f"score was given {len(images)} images, but {len(given)} regions")
+        sizes = [(image.shape[1], image.shape[2]) for image in native]
+        masks = [judged(self.canvas, size, region) for size, region in zip(sizes, given, strict=True)]
+        placed = [on_canvas(blank(image, mask), self.canvas) for image, mask in zip(native, masks, strict=True)]
+        scores, maps = self.run(placed, masks)
         shares = p_values(scores, self.normals)
         maps = [
-            off_canvas(values, content, image.shape[1:])
-            for values, (_, content), image in zip(maps, fitted, native, strict=True)
+            within(off_canvas(values, content, size), mask)
+            for values, (_, content), size, mask in zip(maps, placed, sizes, masks, strict=True)
         ]
         return [
             Scored(score, score > self.limits.threshold, self.limits.verdict(score), float(share), values)
             for score, share, values in zip(scores.tolist(), shares, maps, strict=True)
         ]
 
-    def run(self, fitted: Sequence[tuple[np.ndarray, Size]]) -> tuple[np.ndarray, np.ndarray]:
-        """The graph alone: scores `[images]` and maps `[images, height, width]` of what `on_canvas` gave.
+    def run(
+        self, placed: Sequence[tuple[np.ndarray, Size]], masks: Sequence[np.ndarray | None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The graph alone: scores `[images]` and maps `[images, height, width]`.
+
+        Args:
+            placed: what `on_canvas` gave of each image.
+            masks: what `judged` gave of each.
 
         Raises:
             PatchadError: if an image has no score.
         """
-        content = np.array([size for _, size in fitted], np.int64)  # NumPy 1 would take int32 on Windows
-        inputs = {"image": np.stack([image for image, _ in fitted]), "content": content}
+        content = np.array([size for _, size in placed], np.int64)  # NumPy 1 would take int32 on Windows
+        inputs = {"image": np.stack([image for image, _ in placed]), "content": content}
+        on_canvases = zip(masks, (size for _, size in placed), strict=True)
+        regions = [fitted(mask, size, self.canvas.image_size) for mask, size in on_canvases if mask is not None]
+        inputs |= {"region": np.stack(regions)} if regions else {}
         scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
         check_scores(scores)
         return scores, maps

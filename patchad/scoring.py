@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from patchad.conformal import Limits, check_band, limits, p_values
 from patchad.errors import check_range
 from patchad.pyramid import enlarge
+from patchad.types import Region
 
 NOISE = 0.01
 """Share of its mean on normal images below which a map counts as that: what is left there is rounding, which a
@@ -116,7 +117,11 @@ class Scorer(nn.Module):
         return len(scaled) * scaled.clamp(min=NOISE).prod(0).pow(1 / len(scaled))
 
     def show(
-        self, maps: Mapping[int, Float[Tensor, "batch rows columns"]], content: Int[Tensor, "batch 2"], cell: int = 1
+        self,
+        maps: Mapping[int, Float[Tensor, "batch rows columns"]],
+        content: Int[Tensor, "batch 2"],
+        cell: int = 1,
+        region: Region | None = None,
     ) -> Float[Tensor, "batch height width"]:
         """The map that is shown, written and measured, on the scale of the one that scores come from.
 
@@ -124,8 +129,9 @@ class Scorer(nn.Module):
             maps: of the sides.
             content: height x width of each map's content, top left, in pixels.
             cell: height and width in pixels of what has one value in these maps.
+            region: True where an image is judged; by default that is the content.
         """
-        return self.smooth(self.outline(maps), content, cell)
+        return self.smooth(self.outline(maps), content, cell, region)
 
     def outline(self, maps: Mapping[int, Float[Tensor, "batch rows columns"]]) -> Float[Tensor, "batch rows columns"]:
         """The map that is shown, before it is smoothed, of the maps of the sides.
@@ -141,10 +147,17 @@ class Scorer(nn.Module):
         return combined.pow(1 - share) * (len(self.sides) * finest).pow(share)
 
     def smooth(
-        self, maps: Float[Tensor, "batch rows columns"], content: Int[Tensor, "batch 2"], cell: int = 1
+        self,
+        maps: Float[Tensor, "batch rows columns"],
+        content: Int[Tensor, "batch 2"],
+        cell: int = 1,
+        region: Region | None = None,
     ) -> Float[Tensor, "batch height width"]:
-        """Maps at pixels after the Gaussian, of maps at cells of that height and width."""
-        return gaussian(maps, content, self.smoothing, cell) if self.smoothing else enlarge(maps, cell)
+        """Maps at pixels after the Gaussian, of maps at cells of that height and width; 0 beside a region."""
+        smoothed = gaussian(maps, content, self.smoothing, cell, region) if self.smoothing else enlarge(maps, cell)
+        if region is None:
+            return smoothed
+        return smoothed.where(content_pixels(content, smoothed.shape[1], smoothed.shape[2], 1, region) > 0, 0)
 
     def measure_normals(self, scores: Mapping[int, Float[Tensor, " images"]]) -> None:
         """Sets level and spread of each side, from the scores that normal images have by it alone."""
@@ -154,14 +167,20 @@ class Scorer(nn.Module):
             self.spread[number] = scaled.std(correction=0).clamp(min=NOISE * max(1.0, float(scaled.mean())))
 
     def score(
-        self, maps: Float[Tensor, "batch rows columns"], content: Int[Tensor, "batch 2"], cell: int = 1
+        self,
+        maps: Float[Tensor, "batch rows columns"],
+        content: Int[Tensor, "batch 2"],
+        cell: int = 1,
+        region: Region | None = None,
     ) -> Float[Tensor, " batch"]:
-        """One score per image, from the pixels of its content, of maps at cells of that height and width."""
-        pixels = content_pixels(content, maps.shape[1], maps.shape[2], cell)
+        """One score per image, from the pixels of it that are judged, of maps at cells of that height and width."""
+        rows, columns = maps.shape[1:]
+        pixels = content_pixels(content, rows, columns, cell, region)
         values = maps.masked_fill(pixels == 0, -torch.inf)
         if self.image_score == "max":
             return values.flatten(1).amax(1)
-        return top_mean(values, pixels, self.top_fraction, cell)
+        partial = 0 if cell == 1 else rows + columns if region is None else rows * columns
+        return top_mean(values, pixels, self.top_fraction, partial)
 
     @property
     def limits(self) -> Limits:
@@ -199,15 +218,18 @@ class Scorer(nn.Module):
 
 
 def content_pixels(
-    content: Int[Tensor, "batch 2"], rows: int, columns: int, cell: int = 1
+    content: Int[Tensor, "batch 2"], rows: int, columns: int, cell: int = 1, region: Region | None = None
 ) -> Int[Tensor, "batch rows columns"]:
-    """How many pixels of each cell lie on the content of each image, not on its padding.
+    """How many pixels of each cell are judged: lie on the content of each image, not on its padding, or in its region.
 
     Example:
         >>> content_pixels(torch.tensor([[3, 2]]), rows=2, columns=2, cell=2)
         tensor([[[4, 0],
                  [2, 0]]])
     """
+    if region is not None:
+        padded = F.pad(region, (0, cell * columns - region.shape[2], 0, cell * rows - region.shape[1]))
+        return padded.unflatten(2, (-1, cell)).unflatten(1, (-1, cell)).sum((2, 4))
     lengths = [
         (length[:, None] - cell * torch.arange(count, device=content.device)).clamp(0, cell)
         for length, count in zip(content.T, (rows, columns), strict=True)
@@ -216,17 +238,23 @@ def content_pixels(
 
 
 def gaussian(
-    maps: Float[Tensor, "batch rows columns"], content: Int[Tensor, "batch 2"], deviation: float, cell: int = 1
+    maps: Float[Tensor, "batch rows columns"],
+    content: Int[Tensor, "batch 2"],
+    deviation: float,
+    cell: int = 1,
+    region: Region | None = None,
 ) -> Float[Tensor, "batch height width"]:
     """The content of each map at pixels, smoothed as if nothing lay around it; 0 on the padding.
 
-    As products of matrices, which a CPU does sooner than the convolution of maps of usual sizes.
+    As products of matrices, which a CPU does sooner than the convolution of maps of usual sizes. Of a region, each cell
+    counts by the share of it that is judged (a normalized convolution: Knutsson and Westin, CVPR 1993).
 
     Args:
         maps: to be smoothed.
         content: height x width of each map's content, top left, in pixels.
         deviation: of the Gaussian, in pixels.
         cell: height and width in pixels of what has one value in the maps.
+        region: True where an image is judged; by default that is the content. What is around it has any value.
 
     Example:
         >>> spot = torch.zeros(1, 5, 5)
@@ -240,7 +268,13 @@ def gaussian(
             averages(length, on_content, deviation, cell)
             for length, on_content in zip((height, width), content.T, strict=True)
         )
-        smoothed = rows @ maps.float() @ columns.mT
+        if region is None:
+            smoothed = rows @ maps.float() @ columns.mT
+        else:
+            whole, judged = (content_pixels(content, maps.shape[1], maps.shape[2], cell, one) for one in (None, region))
+            share = judged / whole.clamp(min=1)
+            weight = (rows @ share @ columns.mT).clamp(min=torch.finfo(share.dtype).tiny)
+            smoothed = rows @ (maps.float() * share) @ columns.mT / weight
     return smoothed.where(content_pixels(content, height, width) > 0, 0)
 
 
@@ -263,7 +297,7 @@ def top_mean(
     values: Float[Tensor, "batch rows columns"],
     pixels: Int[Tensor, "batch rows columns"],
     fraction: float,
-    cell: int = 1,
+    partial: int = 0,
 ) -> Float[Tensor, " batch"]:
     """The mean of the highest `fraction` of each map's pixels (at least one of them).
 
@@ -271,11 +305,10 @@ def top_mean(
         values: of cells, finite where there is a pixel.
         pixels: how many each cell counts for.
         fraction: of all that count.
-        cell: height and width in pixels of a cell; all hold this many but those at the edges of the content.
+        partial: how many cells at most hold some pixels, but fewer than the others.
     """
     top = (pixels.sum((1, 2)) * fraction).ceil().clamp(min=1)[:, None]
-    at_edges = values.shape[1] + values.shape[2] if cell > 1 else 0
-    most = min(math.ceil(values[0].numel() * fraction) + at_edges, values[0].numel())
+    most = min(math.ceil(values[0].numel() * fraction) + partial, values[0].numel())
     highest, places = values.flatten(1).topk(most, dim=1)
     counts = pixels.flatten(1).gather(1, places)
     counts = torch.minimum(counts, top - (counts.cumsum(1) - counts)).clamp(min=0).double()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from patchad.region import blank, judged
 from patchad.runtime import ExportedDetector, off_canvas, on_canvas, to_rgb
 
 
@@ -67,9 +68,10 @@ def exported_stages(detector: ExportedDetector, images: Sequence[Path | np.ndarr
     if not any(isinstance(image, Path) for image in images):
         del times["decode"]
     with timed(times, "canvas"):
-        fitted = [on_canvas(image, detector.canvas) for image in native]
+        masks = [judged(detector.canvas, (image.shape[1], image.shape[2])) for image in native]
+        fitted = [on_canvas(blank(image, mask), detector.canvas) for image, mask in zip(native, masks, strict=True)]
     with timed(times, "graph"):
-        _, maps = detector.run(fitted)
+        _, maps = detector.run(fitted, masks)
     with timed(times, "map to size"):
         for values, (_, content), image in zip(maps, fitted, native, strict=True):
             off_canvas(values, content, image.shape[1:])

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchad.model import PatchModel
 from patchad.stages import Row, process_memory
+from patchad.types import Region
 
 STAGES = ("backbone", "encoders", "search", "fold", "score")
 """From an image in memory to its score; `encoders` is what is left of embedding without the backbone."""
@@ -67,7 +68,10 @@ class Stopwatch:
 
 @torch.inference_mode()
 def time_stages(
-    model: PatchModel, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+    model: PatchModel,
+    image: Float[Tensor, "batch 3 height width"],
+    content: Int[Tensor, "batch 2"],
+    region: Region | None = None,
 ) -> dict[str, float]:
     """Milliseconds of each of `STAGES` for one batch, in whatever mode the detector runs.
 
@@ -75,12 +79,13 @@ def time_stages(
         model: fitted, in eval mode.
         image: RGB in [0, 1], on the model's device.
         content: height x width of each image's content, top left, in pixels.
+        region: True where an image is judged; by default that is its content.
     """
     backbone, clock = Stopwatch(model.encoder.backbone, image.device), Clock(image.device)
     embeddings = model.embed(image)
     embedding = clock()
     backbone.remove()
-    distances = model.nearest(embeddings, content, (image.shape[2], image.shape[3]))
+    distances = model.nearest(embeddings, content, (image.shape[2], image.shape[3]), None, region)
     search = clock()
     maps = model.side_maps(distances)
     fold = clock()
@@ -183,6 +188,7 @@ def measure_stages(
     content: Int[Tensor, "batch 2"],
     repeats: int,
     rate: float,
+    region: Region | None = None,
 ) -> list[Row]:
     """The stage table of one batch: the stages, their sum, and all of them in one go; one run of each warms up.
 
@@ -195,19 +201,25 @@ def measure_stages(
         content: height x width of each image's content, top left, in pixels.
         repeats: timed runs.
         rate: what `best_rate` gave.
+        region: True where an image is judged, in the machine's memory; by default that is its content.
     """
     device = model.scorer.scale.device
     moved = image.to(device), content.to(device)
-    runs = [time_stages(model, *moved) for _ in range(repeats + 1)][1:]
+    on_device = None if region is None else region.to(device)
+    runs = [time_stages(model, *moved, on_device) for _ in range(repeats + 1)][1:]
     rows = stage_rows(runs, floating_point_operations(model, *moved), rate)
-    whole = alternate({"whole": partial(score_from_memory, model, image, content)}, repeats, device)["whole"]
+    whole = alternate({"whole": partial(score_from_memory, model, image, content, region)}, repeats, device)["whole"]
     return [*rows, Row("from memory to score", whole, rows[-1].floor)]
 
 
 @torch.inference_mode()
 def score_from_memory(
-    model: PatchModel, image: Float[Tensor, "batch 3 height width"], content: Int[Tensor, "batch 2"]
+    model: PatchModel,
+    image: Float[Tensor, "batch 3 height width"],
+    content: Int[Tensor, "batch 2"],
+    region: Region | None = None,
 ) -> Float[Tensor, " batch"]:
     """The scores, in the machine's memory as the images are."""
     device = model.scorer.scale.device
-    return model(image.to(device), content.to(device)).score.cpu()
+    on_device = None if region is None else region.to(device)
+    return model(image.to(device), content.to(device), None, on_device).score.cpu()

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 NORMAL = "good"
@@ -12,6 +14,8 @@ NORMAL = "good"
 
 UNKNOWN = ""
 """Defect type of images of which nothing is known."""
+Region: TypeAlias = Bool[Tensor, "batch image_height image_width"]
+"""True on the pixels of images, as they are scored, that are judged."""
 
 
 class Sample(NamedTuple):
@@ -25,6 +29,7 @@ class Sample(NamedTuple):
         group: what the image shows, where several images show the same thing and none of them is tested: for the
             threshold an image is compared with other groups alone, and learning takes all of a group or none of it, so
             that both meet new things as the test does; None is a group of one.
+        region: mask file of what is judged of the image; None where that is the same of all images.
     """
 
     path: Path
@@ -32,11 +37,16 @@ class Sample(NamedTuple):
     mask: Path | None
     split: Literal["train", "test"]
     group: str | None = None
+    region: Path | None = None
 
     @property
     def thing(self) -> str:
         """Name of what the image shows: its group, or itself where it has none."""
         return self.group or str(self.path)
+
+
+NOTHING = torch.empty(0, dtype=torch.bool)
+"""In place of a region where all of an image is judged."""
 
 
 class ImageBatch(NamedTuple):
@@ -59,6 +69,9 @@ class ImageBatch(NamedTuple):
         digest: of the pixels of `image`, the same for copies, int64 `[batch]`; 0, as are doubts empty, in training.
         error: why a file could not be read, one per image, empty where it was; `image` is black and `label` -1 then.
         doubts: what makes figures of an image doubtful, one per image, as ends of sentences, one on each line.
+        region: True where an image is judged, bool `[batch, height, width]`; empty where that is its content, as is
+            `judged`.
+        judged: the same at the size of `mask`, bool `[batch, metric_height, metric_width]`.
     """
 
     image: Tensor
@@ -75,6 +88,13 @@ class ImageBatch(NamedTuple):
     digest: Tensor
     error: Sequence[str]
     doubts: Sequence[str]
+    region: Tensor = NOTHING
+    judged: Tensor = NOTHING
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What a model is given of normal images, each of which it is to compare with the others."""
+        return self.image, self.content, self.thing, given(self.region)
 
 
 class FittedImages(NamedTuple):
@@ -142,6 +162,7 @@ class PyramidBatch(NamedTuple):
         painted: the first view with defects painted on it, RGB, float32 `[batch, 3, height, width]`; empty where it is
             not wanted, or where its features are cached.
         mask: True on these defects, bool `[batch, height, width]`; empty where `painted` is.
+        region: as in `ImageBatch`.
         sides: the patches by side in pixels.
     """
 
@@ -152,7 +173,13 @@ class PyramidBatch(NamedTuple):
     image: Tensor
     painted: Tensor
     mask: Tensor
+    region: Tensor
     sides: dict[int, Pyramid]
+
+
+def given(region: Tensor) -> Tensor | None:
+    """The region of a batch, as a model takes it: None where it is empty."""
+    return region if region.numel() else None
 
 
 class PatchViews(NamedTuple):

@@ -14,6 +14,7 @@ ORDER = [
     "errors",
     "canvas",
     "decoding",
+    "region",
     "folders",
     "images",
     "masks",

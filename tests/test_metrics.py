@@ -85,14 +85,14 @@ def values(found: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: value.item() for name, value in found.items()}
 
 
-def slow_pro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
+def slow_pro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3, judged: np.ndarray | bool = True) -> float:
     """Threshold by threshold, region by region."""
     regions = [(image, label(mask, connectivity=2)) for image, mask in enumerate(masks)]
     rates, overlaps = [0.0], [0.0]
     for threshold in np.unique(maps)[::-1]:
         found = maps >= threshold
         shares = [found[i][r == n].mean() for i, r in regions for n in range(1, r.max() + 1)]
-        rates.append(found[~masks].mean())
+        rates.append(found[~masks & judged].mean())
         overlaps.append(float(np.mean(shares)))
     area = 0.0
     for left, right, low, high in zip(rates, rates[1:], overlaps, overlaps[1:], strict=False):
@@ -318,3 +318,25 @@ def test_two_processes_with_unequal_or_empty_shares_find_what_one_finds():
     for _, figures, pro in found:
         assert figures == pytest.approx(expected, abs=1e-6)
         assert pro == pytest.approx(region, abs=1e-9)
+
+
+def test_figures_of_pixels_are_of_the_region_alone():
+    prediction, batch, maps = evaluation()
+    judged = torch.zeros_like(batch.mask)
+    judged[:, 4:20, 3:14] = True  # of both defects a part
+    judged[0] = True
+    metrics = AnomalyMetrics(SIDES, full=True, defects=DEFECTS)
+    metrics.update(prediction, batch._replace(judged=judged), maps)
+    found, where = values(metrics.compute()), judged.numpy()
+    inside, truth = batch.mask.numpy()[where], maps["combined"].numpy()[where]
+    assert found["segmentation_auroc"] == pytest.approx(roc_auc_score(inside, truth), abs=1e-6)
+    assert found["segmentation_average_precision"] == pytest.approx(average_precision_score(inside, truth), abs=1e-6)
+    side = roc_auc_score(inside, maps[16].numpy()[where])
+    assert found["segmentation_auroc_side_16"] == pytest.approx(side, abs=1e-6)
+    expected = slow_pro(maps["combined"].numpy(), (batch.mask & judged).numpy(), judged=where)
+    assert found["pro"] == pytest.approx(expected, abs=1e-6)
+    assert found["detection_auroc"] == values(measured([slice(None)]))["detection_auroc"]
+    other = {name: torch.where(judged, one, 99.0) for name, one in maps.items()}
+    metrics.reset()
+    metrics.update(prediction, batch._replace(judged=judged, mask=batch.mask & judged), other)
+    assert values(metrics.compute()) == found

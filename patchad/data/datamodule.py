@@ -28,6 +28,7 @@ from patchad.data.datasets import (
 from patchad.data.defects import FORMAT, SMALLEST
 from patchad.data.layouts import Layout, detect_layout
 from patchad.data.listing import class_doubt, listing, product_doubt
+from patchad.data.regions import canvas_key, kept, of_canvas, short, with_regions
 from patchad.decoding import MAX_MEGAPIXELS
 from patchad.errors import PatchadError, check_range, check_seed, printable
 from patchad.folders import images_below
@@ -62,6 +63,8 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         keep_aspect: keep the aspect and pad the right or bottom edge; otherwise distort.
         brightness: mean to which the pixels of each image are scaled, so that exposure and lamp make no difference.
             Not in the paper; None leaves images as they are, for products whose light itself is to be watched.
+        region: a mask file, white where all images are judged, or a folder with a mask for each, named as the image,
+            with or without `_mask`: nothing else is learned, remembered or scored. None judges all of them.
         metric_size: height x width in pixels at which pixel metrics are computed; one number is both.
         batch_size: images per batch.
         pyramids_per_image: pyramids of patches that are drawn per side, image and epoch.
@@ -93,6 +96,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         image_size: tuple[int, int] | int = (384, 384),
         keep_aspect: bool = True,
         brightness: float | None = None,
+        region: str | Path | None = None,
         metric_size: tuple[int, int] | int = (256, 256),
         batch_size: int = 8,
         pyramids_per_image: int = 256,
@@ -120,12 +124,11 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         sizes = {"image_size": image_size, "metric_size": metric_size}
         sizes = {name: checked_size(name, size, max_megapixels) for name, size in sizes.items()}
         self.augmentations = Augmentations(shift, colour_deviation, noise_deviation)
-        self.root, self.layout = Path(root), layout
+        self.root, self.layout, self.max_megapixels = Path(root), layout, max_megapixels
         self.image_size, self.metric_size, self.keep_aspect = *sizes.values(), keep_aspect
-        self.init_args |= sizes
-        self.brightness = brightness
+        self.brightness, self.region = brightness, kept(region, max_megapixels)
+        self.init_args |= {**sizes, "region": self.region}  # the mask itself, so that a checkpoint needs no file of it
         self.batch_size, self.pyramids_per_image, self.num_workers = batch_size, pyramids_per_image, num_workers
-        self.max_megapixels = max_megapixels
         self.held_out_fraction, self.validate_on, self.seed = held_out_fraction, validate_on, seed
         self.save_hyperparameters(hyperparameters(self), logger=False)  # the whole config is logged; both have a seed
 
@@ -137,7 +140,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Lists the files: for `predict` every image below the root, else what the layout says, for `test` to test."""
-        samples = self._samples(predicting=stage == "predict")
+        samples = with_regions(self._samples(stage == "predict"), self.root, self.region, strict=stage != "predict")
         for sentence in listing(self.root, samples, None if stage == "predict" else self.layout):
             rank_zero_info(printable(sentence))
         if stage == "predict":
@@ -221,7 +224,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     @property
     def canvas(self) -> Canvas:
         """What images are brought to."""
-        return Canvas(self.image_size, self.keep_aspect, self.brightness)
+        return Canvas(self.image_size, self.keep_aspect, self.brightness, of_canvas(self.region))
 
     @property
     def pyramids(self) -> PyramidDataset:
@@ -260,11 +263,11 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     @property
     def view_settings(self) -> str:
         """All that views depend on beside the image files; a cache of their features is kept under it."""
-        return f"{self.image_size} {self.keep_aspect} {self.brightness} {self.seed} {self.augmentations} {FORMAT}"
+        return f"{canvas_key(self.canvas, self.train_set.samples)} {self.seed} {self.augmentations} {FORMAT}"
 
     def state_dict(self) -> dict[str, Any]:
         """What images are brought to before the bank and the threshold know them; a checkpoint keeps it."""
-        return {**self.canvas._asdict(), "image_size": list(self.image_size)}
+        return {**self.canvas._asdict(), "image_size": list(self.image_size), "region": short(self.region)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warns where options bring images to something else than a checkpoint's; a fit fills a bank of its own."""

@@ -24,11 +24,15 @@ from patchad.images import (
     native_size,
     on_canvas,
     read_image,
+    region_on_canvas,
 )
-from patchad.masks import HALF, mask_doubts, read_mask, resize_mask
+from patchad.masks import HALF, mask_doubts, read_mask, read_region, resize_mask
 from patchad.pyramid import sample_pyramids
-from patchad.types import NORMAL, UNKNOWN, ImageBatch, PyramidBatch, PyramidPlan, Sample
+from patchad.region import blank, judged, within
+from patchad.types import NORMAL, NOTHING, UNKNOWN, ImageBatch, PyramidBatch, PyramidPlan, Sample, given
 
+TRIES = 20
+"""Defects at most that are painted for one that lies where an image is judged."""
 PROBE_EPOCH = -1
 """The epoch whose pyramids the clusters are fitted on; training begins with 0."""
 
@@ -81,13 +85,16 @@ class ImageDataset(Dataset[ImageBatch]):
         sample = self.samples[index]
         native = read_image(sample.path, self.max_megapixels)
         size = (native.shape[1], native.shape[2])
+        where = self.judged(index, size)
+        native = torch.from_numpy(blank(native.numpy(), where))
         image, content = on_canvas(native, self.canvas)
         mask = torch.zeros(self.metric_size, dtype=torch.bool)
         doubts = list(image_doubts(native, image, content, sample)) if self.tolerant else []
         if sample.mask is not None:
             levels = read_mask(sample.mask, size, self.max_megapixels)
-            mask = resize_mask(levels > HALF, self.metric_size)
-            doubts += mask_doubts(levels, mask) if self.tolerant else []
+            inner = torch.from_numpy(within(levels.numpy(), where))
+            mask = resize_mask(inner > HALF, self.metric_size)
+            doubts += mask_doubts(levels, inner, mask) if self.tolerant else []
         return ImageBatch(
             image=image,
             content=torch.tensor(content),
@@ -103,7 +110,22 @@ class ImageDataset(Dataset[ImageBatch]):
             digest=torch.tensor(digest(image) if self.tolerant else 0),
             error="",
             doubts="\n".join(doubts),
+            region=NOTHING if where is None else region_on_canvas(where, content, self.canvas.image_size),
+            judged=NOTHING if where is None else region_on_canvas(where, self.metric_size, self.metric_size),
         )
+
+    def judged(self, index: int, size: Size) -> np.ndarray | None:
+        """What is judged of an image of that size, bool `[height, width]`; None where that is all of it.
+
+        Raises:
+            PatchadError: if its mask cannot be read, or does not fit it.
+        """
+        path = self.samples[index].region
+        own = None if path is None else read_region(path, self.max_megapixels)
+        try:
+            return judged(self.canvas, size, own)
+        except PatchadError as error:
+            raise PatchadError(f"{self.samples[index].path}: {error}") from error
 
     def _gain(self, native: torch.Tensor) -> float:
         brightness = self.canvas.brightness
@@ -111,6 +133,7 @@ class ImageDataset(Dataset[ImageBatch]):
 
     def _unreadable(self, index: int, error: str) -> ImageBatch:
         sample, size = self.samples[index], torch.tensor(self.canvas.image_size)
+        whole = self.canvas.region is None
         return ImageBatch(
             image=torch.zeros(3, *self.canvas.image_size),
             content=size,
@@ -126,6 +149,8 @@ class ImageDataset(Dataset[ImageBatch]):
             digest=torch.tensor(0),
             error=error,
             doubts="",
+            region=NOTHING if whole else torch.ones(self.canvas.image_size, dtype=torch.bool),
+            judged=NOTHING if whole else torch.ones(self.metric_size, dtype=torch.bool),
         )
 
 
@@ -153,7 +178,13 @@ class SyntheticDefects(Dataset[ImageBatch]):
 
     def _with_defect(self, normal: ImageBatch, index: int) -> ImageBatch:
         height, width = normal.content.tolist()
-        image, mask = paint(normal.image, (height, width), paint_defect, (self.seed, index))
+        for attempt in range(TRIES):  # until some of it lies where the image is judged
+            seed = (self.seed, index, attempt) if attempt else (self.seed, index)
+            image, mask = paint(normal.image, (height, width), paint_defect, seed, given(normal.region))
+            if mask.any():
+                break
+        else:
+            return normal
         return normal._replace(
             image=image,
             label=torch.tensor(1),
@@ -167,15 +198,20 @@ Painter = Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarr
 
 
 def paint(
-    image: torch.Tensor, content: Size, painter: Painter, seed: tuple[int, ...]
+    image: torch.Tensor, content: Size, painter: Painter, seed: tuple[int, ...], region: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The image `[3, height, width]` with its content (height x width in pixels) painted on, and the mask."""
+    """The image `[3, height, width]` with its content (height x width in pixels) painted on, and the mask.
+
+    Where there is a region, bool `[height, width]`, what is painted beside it is left out.
+    """
     height, width = content
-    painted, region = painter(image[:, :height, :width].permute(1, 2, 0).numpy(), np.random.default_rng(seed))
-    image, mask = image.clone(), torch.zeros(image.shape[1:], dtype=torch.bool)
-    image[:, :height, :width] = torch.from_numpy(painted).permute(2, 0, 1)
-    mask[:height, :width] = torch.from_numpy(region)
-    return image, mask
+    painted, where = painter(image[:, :height, :width].permute(1, 2, 0).numpy(), np.random.default_rng(seed))
+    mask = torch.zeros(image.shape[1:], dtype=torch.bool)
+    mask[:height, :width] = torch.from_numpy(where)
+    mask = mask if region is None else mask & region
+    changed = image.clone()
+    changed[:, :height, :width] = torch.from_numpy(painted).permute(2, 0, 1)
+    return torch.where(mask, changed, image), mask
 
 
 class PyramidDataset(Dataset[PyramidBatch]):
@@ -195,7 +231,7 @@ class PyramidDataset(Dataset[PyramidBatch]):
         self, images: ImageDataset, plan: PyramidPlan, count: int, augmentations: Augmentations, seed: int
     ) -> None:
         self.images, self.plan, self.count, self.augmentations, self.seed = images, plan, count, augmentations, seed
-        self._contents: dict[int, Size] = {}
+        self._sizes: dict[int, Size] = {}
 
     def __getitem__(self, place: tuple[int, int]) -> PyramidBatch:
         epoch, number = place
@@ -204,7 +240,9 @@ class PyramidDataset(Dataset[PyramidBatch]):
         first, second = (self.drawn(number, view) for view in views)
         shift = (second.shift[0] - first.shift[0], second.shift[1] - first.shift[1])
         size, content = self.images.canvas.image_size, self._content(number)
-        image, painted, mask = torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.bool)
+        image, painted, mask = torch.empty(0), torch.empty(0), NOTHING
+        region = self._region(number)
+        box, start = (content, (0, 0)) if given(region) is None else extent(region)
         if not self.plan.cached_views:
             image = self._view_pair(number, first, second)
             if self.plan.painted:
@@ -217,8 +255,9 @@ class PyramidDataset(Dataset[PyramidBatch]):
             image=image,
             painted=painted,
             mask=mask,
+            region=region,
             sides={
-                side: sample_pyramids(size, content, side, grid, self.count, shift, generator)
+                side: sample_pyramids(size, box, side, grid, self.count, shift, generator, start)
                 for side, grid in self.plan.grids.items()
             },
         )
@@ -234,12 +273,19 @@ class PyramidDataset(Dataset[PyramidBatch]):
         image = self.images[number].image
         return torch.stack([augment(image, first), augment(image, second)])
 
+    def _native(self, number: int) -> Size:
+        if number not in self._sizes:
+            self._sizes[number] = native_size(self.images.samples[number].path, self.images.max_megapixels)
+        return self._sizes[number]
+
     def _content(self, number: int) -> Size:
-        if number not in self._contents:
-            native = native_size(self.images.samples[number].path, self.images.max_megapixels)
-            canvas = self.images.canvas
-            self._contents[number] = content_size(native, canvas.image_size, canvas.keep_aspect)
-        return self._contents[number]
+        canvas = self.images.canvas
+        return content_size(self._native(number), canvas.image_size, canvas.keep_aspect)
+
+    def _region(self, number: int) -> torch.Tensor:
+        where = self.images.judged(number, self._native(number))
+        size = self.images.canvas.image_size
+        return NOTHING if where is None else region_on_canvas(where, self._content(number), size)
 
     def drawn(self, number: int, view: int) -> View:
         """How a view of an image differs from it: a function of (seed, file name, view), so that a cache stays true."""
@@ -258,7 +304,14 @@ class PyramidDataset(Dataset[PyramidBatch]):
 
     def _painted(self, image: torch.Tensor, number: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
         seed = (*self._seed(number, view), 2)  # with 1 the noise of the view is drawn
-        return paint(image, self._content(number), paint_defects, seed)
+        return paint(image, self._content(number), paint_defects, seed, given(self._region(number)))
+
+
+def extent(region: torch.Tensor) -> tuple[Size, Size]:
+    """Height x width of the box around a region, bool `[height, width]`, and its top left corner."""
+    places = region.nonzero()
+    (top, left), (bottom, right) = places.amin(0).tolist(), places.amax(0).tolist()
+    return (bottom + 1 - top, right + 1 - left), (top, left)
 
 
 class ViewDataset(Dataset[tuple[int, int, bool, torch.Tensor, torch.Tensor]]):

@@ -27,8 +27,10 @@ from patchad.pyramid import (
     positions,
     round_up,
     spans,
+    touching,
     window_size,
 )
+from patchad.types import Region
 
 
 class MeanImage(nn.Module):
@@ -194,15 +196,21 @@ class PyramidEncoder(nn.Module, ABC):
         """Height x width in pixels to which images of that size are padded, so that all strides divide them."""
         return round_up(size[0], self.multiple), round_up(size[1], self.multiple)
 
-    def counted(self, content: Int[Tensor, "batch 2"], values: Tensor, side: int) -> Bool[Tensor, "batch rows columns"]:
-        """Which patches of a side, one for each of the last two axes of `values`, lie on the content of an image.
+    def counted(
+        self, content: Int[Tensor, "batch 2"], values: Tensor, side: int, region: Region | None = None
+    ) -> Bool[Tensor, "batch rows columns"]:
+        """Which patches of a side, one for each of the last two axes of `values`, lie on what is judged of an image.
 
         Args:
             content: height x width of each image's content, top left, in pixels.
             values: of the patches, such as embeddings.
             side: of the patches in pixels.
+            region: True where an image is judged; by default that is the content.
         """
-        return inside(content, (values.shape[-2], values.shape[-1]), side, self.strides[side])
+        grid = (values.shape[-2], values.shape[-1])
+        if region is None:
+            return inside(content, grid, side, self.strides[side])
+        return touching(region, grid, side, self.strides[side])
 
     def check_size(self, image: Float[Tensor, "batch 3 height width"]) -> None:
         """Raises PatchadError if a side does not fit the image."""

@@ -13,6 +13,8 @@ from PIL import Image
 from test_cli import SMALL, commands_in
 
 from patchad import PatchModel
+from patchad.canvas import Canvas, content_size
+from patchad.checkpoint import read_checkpoint
 from patchad.cli import CONFIGS, main
 from patchad.data.synthetic import write_synthetic
 from patchad.images import read_image
@@ -60,7 +62,7 @@ def run(name: str, options: list[str]) -> None:
         main(["fit", *config, *options, where])
         found = ["--ckpt_path", checkpoint(Path(), name), "--trainer.enable_progress_bar=false", where]
         main(["test", *found])
-        main(["predict", *found])
+        main(["predict", *found, "--maps=float16"])
 
 
 def checkpoint(folder: Path, name: str) -> str:
@@ -68,7 +70,8 @@ def checkpoint(folder: Path, name: str) -> str:
 
 
 def scores(folder: Path, name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / name / "version_2/predictions/scores.csv").read_text().splitlines()))
+    rows = csv.DictReader((folder / name / "version_2/predictions/scores.csv").read_text().splitlines())
+    return sorted(rows, key=lambda row: row["path"])
 
 
 def metrics(folder: Path, name: str, version: int) -> dict[str, float]:
@@ -84,6 +87,7 @@ def test_every_configuration_is_here():
 @pytest.mark.parametrize("name", [*SHORTER, "ensemble"])
 def test_every_configuration_is_fitted_tested_and_predicts(name, shipped):
     tested, found = metrics(shipped, name, 1), scores(shipped, name)
+    canvas = Canvas.of(read_checkpoint(Path(checkpoint(shipped, name)))["patchad_canvas"])
     least = 0.0 if name == "paper" else 0.6  # its weights are random here
     assert least <= tested["test/detection_auroc"] <= 1 and least <= tested["test/segmentation_auroc"] <= 1
     assert "val/detection_auroc" in metrics(shipped, name, 0)
@@ -93,7 +97,8 @@ def test_every_configuration_is_fitted_tested_and_predicts(name, shipped):
         root = next(parent for parent in path.parents if parent.name in ("padded", "made", "tiny"))
         values = np.load(shipped / name / "version_2/predictions/maps" / f"{path.relative_to(root)}.npy")
         with Image.open(shipped / path) as image:
-            assert values.shape == image.size[::-1] and np.isfinite(values).all()
+            native = image.size[::-1]
+        assert values.shape == content_size(native, canvas.image_size, canvas.keep_aspect) and np.isfinite(values).all()
 
 
 def test_the_default_is_the_one_whose_figures_are_kept(shipped):
@@ -130,4 +135,4 @@ def test_a_model_of_a_checkpoint_scores_files_and_arrays_as_predict_does(name, s
             assert found.score == pytest.approx(float(row["score"]), rel=1e-5)
             assert found.p_value == pytest.approx(float(row["p_value"]), rel=1e-3)
             assert found.anomalous == (row["verdict"] == "anomalous")
-            np.testing.assert_allclose(found.map, written, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found.map, written, rtol=1e-3, atol=1e-5)

@@ -32,9 +32,10 @@ TINY = 1e-12
 class ScoringGraph(nn.Module):
     """What the file computes, from a fitted image to its score and map; any ONNX runtime can.
 
-    Input `image` is float32 `[batch, 3, height, width]`, RGB in [0, 1] on the canvas: resized, its right or bottom edge
-    repeated. `content` is int64 `[batch, 2]`, height x width without padding. Where a fit had a region, `region` is bool
-    `[batch, height, width]`. Outputs are `score` and `map`. The metadata, JSON under `patchad`, hold limits and canvas.
+    Input `image` is float32 `[batch, 3, height, width]`: RGB in [0, 1], resized to the canvas, its right or bottom edge
+    repeated. Input `content` is int64 `[batch, 2]`, height x width without padding. After a fit with a region there is
+    an input `region`, bool `[batch, height, width]`. Outputs are `score` and `map`. The metadata, JSON under `patchad`,
+    hold limits and canvas.
 
     Args:
         model: a fitted one.

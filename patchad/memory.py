@@ -1,5 +1,6 @@
 """Normal embeddings -> distance to the nearest of them, on faiss."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -82,13 +83,13 @@ class MemoryBank(nn.Module):
             raise PatchadError(f"reduce {reduce} is none of {', '.join(get_args(Reduction))}")
         self.side, self.max_vectors, self.reduce, self.seed = side, max_vectors, reduce, seed
         self.baseline = baseline
-        self._cap = max_vectors if reduce == "random" or max_vectors is None else max(max_vectors, CANDIDATES)
         self.register_buffer("vectors", torch.empty(0, 0))
         self.register_buffer("keys", torch.empty(0, 2, dtype=torch.int64))
         self.register_buffer("things", torch.empty(0, dtype=torch.int64))
         self.register_buffer("levels", torch.empty(0))
         self.register_buffer("lists", torch.empty(0, 0, 0, dtype=torch.int64))
         self._draws = np.empty(0)
+        self._earlier: tuple[MemoryBank, ...] = ()  # what a bank that was opened again held; no submodule
         self._forget()
 
     def _forget(self) -> None:
@@ -98,6 +99,13 @@ class MemoryBank(nn.Module):
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    @property
+    def _cap(self) -> int | None:
+        """Most vectors that are held while it is filled."""
+        if self.max_vectors is None or self._earlier:
+            return None
+        return self.max_vectors if self.reduce == "random" else max(self.max_vectors, CANDIDATES)
 
     def has_room_for(self, count: int) -> bool:
         """Whether it can hold that many vectors without leaving one out."""
@@ -109,16 +117,22 @@ class MemoryBank(nn.Module):
         self._draws = np.empty(0)
 
     def reopen(self) -> None:
-        """Goes on where a filling ended: the vectors that are there stay as if they were still being drawn."""
-        numbers, places = self.keys.cpu().numpy().T
-        count = int(places.max(initial=-1)) + 1
-        draws = {number: self._draw(number, count) for number in np.unique(numbers).tolist()}
-        self._draws = np.array([draws[number][place] for number, place in self.keys.tolist()])
+        """Takes in more, after `finish`: all of it, also where the bank is full, for what was missing may be among it.
+
+        The vectors that are there stay, and their levels (see `finish`), so that distances can only come down.
+        """
+        self._earlier, self._draws = (self._snapshot(),), np.zeros(len(self))
 
     def forget(self, things: Int[Tensor, " things"]) -> None:
-        """Leaves out the vectors of these things; `finish` is to follow."""
+        """Leaves out the vectors of these things; levels stay, and `finish` is to follow."""
+        self._earlier = (self._snapshot(),)
         kept = ~torch.isin(self.things, things)
         self._set(self.keys[kept], self.vectors[kept])
+
+    def _snapshot(self) -> "MemoryBank":
+        snapshot = copy.copy(self)
+        snapshot._buffers = dict(self._buffers)
+        return snapshot
 
     def add(
         self,
@@ -164,6 +178,8 @@ class MemoryBank(nn.Module):
     def finish(self, things: Int[Tensor, " images"] | None = None, progress: bool = False) -> None:
         """Merges the banks of all processes, sorts by key and reduces: every process then holds the same bank.
 
+        In a bank that was opened again, vectors keep their levels; new ones have that of the nearest that there was.
+
         Args:
             things: number of what each training image, or copy, shows; by default each shows another thing.
             progress: whether a reduction by `kcenter` shows a bar.
@@ -179,17 +195,30 @@ class MemoryBank(nn.Module):
         self._set(self.keys[order], self.vectors[order])
         self._draws = np.empty(0)
         candidates, keys = self.vectors, self.keys
-        if self.max_vectors is not None and len(self) > self.max_vectors:
+        if self.max_vectors is not None and len(self) > self.max_vectors and not self._earlier:
             self._reduce_to(self.max_vectors, progress)
         things_of_candidates = keys[:, 0]
         if things is not None:
             self.things, things_of_candidates = things[self.keys[:, 0]], things[things_of_candidates]
         if len(self) > self.exact_most:
             self.lists = divide(self.vectors, self.seed)
-        if self.baseline and len(self):
+        if self._earlier:
+            self.levels = self._inherited(*self._earlier)
+            self._earlier = ()
+        elif self.baseline and len(self):
             sample = slice(None, None, math.ceil(len(candidates) / SAMPLED))
             self.levels = self._local_levels(candidates[sample], things_of_candidates[sample])
-            self._forget()
+        self._forget()
+
+    def _inherited(self, earlier: "MemoryBank") -> Float[Tensor, " vectors"]:
+        """The levels that vectors had, and of new ones that of the nearest vector of an earlier bank."""
+        known, codes = (keys[:, 0] * 2**32 + keys[:, 1] for keys in (earlier.keys, self.keys))  # both sorted
+        place = torch.searchsorted(known, codes).clamp(max=len(known) - 1)
+        levels, new = earlier.levels[place], known[place] != codes
+        for number in self.keys[new, 0].unique():
+            rows = new & (self.keys[:, 0] == number)
+            levels[rows] = earlier.levels[earlier._nearest(self.vectors[rows][None])[0]]
+        return levels
 
     def _local_levels(
         self, patches: Float[Tensor, "patches dim"], things: Int[Tensor, " patches"]

@@ -85,10 +85,10 @@ def score(
 
 @torch.no_grad()
 def add_normals(model: PatchModel, images: Images, fitted: FittedImages) -> FittedImages:
-    """Adds normal images to banks and calibration, as if the fit had known them; each sets limits without itself.
+    """Adds normal images to banks and calibration; each sets limits without itself.
 
-    The scores of the images that were there stay: in the larger bank they would be lower, so that the promise of the
-    limits holds as before.
+    All their patches are taken in, also where a bank is full. The scores of the images that were there stay: in the
+    larger banks they would be no higher, so that the promise of the limits holds as before.
 
     Args:
         model: fitted, in eval mode.

@@ -52,29 +52,43 @@ def changed(before: dict, after: dict) -> set[str]:
     return {name for name in first if not torch.equal(first[name], second[name])}
 
 
-def test_what_is_added_lies_in_the_banks_as_if_the_fit_had_known_it_and_nothing_else_changes(here, product):
+def test_all_patches_of_what_is_added_lie_in_the_banks_and_nothing_else_changes(here, product):
     before, after = read_checkpoint(Path(LAST)), update("--normal=more")
     kinds = {f"model.banks.{side}.{name}" for side in (64, 32, 16) for name in ("vectors", "keys", "things", "levels")}
     assert changed(before, after) <= kinds | {"model.scorer.normals", "model.scorer.peaks"}
-    model, fresh = PatchModel.load("new.ckpt"), PatchModel.load(LAST)
+    earlier, model = PatchModel.load(LAST), PatchModel.load("new.ckpt")
+    assert len(earlier.bank(16)) == 500 and len(model.bank(16)) == 500 + 3 * 121  # it was full
     data = patchad.PyramidDataModule(product, image_size=96, metric_size=96, num_workers=0)
     data.setup("fit")
-    with torch.no_grad():  # all twelve at once, with the encoders of the nine
-        embedded = ((batch, fresh.embed(batch.image)) for batch in data.normal_dataloader())
-        fresh.remember(embedded, torch.arange(12))
+    batches = [batch for batch in data.normal_dataloader() if batch.number.max() > 8]
     for side in (64, 32, 16):
-        for name, values in fresh.bank(side).state_dict().items():
-            assert torch.equal(values, model.bank(side).state_dict()[name]), (side, name)
-    assert len(model.bank(16)) == 500  # it was full before
+        held, there = model.bank(side), earlier.bank(side)
+        assert torch.equal(held.vectors[: len(there)], there.vectors) and torch.equal(
+            held.levels[: len(there)], there.levels
+        )
+        embedded = torch.cat([model.embed(batch.image)[side][batch.number > 8] for batch in batches])
+        added = held.vectors[len(there) :]
+        torch.testing.assert_close(added, embedded.flatten(2).transpose(1, 2).flatten(0, 1))
+        for vector, level in zip(added, held.levels[len(there) :], strict=True):
+            nearest = (there.vectors - vector).square().sum(1) - there.baseline * there.levels.square()
+            assert level == there.levels[nearest.argmin()]
     assert torch.equal(model.scorer.normals[:9], before["state_dict"]["model.scorer.normals"])
-    expected = [
-        model(batch.image, batch.content, batch.thing).score
-        for batch in data.normal_dataloader()
-        if batch.number.max() > 8
-    ]
-    torch.testing.assert_close(model.scorer.normals[9:], torch.cat(expected)[-3:])
+    expected = [model(batch.image, batch.content, batch.thing).score[batch.number > 8] for batch in batches]
+    torch.testing.assert_close(model.scorer.normals[9:], torch.cat(expected))
     assert after["patchad_fitted"]["added"] == [False] * 9 + [True] * 3
     assert "added 3 normal images, which no encoder saw" in after["patchad_updates"][0]
+
+
+def test_no_score_is_higher_where_normal_images_were_added(here):
+    """Levels stay, so that a larger bank holds nothing farther; the kept scores still bound those of normal images."""
+    update("--normal=more")
+    before, after = PatchModel.load(LAST), PatchModel.load("new.ckpt")
+    lower = 0
+    for path in sorted(Path("part").glob("t*/*/*.png")):
+        first, second = before.predict(path), after.predict(path)
+        assert second.score <= first.score * (1 + 1e-6)
+        lower += second.score < first.score
+    assert lower > 3
 
 
 def test_where_mirrors_fill_the_banks_those_of_an_added_image_do_too(halves, tmp_path):
@@ -97,8 +111,8 @@ def test_what_was_added_can_be_taken_out_again(here):
     update("--normal=more", output="larger.ckpt")
     before, after = read_checkpoint(Path(LAST)), update("--remove=more", ckpt_path="larger.ckpt")
     held = PatchModel.load("new.ckpt")
-    assert changed(before, after) <= {f"model.banks.16.{name}" for name in ("vectors", "keys", "things", "levels")}
-    assert len(held.bank(16)) < 500 and len(held.bank(64)) == 9 * 9  # only the full one does not get back all
+    assert not changed(before, after)
+    assert len(held.bank(16)) == 500
     assert after["patchad_fitted"] == before["patchad_fitted"]
     assert len(after["patchad_updates"]) == 2
 

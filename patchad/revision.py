@@ -88,7 +88,7 @@ def add_normals(model: PatchModel, images: Images, fitted: FittedImages) -> Fitt
     """Adds normal images to banks and calibration; each sets limits without itself.
 
     All their patches are taken in, also where a bank is full. The scores of the images that were there stay: in the
-    larger banks they would be no higher, so that the promise of the limits holds as before.
+    larger banks they would be no higher, up to what a search in lists misses, so that the promise of the limits holds.
 
     Args:
         model: fitted, in eval mode.
@@ -241,7 +241,8 @@ class Revision:
         images, model = read_images(path, self.datamodule), self._patch_model()
         before = score(model, images)[:, 0]
         count, self.fitted = len(images.paths), add_normals(model, images, self.fitted)
-        self._compare(f"{count} normal images of {path}", images, before, model.scorer.normals[-count:])
+        title = f"{count} normal images of {path}, each compared with the others"
+        self._compare(title, images, before, model.scorer.normals[-count:])
         self.changes.append(f"added {count} normal images, which no encoder saw")
 
     def remove(self, path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_false_alarm_that_is_added_is_one_no_longer(here, capsys):
     after = update(f"--normal={alarm}")
     printed = capsys.readouterr().out
     count = len(list(Path(alarm).iterdir()))
-    assert f"{count} normal images of {alarm}: {count} anomalous before" in printed
+    assert f"{count} normal images of {alarm}, each compared with the others: {count} anomalous before" in printed
     scores = after["state_dict"]["model.scorer.normals"]
     assert len(scores) == 9 + count
     model = PatchModel.load("new.ckpt")

@@ -310,7 +310,7 @@ def environment() -> Iterator[None]:
 # what is told
 
 
-def fitted(command_line: PatchadCLI) -> Fitted:
+def of_fit(command_line: PatchadCLI) -> Fitted:
     """What a fit says of its product."""
     scorer = command_line.model.scorer
     _, promised = conformal_threshold(scorer.normals.cpu().numpy(), scorer.target_fpr)
@@ -319,7 +319,7 @@ def fitted(command_line: PatchadCLI) -> Fitted:
     return Fitted(len(scorer.normals), float(scorer.threshold), promised, tests, checkpoint)
 
 
-def tested(command_line: PatchadCLI) -> Figures:
+def of_test(command_line: PatchadCLI) -> Figures:
     """What a test found of its product."""
     metrics = command_line.trainer.callback_metrics
     values = (metrics.get(f"test/{name}") for name in SHARES)
@@ -332,7 +332,7 @@ def tested(command_line: PatchadCLI) -> Figures:
     return Figures._make([*shares, alarms, normals, missed, defects])
 
 
-def predicted(command_line: PatchadCLI) -> Counter[str]:
+def of_prediction(command_line: PatchadCLI) -> Counter[str]:
     """How many images of a product have which verdict."""
     return Counter(row["verdict"] for row in rows_of(command_line))
 
@@ -389,10 +389,10 @@ def pooled(figures: Sequence[Figures]) -> Figures:
     return Figures._make([*means, *map(sum, columns[len(SHARES) :])])
 
 
-def percents(tested: Figures) -> list[str]:
+def percents(figures: Figures) -> list[str]:
     """Figures as they are printed."""
-    shares = ["-" if value is None else percent(value) for value in tested[: len(SHARES)]]
-    return [*shares, f"{tested.false_alarms} of {tested.normals}", f"{tested.missed} of {tested.defects}"]
+    shares = ["-" if value is None else percent(value) for value in figures[: len(SHARES)]]
+    return [*shares, f"{figures.false_alarms} of {figures.normals}", f"{figures.missed} of {figures.defects}"]
 
 
 def tell_predicted(figures: Mapping[str, Counter[str]], folder: Path, options: Sequence[str]) -> None:
@@ -419,9 +419,9 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 VERBS: dict[str, tuple[Callable[[PatchadCLI], Any], Callable[[Any, Path, Sequence[str]], None]]] = {
-    "fit": (fitted, tell_fitted),
-    "test": (tested, tell_tested),
-    "predict": (predicted, tell_predicted),
+    "fit": (of_fit, tell_fitted),
+    "test": (of_test, tell_tested),
+    "predict": (of_prediction, tell_predicted),
     "export": (lambda _: None, tell_exported),
 }
 """Of each command of several products, what is read of one that ran, and how all are told."""

@@ -59,6 +59,7 @@ def factory(product, padded_product, tmp_path_factory) -> Iterator[tuple[Path, M
         shutil.copytree(source, folder / "root" / name)
     (folder / "root/notes").mkdir()
     (folder / "root/empty/train/good").mkdir(parents=True)
+    (folder / "root.yaml").write_text("data:\n  class_path: patchad.PyramidDataModule\n  init_args: {root: root}\n")
     with commands_in(folder):
         yield (
             folder,
@@ -229,6 +230,8 @@ OF_ONE = "takes the checkpoint of one product; give --ckpt_path one of"
 MISTAKES = {
     "fit --data.root=root --product=nut": "--product nut is none of empty, flange, my cap",
     f"test --ckpt_path={RUN} --product=nut": "--product nut is none of flange, my cap",
+    "fit --config=root.yaml --product nut": "--product nut is none of empty, flange, my cap",
+    "fit --config=root.yaml --data.layout=MVTecAD": "data.root root has no folder train/good; it has empty, flange",
     "fit --data.root=root/flange --product=flange": "--product flange: there are no several products",
     "fit --data.root=root/notes": "the layout of root/notes is not known: it has no folder",
     f"predict --ckpt_path={RUN} --data.root=root/notes": "data.root root/notes has no folder of flange, my cap; it has",

@@ -3,6 +3,7 @@
 import gc
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 
 def main() -> None:
@@ -18,19 +19,19 @@ def main() -> None:
 
 
 def command(arguments: Sequence[str]) -> Callable[[], None]:
-    """What runs a command: `patchad.line` those of an exported file, `patchad.cli`, which imports torch, all others.
+    """What runs a command: `patchad.line` those of exported files, `patchad.products`, which imports torch, all others.
 
-    Where only patchad-runtime is installed, there is no `patchad.cli`.
+    Where only patchad-runtime is installed, there is no `patchad.products`.
     """
     verb, value = [*arguments, "", ""][:2]
     if verb in ("score", "--version") or (verb == "benchmark" and not value.startswith("-")):
         from patchad.line import main
     else:
         try:
-            from patchad.cli import main
+            from patchad.products import main
         except ModuleNotFoundError as error:
             if verb not in ("", "-h", "--help", "benchmark") or "--ckpt_path" in " ".join(arguments):
-                missing = "torch" if error.name == "patchad.cli" else error.name
+                missing = error.name if find_spec("torch") else "torch"
                 hint = "pip install patchad; patchad-runtime has score and benchmark MODEL alone"
                 print(f"patchad: error: patchad {verb} needs {missing}: {hint}", file=sys.stderr)
                 sys.exit(2)

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -117,6 +117,12 @@ class PatchadCLI(LightningCLI):
             default=[],
             help="Modules of your own, such as mine, whose classes a checkpoint may name.",
         )
+        parser.add_argument(
+            "--product",
+            type=str | list[str],
+            default=[],
+            help="Of several products, one, or a list of some, to fit, test, predict or export; as a rule all.",
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -141,6 +147,10 @@ class PatchadCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self._check_keys()
         config = self.config[self.config.subcommand]
+        if config.product:
+            raise PatchadError(
+                f"--product {config.product}: there are no several products to choose from; leave it out"
+            )
         if not isinstance(config.seed_everything, bool):
             check_range({"--seed_everything": config.seed_everything}, 0, 2**32 - 1)
         for name, least in LEAST.items():
@@ -205,9 +215,28 @@ class PatchadCLI(LightningCLI):
             print(f"checkpoint: {checkpoint}\nnext:       patchad {verb} --ckpt_path {checkpoint}{options}")
 
 
+class Ended(NamedTuple):
+    """How a command ended.
+
+    Attributes:
+        code: 0; 1 where images could not be read; 2 where the user can mend something.
+        command_line: what ran; None where something is to be mended.
+        mistake: what the user can mend, in one line.
+    """
+
+    code: int
+    command_line: PatchadCLI | None = None
+    mistake: str = ""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command; what the user can mend ends as one line and exit code 2, images that cannot be read with 1."""
-    command = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs one command, and ends the process with its code unless that is 0."""
+    if code := run(sys.argv[1:] if arguments is None else arguments).code:
+        sys.exit(code)
+
+
+def run(command: Sequence[str]) -> Ended:
+    """Runs one command; what the user can mend is printed as one line."""
     # else `deterministic` fills all that torch allocates with nan; we read only what was written
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     for expected in EXPECTED_WARNINGS:
@@ -217,36 +246,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a file may have a name that the terminal cannot show
     sys.path.insert(0, os.getcwd())  # a user's own classes are named by class_path from the current folder
     try:
-        resolved = resolve_configs(nest_nulls(name_exported(command)))
-        allow(*allowed_modules(resolved))
-        sys.argv[1:] = with_checkpoint_settings(resolved)  # Lightning starts further processes from these
-        command_line = PatchadCLI(
-            Detector,
-            PyramidDataModule,
-            trainer_class=DetectorTrainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={
-                "parser_mode": "omegaconf",
-                "prog": "patchad",
-                "description": "Finds defects after seeing good images only.",
-                "exit_on_error": False,
-                "allow_abbrev": False,
-            },
-            seed_everything_default=0,
-        )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # else its threads may abort the process at its exit
-        if command_line.model.doubts.errors:
-            sys.exit(1)
+        command_line = parse_and_run(command)
     except (ValueError, OSError, *OTHERS_REFUSALS) as error:
         mistake = find_mistake(error)
         if mistake is None:
             raise
         print(f"patchad: error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+        return Ended(2, mistake=mistake)
+    return Ended(1 if command_line.model.doubts.errors else 0, command_line)
+
+
+def parse_and_run(command: Sequence[str]) -> PatchadCLI:
+    """Runs one command, by `sys.argv`, from which Lightning starts further processes."""
+    resolved = resolve_configs(nest_nulls(name_exported(list(command))))
+    allow(*allowed_modules(resolved))
+    sys.argv[1:] = with_checkpoint_settings(resolved)
+    command_line = PatchadCLI(
+        Detector,
+        PyramidDataModule,
+        trainer_class=DetectorTrainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "parser_mode": "omegaconf",
+            "prog": "patchad",
+            "description": "Finds defects after seeing good images only.",
+            "exit_on_error": False,
+            "allow_abbrev": False,
+        },
+        seed_everything_default=0,
+    )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else its threads may abort the process at its exit
+    return command_line
 
 
 def name_exported(arguments: list[str]) -> list[str]:

@@ -44,19 +44,23 @@ class Verb(NamedTuple):
 FITTED = "--ckpt_path runs/version_0/checkpoints/last.ckpt"
 CHECKPOINT = {"--ckpt_path FILE": "the checkpoint that patchad fit wrote."}
 THRESHOLD = {"--model.scorer.target_fpr RATE": "another threshold, for another rate of false alarms on good images."}
+PRODUCT = {"--product NAME": "of several products, one, or a list of some; as a rule all."}
+SEVERAL = {"--ckpt_path FILE": "the checkpoint that patchad fit wrote, or the run folder of several products."}
+PLACES = "another folder than the fit's; of several products, the one that holds theirs."
 RUN = {"--trainer.logger.version NAME": "names the folder below runs, in place of version_N."}
 VERBS = {
     "fit": Verb(
         "--data.root FOLDER",
         "--data.root bottle --config fast",
         {
-            "--data.root FOLDER": "",
+            "--data.root FOLDER": "the folder of images, or one that holds such a folder for each of several products.",
             "--data.layout NAME": "",
             "--data.image_size PIXELS": "",
             "--model.scorer.target_fpr RATE": "",
             "--config NAME": "one of the configurations below, or a file; others, and options, lie on top.",
             "--trainer.max_epochs COUNT": "epochs of what is learned (--config learned, paper); else there are none.",
             "--ckpt_path FILE": "a checkpoint to go on from.",
+            **PRODUCT,
             **RUN,
         },
         "Writes runs/version_N: checkpoints/last.ckpt, config.yaml, metrics.csv, pictures.\n"
@@ -73,20 +77,28 @@ VERBS = {
     "test": Verb(
         "--ckpt_path FILE",
         FITTED,
-        {**CHECKPOINT, "--data.root FOLDER": "another folder than the fit's.", **THRESHOLD, **RUN},
-        "Prints the figures; writes runs/version_N: report.html, scores.csv, contact_sheet.png, metrics.csv.",
+        {**SEVERAL, "--data.root FOLDER": PLACES, **PRODUCT, **THRESHOLD, **RUN},
+        "Prints the figures; writes runs/version_N: report.html, scores.csv, contact_sheet.png, metrics.csv.\n"
+        "Of several products, these lie in runs/version_N/PRODUCT, and runs/version_N/products.csv has all.",
         "Measure a fitted detector on labelled images, and report.",
     ),
     "predict": Verb(
         "--ckpt_path FILE --data.root FOLDER",
         f"{FITTED} --data.root NEW_FOLDER",
-        {**CHECKPOINT, "--data.root FOLDER": "every image below it is scored.", "--maps KIND": "", **THRESHOLD, **RUN},
+        {
+            **SEVERAL,
+            "--data.root FOLDER": "every image below it is scored; the first folder names one of several products.",
+            "--maps KIND": "",
+            **PRODUCT,
+            **THRESHOLD,
+            **RUN,
+        },
         "Writes runs/version_N/predictions: scores.csv, and in maps a picture or map of each image.",
     ),
     "export": Verb(
         "--ckpt_path FILE",
         f"{FITTED} --output model.patchad",
-        {**CHECKPOINT, "--output FILE": ""},
+        {**SEVERAL, "--output FILE": "the file; of several products, the folder of the files.", **PRODUCT},
         "Writes the file; patchad.load(FILE)(IMAGE) scores by it.",
     ),
     "verify": Verb(
@@ -156,7 +168,10 @@ class Help(argparse._HelpAction):
 def overview(parser: ArgumentParser) -> str:
     """All verbs."""
     options = {"--version": "versions of patchad, torch and Lightning."}
-    verbs = {**{verb: sentence(verb) for verb in VERBS}, "score": "Score images by an exported file, without torch."}
+    verbs = {
+        **{verb: sentence(verb) for verb in VERBS},
+        "score": "Score images by exported files, without torch.",
+    }
     sections = {"verbs": verbs, "options": options}
     end = "patchad VERB --help says what it needs, patchad VERB --help all every option."
     return page("patchad VERB [options]", str(parser.description), sections, end)

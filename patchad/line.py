@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -36,6 +36,8 @@ PAUSE, SHARE = 0.2, 0.05
 """Seconds between two looks at a folder that fills, and the most of the time that is spent looking at it."""
 LONGEST_SIDE = 1024
 """Pixels of an overlay, at most."""
+SUFFIX = ".patchad"
+"""Of the files of several products, whose names are before it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,14 +79,16 @@ def parser() -> Parser:
     score.add_argument("--review_fpr", type=float, help="share that may be called anomalous or be looked at")
     score.add_argument("--watch", action="store_true", help="go on with images that arrive in the folder")
     score.add_argument("--drift", type=int, metavar="IMAGES", help="tell when more of the last so many are unusual")
+    score.add_argument("--product", metavar="NAME", help="of all images; as a rule their first folder names it")
     score.set_defaults(run=run_score)
     benchmark = verbs.add_parser("benchmark", help="time an exported file", allow_abbrev=False)
     benchmark.add_argument("--images", type=Path, help="a folder; by default, noise of the size that the file reads")
     benchmark.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="images per batch")
     benchmark.add_argument("--repeats", type=int, default=10, help="timed runs")
     benchmark.set_defaults(run=run_benchmark)
-    for verb in (score, benchmark):
-        verb.add_argument("model", type=Path, help="the file that patchad export wrote")
+    models = {score: ", or a folder of such files, NAME.patchad for each product", benchmark: ""}
+    for verb in models:
+        verb.add_argument("model", type=Path, help=f"the file that patchad export wrote{models[verb]}")
         verb.add_argument("--threads", type=int, help="of the CPU; by default one per core")
     score.add_argument("images", help="a folder, an image, or - for one path a line from standard input")
     return made
@@ -117,15 +121,23 @@ class Line:
         root: of the images, whose folders overlays have, too; without it those below the current one, or the disk's.
         overlays: the folder for them; None draws none.
         drift: told of each p-value.
+        product: is named where drift is told; empty where there is one alone.
 
     Attributes:
         counts: images of each verdict.
+        drift: see above.
     """
 
     def __init__(
-        self, detector: ExportedDetector, root: Path | None, overlays: Path | None, drift: Drift | None
+        self,
+        detector: ExportedDetector,
+        root: Path | None,
+        overlays: Path | None,
+        drift: Drift | None,
+        product: str = "",
     ) -> None:
-        self._detector, self._root, self._overlays, self._drift = detector, root, overlays, drift
+        self._detector, self._root, self._overlays = detector, root, overlays
+        self.drift, self._product = drift, product
         checkpoint = detector.metadata["checkpoint"]
         self._model, self._version = checkpoint["sha256"] if checkpoint else "", installed_version()
         self.counts: Counter[str] = Counter()
@@ -136,8 +148,7 @@ class Line:
         Args:
             name: the path of its file.
         """
-        time_now = datetime.now().astimezone().isoformat(timespec="seconds")
-        limits, source = self._detector.limits, Source(self._model, self._version, time_now)
+        limits, source = self._detector.limits, Source(self._model, self._version, time_now())
         try:
             pixels = read_pixels(Path(name))
         except PatchadError as error:
@@ -146,8 +157,8 @@ class Line:
             scored = self._detector(pixels)
             self._show(Path(name), pixels, scored)
             row = row_of(name, scored, limits, source)
-            if self._drift and (change := self._drift.take(scored.p_value)):
-                say(change)
+            if self.drift and (change := self.drift.take(scored.p_value)):
+                say_of(self._product, change)
         self.counts[row.verdict] += 1
         return row
 
@@ -162,6 +173,48 @@ class Line:
             write_whole(place.with_name(name), lambda part: picture.save(part, format="PNG"))
         except OSError as error:
             raise PatchadError(str(error)) from error  # else it would seem to be of the file of rows
+
+
+class Lines:
+    """The lines of several products, which count together.
+
+    Args:
+        lines: by product.
+        root: of the images; the first folder below it names their product.
+
+    Attributes:
+        counts: images of each verdict.
+    """
+
+    def __init__(self, lines: Mapping[str, Line], root: Path) -> None:
+        self._lines, self._root, self._unknown = lines, root, set[str]()
+        self.counts: Counter[str] = Counter()
+        for line in lines.values():
+            line.counts = self.counts
+
+    def __call__(self, name: str) -> Row:
+        """The row of an image, which is counted; of one of no known product, there is no score.
+
+        Args:
+            name: the path of its file, below the root.
+        """
+        product = product_of(self._root, name)
+        if line := self._lines.get(product):
+            return line(name)
+        reason = f"{self._root / product} is of no product: there is no {product}{SUFFIX}"
+        if not product:
+            reason = f"{name} lies in no folder of a product"
+        elif product not in self._unknown:
+            self._unknown.add(product)
+            say(reason)
+        row = Row(name, reason=reason, version=installed_version(), time=time_now())
+        self.counts[row.verdict] += 1
+        return row
+
+
+def product_of(root: Path, name: str) -> str:
+    """The first folder below a root on the way to an image; empty for one that lies in the root itself."""
+    return next(iter(Path(name).relative_to(root).parent.parts), "")
 
 
 def overlay(pixels: np.ndarray, region: np.ndarray) -> Image.Image:
@@ -180,6 +233,11 @@ def overlay(pixels: np.ndarray, region: np.ndarray) -> Image.Image:
     return Image.fromarray(outlined(np.asarray(image), region))
 
 
+def time_now() -> str:
+    """As ISO 8601 with the zone."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
 def place_below(root: Path | None, path: Path) -> Path:
     """The path from a root; without one from the current folder where it lies below that, else from the disk's."""
     if root is not None:
@@ -191,13 +249,12 @@ def place_below(root: Path | None, path: Path) -> Path:
 def run_score(options: argparse.Namespace) -> int:
     """`patchad score`; returns its exit code."""
     begun = time.perf_counter()
+    choose_product(options)
     check_score(options)
     names = image_names_of(options)
     stop = Stop() if options.watch else None
-    detector = load(options.model, options.threads)
-    set_limits(detector, options)
-    drift = drift_of(options, detector)
-    line = Line(detector, root_of(options.images), options.overlays, drift)
+    lines = {product: line_of(product, path, options) for product, path in files_of(options, names).items()}
+    line = Lines(lines, Path(options.images)) if options.model.is_dir() else lines[""]
     form = FORMATS[options.format]
     if stop:
         watch(line, Path(options.images), options.output, form, stop)
@@ -207,9 +264,61 @@ def run_score(options: argparse.Namespace) -> int:
         write(sys.stdout, form, map(line, names))
     told = ", ".join(f"{line.counts[verdict]} {verdict}" for verdict in ("anomalous", "review", "normal", "unreadable"))
     say(f"{line.counts.total()} images: {told}; {time.perf_counter() - begun:.1f} s")
-    if drift and not drift.full:
-        say(f"drift: fewer than {options.drift} images were scored, and nothing can be said of them")
+    for product, one in lines.items():
+        if one.drift and not one.drift.full:
+            told = f"drift: fewer than {options.drift} images were scored, and nothing can be said of them"
+            say_of(product, told)
     return UNREADABLE if line.counts["unreadable"] and not stop else 0
+
+
+def choose_product(options: argparse.Namespace) -> None:
+    """Takes the file, and the folder of images if there is one, of the product that is named.
+
+    Raises:
+        PatchadError: if there is no such product, or it must be named.
+    """
+    images, model, product = Path(options.images), options.model, options.product
+    if not model.is_dir():
+        if product is not None:
+            raise PatchadError(f"--product {product} chooses a file of a folder, and {model} is none; leave it out")
+        return
+    known = {path.stem: path for path in exported_below(model)}
+    if product is None:
+        if options.images == STDIN or images.is_file():
+            raise PatchadError(f"{options.images} names no product; give --product, one of {', '.join(known)}")
+        return
+    if product not in known:
+        raise PatchadError(f"--product {product} is none of {', '.join(known)}")
+    options.model = known[product]
+    if options.images != STDIN and (images / product).is_dir():
+        options.images = str(images / product)
+
+
+def exported_below(folder: Path) -> list[Path]:
+    """The files of products in a folder.
+
+    Raises:
+        PatchadError: if there are none.
+    """
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if not files:
+        raise PatchadError(f"{folder} is a folder without a file NAME{SUFFIX}; patchad export writes them")
+    return files
+
+
+def files_of(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Path]:
+    """The exported files that are needed, by product; without a name where there is one alone."""
+    if not options.model.is_dir():
+        return {"": options.model}
+    named = {product_of(Path(options.images), name) for name in names}
+    return {path.stem: path for path in exported_below(options.model) if options.watch or path.stem in named}
+
+
+def line_of(product: str, path: Path, options: argparse.Namespace) -> Line:
+    """What scores by an exported file, of a product if there are several."""
+    detector = load(path, options.threads)
+    set_limits(detector, options, product)
+    return Line(detector, root_of(options.images), options.overlays, drift_of(options, detector, product), product)
 
 
 def check_score(options: argparse.Namespace) -> None:
@@ -248,7 +357,7 @@ def root_of(images: str) -> Path | None:
     return None if images == STDIN else path if path.is_dir() else path.parent
 
 
-def set_limits(detector: ExportedDetector, options: argparse.Namespace) -> None:
+def set_limits(detector: ExportedDetector, options: argparse.Namespace, product: str) -> None:
     """Sets the limits that are asked for; says where so few normal images cannot promise them."""
     target = options.target_fpr
     if target is None:
@@ -256,17 +365,18 @@ def set_limits(detector: ExportedDetector, options: argparse.Namespace) -> None:
     promised = detector.set_target_fpr(target, options.review_fpr)
     if promised > target:
         count = len(detector.normals)
-        say(f"{count} normal images cannot promise a false-positive rate of {target:g}, only {promised:.3g}")
+        told = f"{count} normal images cannot promise a false-positive rate of {target:g}, only {promised:.3g}"
+        say_of(product, told)
 
 
-def drift_of(options: argparse.Namespace, detector: ExportedDetector) -> Drift | None:
+def drift_of(options: argparse.Namespace, detector: ExportedDetector, product: str) -> Drift | None:
     """What watches for drift, if that is asked for and can be."""
     if options.drift is None:
         return None
     try:
         return Drift(options.drift, len(detector.normals))
     except PatchadError as error:
-        say(f"drift cannot be told: {error}")
+        say_of(product, f"drift cannot be told: {error}")
         return None
 
 
@@ -283,7 +393,7 @@ def write_file(path: Path, form: Format, rows: Iterable[Row]) -> None:
         write(file, form, rows)
 
 
-def watch(line: Line, folder: Path, output: Path, form: Format, stop: Stop) -> None:
+def watch(line: Line | Lines, folder: Path, output: Path, form: Format, stop: Stop) -> None:
     """Adds a row for each image that arrives in a folder, until a signal asks for the end.
 
     Args:
@@ -335,6 +445,9 @@ def run_benchmark(options: argparse.Namespace) -> int:
     if options.images and not options.images.is_dir():
         raise PatchadError(f"--images {options.images} does not exist or is no folder")
     paths = images_below(options.images) if options.images else None
+    if options.model.is_dir():
+        files = ", ".join(map(str, exported_below(options.model)))
+        raise PatchadError(f"patchad benchmark takes the file of one product; give one of {files}")
     detector = load(options.model, options.threads)
     size = detector.canvas.image_size
     noise = np.random.default_rng(0).random((3, *size), dtype=np.float32)
@@ -352,3 +465,8 @@ def run_benchmark(options: argparse.Namespace) -> int:
 def say(text: str) -> None:
     """Tells the caller, beside the rows: one line."""
     print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def say_of(product: str, text: str) -> None:
+    """Tells it of a product, if there are several."""
+    say(f"{product}: {text}" if product else text)

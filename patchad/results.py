@@ -198,7 +198,7 @@ def as_csv(values: Iterable[str]) -> str:
     return line.getvalue()
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Iterable[str | int | float | None]) -> list[str]:
     """A row as text; nothing where there is no number."""
     return ["" if value is None else cell(value) if isinstance(value, str) else repr(value) for value in row]
 

@@ -55,6 +55,7 @@ ORDER = [
     "commands",
     "help",
     "cli",
+    "products",
 ]
 FILES = [
     *(path for path in (CHECKOUT / "patchad").rglob("*.py") if "callbacks" not in path.parts),

@@ -20,6 +20,7 @@ VALUES = {
     "--config": "fast",
     "--trainer.max_epochs": "3",
     "--ckpt_path": "last",
+    "--product": "nut",
     "--trainer.logger.version": "mine",
 }
 """Of each option on the first screen of fit."""

@@ -121,18 +121,13 @@ class MemoryBank(nn.Module):
 
         The vectors that are there stay, and their levels (see `finish`), so that distances can only come down.
         """
-        self._earlier, self._draws = (self._snapshot(),), np.zeros(len(self))
+        self._earlier, self._draws = (snapshot(self),), np.zeros(len(self))
 
     def forget(self, things: Int[Tensor, " things"]) -> None:
         """Leaves out the vectors of these things; levels stay, and `finish` is to follow."""
-        self._earlier = (self._snapshot(),)
+        self._earlier = (snapshot(self),)
         kept = ~torch.isin(self.things, things)
         self._set(self.keys[kept], self.vectors[kept])
-
-    def _snapshot(self) -> "MemoryBank":
-        snapshot = copy.copy(self)
-        snapshot._buffers = dict(self._buffers)
-        return snapshot
 
     def add(
         self,
@@ -203,22 +198,12 @@ class MemoryBank(nn.Module):
         if len(self) > self.exact_most:
             self.lists = divide(self.vectors, self.seed)
         if self._earlier:
-            self.levels = self._inherited(*self._earlier)
+            self.levels = inherited(self.keys, self.vectors, *self._earlier)
             self._earlier = ()
         elif self.baseline and len(self):
             sample = slice(None, None, math.ceil(len(candidates) / SAMPLED))
             self.levels = self._local_levels(candidates[sample], things_of_candidates[sample])
         self._forget()
-
-    def _inherited(self, earlier: "MemoryBank") -> Float[Tensor, " vectors"]:
-        """The levels that vectors had, and of new ones that of the nearest vector of an earlier bank."""
-        known, codes = (keys[:, 0] * 2**32 + keys[:, 1] for keys in (earlier.keys, self.keys))  # both sorted
-        place = torch.searchsorted(known, codes).clamp(max=len(known) - 1)
-        levels, new = earlier.levels[place], known[place] != codes
-        for number in self.keys[new, 0].unique():
-            rows = new & (self.keys[:, 0] == number)
-            levels[rows] = earlier.levels[earlier._nearest(self.vectors[rows][None])[0]]
-        return levels
 
     def _local_levels(
         self, patches: Float[Tensor, "patches dim"], things: Int[Tensor, " patches"]
@@ -345,6 +330,26 @@ class MemoryBank(nn.Module):
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.vectors.device))
         self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def snapshot(bank: MemoryBank) -> MemoryBank:
+    """A bank that keeps what another holds now."""
+    kept = copy.copy(bank)
+    kept._buffers = dict(bank._buffers)
+    return kept
+
+
+def inherited(
+    keys: Int[Tensor, "vectors 2"], vectors: Float[Tensor, "vectors dim"], earlier: MemoryBank
+) -> Float[Tensor, " vectors"]:
+    """The levels that vectors had in an earlier bank, and of new ones that of the nearest vector there."""
+    known, codes = (numbers[:, 0] * 2**32 + numbers[:, 1] for numbers in (earlier.keys, keys))  # both sorted
+    place = torch.searchsorted(known, codes).clamp(max=len(known) - 1)
+    levels, new = earlier.levels[place], known[place] != codes
+    for number in keys[new, 0].unique():
+        rows = new & (keys[:, 0] == number)
+        levels[rows] = earlier.levels[earlier._nearest(vectors[rows][None])[0]]
+    return levels
 
 
 BankFactory = Callable[[int], MemoryBank]

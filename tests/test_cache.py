@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from patchad import Learning, PatchModel, PyramidDataModule
-from patchad.data.datasets import PyramidDataset, ViewDataset
+from patchad.data.datasets import ImageDataset, PyramidDataset, ViewDataset
 from patchad.errors import PatchadError
 from patchad.images import Augmentations
 from patchad.models import EfficientNetLite0, FeatureCache
@@ -138,7 +138,12 @@ def test_another_key_or_another_name_of_a_file_computes_everything(parts, tmp_pa
     ids=lambda changed: next(iter(changed)),
 )
 def test_whatever_changes_views_is_in_the_key(changed):
-    assert PyramidDataModule("x").view_settings != PyramidDataModule("x", **changed).view_settings
+    found = []
+    for settings in ({}, changed):
+        data = PyramidDataModule("x", **settings)
+        data.train_set = ImageDataset([], data.canvas, data.metric_size)
+        found.append(data.view_settings)
+    assert found[0] != found[1]
 
 
 def test_painted_views_are_added_to_those_without_defects_and_keep_their_masks(parts):

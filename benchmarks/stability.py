@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 from pytorch_lightning import Trainer
 
 from benchmarks.products import HALVES
-from benchmarks.several import SETTINGS, fit
+from benchmarks.several import SETTINGS
 from benchmarks.update import drawn, linked
 from patchad import PatchDetector, PatchModel, PyramidDataModule
 from patchad.data.synthetic import write_synthetic
@@ -104,6 +104,7 @@ def repeat(
     folder: Path = Path("runs/repeat"),
     times: int = 10,
     images: int = 40,
+    brightness: float | None = None,
     seed: int = 0,
 ) -> None:
     """Prints by how much scores of one part differ, and how many verdicts with them.
@@ -114,17 +115,15 @@ def repeat(
         folder: where checkpoints are kept.
         times: how often each image is taken.
         images: of each product, half of them normal ones.
+        brightness: `data.brightness` of the fit.
         seed: of what is drawn.
     """
     print("| product | image is | images | spread of the score | verdicts that flip |\n|---|---|---|---|---|")
     for product in products:
         root = data / ROOTS[product]
-        path = folder / f"{product}.ckpt"
-        if not path.is_file():
-            trainer = Trainer(**SETTINGS)
-            fit(PatchDetector(), root, trainer)
-            trainer.save_checkpoint(path)
-        model, generator = PatchModel.load(path), np.random.default_rng(seed)
+        path = folder / f"{product}_{brightness}.ckpt"
+        model = checkpointed(path, PyramidDataModule(root, brightness=brightness))
+        generator = np.random.default_rng(seed)
         files = sorted((root / "test").glob("*/*.png"))
         for label in ("normal", "anomalous"):
             chosen = [file for file in files if (file.parent.name == "good") == (label == "normal")]

@@ -8,11 +8,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from patchad.data.datasets import SyntheticDefects
+from patchad.detector import Detector
 from patchad.errors import check_range
 from patchad.memory import MemoryBank
 from patchad.metrics import COMBINED, AnomalyMetrics
 from patchad.model import Distances, PatchModel
-from patchad.module import PatchDetector
 from patchad.pyramid import crop_resize
 from patchad.types import ImageBatch, given
 
@@ -36,10 +36,10 @@ class LearningCurve(Callback):
         self.images = images
 
     @torch.no_grad()
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: PatchDetector) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Measures, and logs."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if data.validate_on == "none":
+        if data.validate_on == "none" or not isinstance(pl_module.model, PatchModel):
             return
         count, total = min(self.images, len(data.train_set)), len(data.train_set)
         normals = Subset(data.train_set, torch.linspace(0, total - 1, count).long().tolist())
@@ -67,12 +67,9 @@ def quick_figures(model: PatchModel, normals: list[ImageBatch], measured: list[I
         measured: labelled images.
     """
     small = with_small_banks(model)
-    numbers = iter(range(10**9))
-    numbered = [
-        batch._replace(number=torch.tensor([next(numbers) for _ in batch.path], device=batch.number.device))
-        for batch in normals
-    ]
-    things = torch.cat([batch.thing for batch in numbered])
+    things = torch.cat([batch.thing for batch in normals])
+    numbers = torch.arange(len(things), device=things.device).split([len(batch.path) for batch in normals])
+    numbered = [batch._replace(number=part) for batch, part in zip(normals, numbers, strict=True)]
     small.remember(((batch, small.embed(batch.image)) for batch in numbered), things)
     small.calibrate(joined(small, numbered), torch.ones(len(things), dtype=torch.bool, device=things.device))
     metrics = AnomalyMetrics(()).to(things.device)

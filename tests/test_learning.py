@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 
 from patchad import Learning, PatchDetector, PyramidDataModule
-from patchad.callbacks import LastCheckpoint
+from patchad.callbacks import Dashboard, LastCheckpoint, LearningCurve
 from patchad.data.synthetic import write_synthetic
 from patchad.errors import PatchadError
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity, Separation
@@ -475,3 +475,13 @@ def test_what_is_probed_and_remembered_is_embedded_as_it_is_scored_and_trains_no
     for number in batch.number.tolist():
         held = memory.keys[:, 0] == number
         torch.testing.assert_close(memory.vectors[held], embeddings[number, memory.keys[held, 1]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_look_at_each_epoch_is_logged_and_changes_no_number(product, tmp_path):
+    for name, callbacks in (("plain", []), ("watched", [LearningCurve(images=6), Dashboard()])):
+        trainer(tmp_path / name, *callbacks).fit(detector(), images(product))
+    assert same(state(tmp_path / "plain"), state(tmp_path / "watched"))
+    rows = list(csv.DictReader((tmp_path / "watched/log/metrics.csv").read_text().splitlines()))
+    for figure in ("detection", "segmentation"):
+        curve = [float(row[name]) for row in rows if row[name := f"val/quick_{figure}_auroc"]]
+        assert len(curve) == 3 and all(0 <= value <= 1 for value in curve)

@@ -3,8 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import bootstrap, mannwhitneyu
 
 from patchad.metrics import exact_interval
 from patchad.results import Row
@@ -41,6 +43,8 @@ def figures(metrics: Mapping[str, float], rows: Sequence[Row], target_fpr: float
         target_fpr: the false-positive rate that was asked for.
     """
     said = {name: percent(metrics[metric]) for name, metric in FIGURES.items() if metric in metrics}
+    if "detection_auroc" in metrics and (interval := detection_interval(rows)):
+        said["detection AUROC"] += f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f} %)"
     counts = confusion(rows)
     normals, defects = counts["normal"].total(), counts["anomalous"].total()
     if normals:
@@ -48,6 +52,34 @@ def figures(metrics: Mapping[str, float], rows: Sequence[Row], target_fpr: float
     if defects:
         said["missed defects"] = rate(counts["anomalous"]["normal"], defects)
     return said
+
+
+def detection_interval(rows: Iterable[Row]) -> tuple[float, float] | None:
+    """The interval of 95 % of the detection AUROC, by the percentiles of 999 resamples of the images of each label.
+
+    Pixels of an image are no independent draws: figures of pixels have none.
+
+    Args:
+        rows: of a test.
+
+    Returns:
+        Its ends; None where a label has fewer than two images.
+    """
+    scores: dict[str, list[float]] = {"normal": [], "anomalous": []}
+    for row in rows:
+        if row.label and row.score is not None:
+            scores[row.label].append(row.score)
+    if min(map(len, scores.values())) < 2:
+        return None
+    samples, generator = (scores["normal"], scores["anomalous"]), np.random.default_rng(0)
+    found = bootstrap(samples, auroc, n_resamples=999, method="percentile", vectorized=True, rng=generator)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def auroc(normal: np.ndarray, anomalous: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
+    """How often an anomalous image scores above a normal one (Mann and Whitney, 1947)."""
+    pairs = normal.shape[axis] * anomalous.shape[axis]
+    return np.asarray(mannwhitneyu(anomalous, normal, axis=axis, method="asymptotic").statistic) / pairs
 
 
 def rate(count: int, total: int) -> str:

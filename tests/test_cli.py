@@ -96,7 +96,7 @@ def test_a_checkpoint_alone_is_tested(run, here, capsys):
     printed = capsys.readouterr().out
     found = list(csv.DictReader((here / "runs/version_0/metrics.csv").read_text().splitlines()))[-1]
     for name, metric in (("detection AUROC", "detection_auroc"), ("per-region overlap", "pro")):
-        assert re.search(rf"^{name} +{percent(float(found[f'test/{metric}']))} *$", printed, re.M)
+        assert re.search(rf"^{name} +{percent(float(found[f'test/{metric}']))}( \(.* %\))? *$", printed, re.M)
     rows = read_rows(here / "runs/version_0/scores.csv")
     for label, count in (("normal", 4), ("anomalous", 7)):
         verdicts = Counter(row["verdict"] for row in rows if row["label"] == label)

@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
+from patchad.callbacks.summary import auroc, detection_interval
 from patchad.conformal import Limits
 from patchad.results import Row, Scored, Source, append_rows, as_json, box, row_of, unreadable, write_rows
 
@@ -87,3 +89,22 @@ def test_rows_are_the_same_as_csv_and_as_json_and_numbers_lose_no_digit(tmp_path
         first, second = csv.DictReader(file)
     assert first == second and {name: str(value) for name, value in json.loads(as_json(row)).items()} == first
     assert float(first["score"]) == math.pi
+
+
+@pytest.mark.parametrize("images", [20, 500])
+def test_the_interval_of_the_auroc_holds_it_and_shrinks_with_more_images(images):
+    generator = np.random.default_rng(0)
+    normal, anomalous = generator.normal(0, 1, images), generator.normal(1.5, 1, images)
+    rows = [Row("a", "normal", score=score) for score in normal.tolist()]
+    rows += [Row("b", "anomalous", score=score) for score in anomalous.tolist()]
+    expected = (anomalous[:, None] > normal).mean()
+    assert auroc(normal, anomalous) == pytest.approx(expected)
+    assert roc_auc_score([0] * images + [1] * images, [*normal, *anomalous]) == pytest.approx(expected)
+    low, high = detection_interval(rows)
+    error = math.sqrt(expected * (1 - expected) / images)  # about that of Hanley and McNeil, Radiology 1982
+    assert low < expected < high and error < high - low < 5 * error
+    assert detection_interval(rows) == (low, high)
+
+
+def test_there_is_no_interval_of_an_auroc_of_one_image():
+    assert detection_interval([Row("a", "normal", score=1.0), Row("b", "anomalous", score=2.0)]) is None

@@ -11,12 +11,13 @@ is counted.
 
 import csv
 import datetime
+import inspect
 import math
 import statistics
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import yaml
 from jsonargparse import auto_cli
@@ -28,6 +29,7 @@ from patchad.spec import digest
 from patchad.types import NORMAL
 
 PLACE = Path(__file__).parent
+Kind = TypeVar("Kind")
 HALVES: dict[str, dict[str, str]] = yaml.safe_load((PLACE / "products.yaml").read_text())
 RESULTS = {"choosing": PLACE / "products.csv", "confirming": PLACE / "confirmations.csv"}
 AVERAGED = ("detection", "segmentation", "pro", "average_precision", "recall")
@@ -183,11 +185,16 @@ def refuse_another(row: Row, earlier: Sequence[Row]) -> None:
 
 def read(results: Path) -> list[Row]:
     """The rows of a CSV; none where there is no file."""
+    return read_rows(results, Row)
+
+
+def read_rows(results: Path, kind: Callable[..., Kind]) -> list[Kind]:
+    """The rows of a CSV as tuples of a kind, whose columns have its types; none where there is no file."""
     if not results.is_file():
         return []
-    kinds = Row.__annotations__
+    types = inspect.get_annotations(kind)
     with results.open(newline="") as file:
-        return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+        return [kind(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
 
 
 def ended(results: Path) -> list[Row]:

@@ -7,7 +7,6 @@ measured on the normal images of all; `one` has one bank and one threshold for a
 sets (benchmarks/products.yaml) but Magnetic Tile, whose folders are others, makes up "all".
 """
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from jsonargparse import auto_cli
 from pytorch_lightning import Trainer, seed_everything
 
-from benchmarks.products import HALVES, false_alarms
+from benchmarks.products import HALVES, append, false_alarms, read_rows
 from patchad import PatchDetector, PyramidDataModule
 
 FORMS = ("each", "shared", "one")
@@ -52,7 +51,8 @@ def main(
     """
     roots = {name: data / path for name, path in HALVES[half].items() if name != LEFT_OUT}
     results = folder / f"{half}.csv"
-    known = read(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = read_rows(results, Row)
     for form in forms:
         for product, root in roots.items():
             if not any((row.form, row.product) == (form, product) for row in known):
@@ -122,24 +122,6 @@ def tested(form: str, product: str, root: Path, detector: PatchDetector) -> Row:
         false_alarms=round(figures["false_positive_rate"] * normals / 100),
         recall=figures["recall"],
     )
-
-
-def read(results: Path) -> list[Row]:
-    """The rows of a CSV; none where there is no file."""
-    if not results.is_file():
-        return []
-    kinds = Row.__annotations__
-    with results.open(newline="") as file:
-        return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
-
-
-def append(results: Path, row: Row) -> None:
-    """Adds a row to a CSV, which begins with the names of the columns."""
-    begins = not results.is_file()
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([*([Row._fields] if begins else []), row])
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ class PatchadCLI(LightningCLI):
             trainer = super().instantiate_trainer(**settings)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise PatchadError(f"--trainer: {' '.join(str(error).split())}") from error
-        join(trainer.loggers, self._group(), self.config.subcommand)
+        join(trainer.loggers, self._group, self.config.subcommand)
         cores = os.cpu_count() or 1
         if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
             processes = f"{trainer.num_devices} starts as many processes, on {cores} cores"

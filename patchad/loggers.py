@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -57,12 +57,12 @@ class RunLogger(CSVLogger):
                 self._fs.rmdir(self.log_dir)
 
 
-def join(loggers: Iterable[Logger], group: str, job: str) -> None:
+def join(loggers: Iterable[Logger], group: Callable[[], str], job: str) -> None:
     """Lets wandb show the runs of one model together, unless the user has named a group.
 
     Args:
         loggers: whose runs have not begun: wandb takes a group at the beginning alone.
-        group: its name.
+        group: gives its name; it is asked by wandb alone, for it may have to read a checkpoint.
         job: what the run does, such as `fit`.
     """
     for logger in loggers:
@@ -70,4 +70,4 @@ def join(loggers: Iterable[Logger], group: str, job: str) -> None:
             options = logger._wandb_init
             options["job_type"] = options.get("job_type") or job
             if "WANDB_RUN_GROUP" not in os.environ:
-                options["group"] = options.get("group") or group
+                options["group"] = options.get("group") or group()

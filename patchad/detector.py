@@ -22,7 +22,7 @@ from patchad.data.doubts import Doubts
 from patchad.errors import PatchadError
 from patchad.learning import Learning
 from patchad.metrics import AnomalyMetrics
-from patchad.model import ScoringModel, load_state
+from patchad.model import ScoringModel, load_state, summary, without_weights
 from patchad.pyramid import crop_resize
 from patchad.runtime import check_scores
 from patchad.scoring import Scorer
@@ -36,6 +36,9 @@ Model = TypeVar("Model", bound=ScoringModel)
 
 class Detector(Checkpointed, LightningModule, Generic[Model]):
     """The Lightning side of a `ScoringModel`. A subclass says how it gets to know what is normal (`know_normals`).
+
+    A subclass that learns has a `training_step` and `configure_optimizers`, as Lightning asks for them, and hands the
+    datamodule a `plan` in `setup`. `patchad.peers` has examples.
 
     Before each validation and each checkpoint of `fit` it gets to know what is normal. All of that are buffers: a
     checkpoint alone tests and predicts. Where nothing is learned, a fit has no epochs: it knows what is normal, and
@@ -58,17 +61,13 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     def __init__(self) -> None:
         super().__init__()
         self.learning = None  # not on the class, where it would hide the submodule
-        self.doubts, self.fitted, self.terms, self.group = (
-            Doubts(),
-            FittedImages(),
-            dict[str, Tensor](),
-            uuid4().hex[:8],
-        )
+        self.doubts, self.fitted, self.group = Doubts(), FittedImages(), uuid4().hex[:8]
+        self.terms: dict[str, Tensor] = {}
 
     @property
     def learns(self) -> bool:
         """Whether a fit trains anything."""
-        return self.learning is not None
+        return self.model.learns
 
     @property
     def scorer(self) -> Scorer:
@@ -159,8 +158,16 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
             )
 
     def know_normals(self) -> None:
-        """Learns from the normal images of the datamodule what scores and verdicts need, in eval mode."""
-        raise NotImplementedError
+        """Learns from the normal images of the datamodule what scores and verdicts need, in eval mode.
+
+        Here it sets the limits, by the scores of the images, each without itself; a subclass does before what it needs.
+        """
+        scored = self._of_normals("Calibrating", lambda batch: summary(self(*batch.inputs)))
+        announce_threshold(self.scorer, *self.model.set_limits(scored, self._unseen))
+
+    def on_train_end(self) -> None:
+        """Remembers what no validation did, while the model is still on its device."""
+        self.remember_normals()
 
     @torch.no_grad()
     def remember_normals(self) -> None:
@@ -179,33 +186,10 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         """Of each normal image, whether nothing learned from it."""
         return (self._data.held_out | (not self.model.learns)).to(self.device)
 
-    def announce_threshold(self, promised: float, ratio: float) -> None:
-        """Says what the threshold promises.
-
-        Args:
-            promised: the false-positive rate.
-            ratio: how many times as high the scores of images were that were not learned from; 1 if there are none.
-        """
-        if ratio != 1:
-            rank_zero_info(f"images that were not learned from score {ratio:.3g} times as high as the others")
-        rank_zero_info(
-            f"threshold {float(self.scorer.threshold):.4g} from {len(self.scorer.normals)} normal images: "
-            f"false-positive rate promised at most {promised:.3g}, asked for {self.scorer.target_fpr:.3g}"
-        )
-        self._note_few_normals()
-
-    def _note_few_normals(self) -> None:
-        count, needed = len(self.scorer.normals), images_needed(self.scorer.target_fpr)
-        if 0 < count < needed:
-            rank_zero_info(
-                f"{count} normal images cannot promise a false-positive rate of {self.scorer.target_fpr:.3g}, only "
-                f"{1 / (count + 1):.3g}: that takes {needed} of them"
-            )
-
     def on_test_start(self) -> None:
         """Says where the normal images are too few for the rate that was asked for."""
         self.doubts = Doubts(self.fitted.digests)
-        self._note_few_normals()
+        note_few_normals(self.scorer)
 
     on_predict_start = on_test_start
 
@@ -288,9 +272,17 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self.model.scored_by
         checkpoint["patchad_model"] = spec(self.model)
+        if "backbone" in self.hparams:
+            self._leave_out_weights(checkpoint)
         checkpoint["patchad_fitted"], checkpoint["patchad_updates"] = self.fitted._asdict(), list(self.model.updates)
         checkpoint["patchad_group"] = self.group
         checkpoint["patchad_canvas"] = None if self.model.canvas is None else list(self.model.canvas)
+
+    def _leave_out_weights(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["patchad_backbone"] = self.hparams["backbone"]  # with the weights that it began with
+        checkpoint["patchad_model"] = without_weights(checkpoint["patchad_model"])
+        backbone = checkpoint["patchad_model"]["init_args"]["backbone"]
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": backbone}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format; warns where its threshold is another score's."""
@@ -334,3 +326,30 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
 
     def _on_device(self, batches: Iterable[Any]) -> Iterable[Any]:
         return (self.trainer.strategy.batch_to_device(batch, self.device) for batch in batches)
+
+
+def announce_threshold(scorer: Scorer, promised: float, ratio: float) -> None:
+    """Says what the threshold promises.
+
+    Args:
+        scorer: holds it.
+        promised: the false-positive rate.
+        ratio: how many times as high the scores of images were that were not learned from; 1 if there are none.
+    """
+    if ratio != 1:
+        rank_zero_info(f"images that were not learned from score {ratio:.3g} times as high as the others")
+    rank_zero_info(
+        f"threshold {float(scorer.threshold):.4g} from {len(scorer.normals)} normal images: "
+        f"false-positive rate promised at most {promised:.3g}, asked for {scorer.target_fpr:.3g}"
+    )
+    note_few_normals(scorer)
+
+
+def note_few_normals(scorer: Scorer) -> None:
+    """Says where the normal images are too few for the rate that was asked for."""
+    count, needed = len(scorer.normals), images_needed(scorer.target_fpr)
+    if 0 < count < needed:
+        rank_zero_info(
+            f"{count} normal images cannot promise a false-positive rate of {scorer.target_fpr:.3g}, only "
+            f"{1 / (count + 1):.3g}: that takes {needed} of them"
+        )

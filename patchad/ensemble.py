@@ -14,7 +14,7 @@ from patchad.data.datamodule import PyramidDataModule
 from patchad.data.regions import short
 from patchad.detector import Detector
 from patchad.errors import PatchadError
-from patchad.model import PatchModel, ScoringModel, summary, without_weights
+from patchad.model import PatchModel, ScoringModel, without_weights
 from patchad.pyramid import at_pixels
 from patchad.scoring import Scorer, ScorerFactory
 from patchad.spec import hyperparameters, spec
@@ -60,9 +60,8 @@ class EnsembleModel(ScoringModel):
             cells = member.side_maps(member.distances(image, content, thing, region))
             maps = {side: at_pixels(values, member.cell, size) for side, values in cells.items()}
             combined[number], outlined[number] = member.scorer.combine(maps), member.scorer.outline(maps)
-        scores = self.scorer.score(self.scorer.combine(combined), content, region=region)
-        anomaly_map = self.scorer.smooth(self.scorer.outline(outlined), content, region=region)
-        return Prediction(scores, scores > self.scorer.threshold, anomaly_map, {}, {})
+        shown = self.scorer.smooth(self.scorer.outline(outlined), content, region=region)
+        return self.judge(self.scorer.combine(combined), shown, content, region)
 
 
 class Ensemble(Detector[EnsembleModel]):
@@ -104,11 +103,6 @@ class Ensemble(Detector[EnsembleModel]):
         if stage == "fit":
             for path, settings in self.fitted_on.items():
                 check_same_data(path, settings, self._data)
-
-    def know_normals(self) -> None:
-        """Sets the threshold from the normal images; the rest the members know."""
-        scored = self._of_normals("Calibrating", lambda batch: summary(self(*batch.inputs)))
-        self.announce_threshold(*self.model.set_limits(scored, self._unseen))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describes the members by what they are, so that their checkpoints are not needed again."""

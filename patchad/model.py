@@ -142,6 +142,24 @@ class ScoringModel(Configurable, nn.Module):
         score, p_value = float(prediction.score), float(self.scorer.p_value(prediction.score))
         return Scored(score, bool(prediction.anomalous), self.scorer.limits.verdict(score), p_value, values)
 
+    def judge(
+        self,
+        scored: Float[Tensor, "batch height width"],
+        shown: Float[Tensor, "batch height width"],
+        content: Int[Tensor, "batch 2"],
+        region: Region | None = None,
+    ) -> Prediction:
+        """Scores and verdicts of a model without sides.
+
+        Args:
+            scored: the maps at pixels that scores come from.
+            shown: those that are shown and measured.
+            content: height x width of each image's content, top left, in pixels.
+            region: True where an image is judged; by default that is its content.
+        """
+        scores = self.scorer.score(scored, content, region=region)
+        return Prediction(scores, scores > self.scorer.threshold, shown, {}, {})
+
     def set_target_fpr(self, target_fpr: float, review_fpr: float | None = None) -> float:
         """Sets the limits for another false-positive rate; returns the rate that the threshold promises.
 
@@ -499,7 +517,7 @@ def check_finite(embeddings: Mapping[int, Tensor]) -> None:
 
 
 def without_weights(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The `spec` of a `PatchModel` whose backbone starts empty: a checkpoint holds the weights, no file is needed."""
+    """The `spec` of a model whose backbone starts empty: a checkpoint holds the weights, no file is needed."""
     backbone = model["init_args"]["backbone"]
     empty = {**backbone, "init_args": {**backbone.get("init_args", {}), "weights": "none"}}
     return {**model, "init_args": {**model["init_args"], "backbone": empty}}

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from patchad.canvas import Size
-from patchad.detector import Detector
+from patchad.detector import Detector, announce_threshold
 from patchad.learning import Learning, LearningFactory
 from patchad.memory import BankFactory, MemoryBank
-from patchad.model import Distances, PatchModel, mirrored, without_weights
+from patchad.model import Distances, PatchModel, mirrored
 from patchad.models.backbones import Backbone
 from patchad.models.features import Features
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
@@ -83,6 +83,11 @@ class PatchDetector(Detector[PatchModel]):
         self._watched: dict[str, MeanMetric] = {}  # means over an epoch, by the name that they are logged under
         idle = {} if self.learns else {"learning": None}
         self.save_hyperparameters({**hyperparameters(self), **spec(self.model)["init_args"], **idle})
+
+    @property
+    def learns(self) -> bool:
+        """Whether a fit trains the encoders."""
+        return self.learning is not None
 
     def _made(self, learning: LearningFactory | None) -> Learning | None:
         """The learning, where there is something to learn."""
@@ -228,10 +233,6 @@ class PatchDetector(Detector[PatchModel]):
         self.log_dict(means, sync_dist=True)
         self.learning.warn_of_collapse(means)
 
-    def on_train_end(self) -> None:
-        """Remembers what no validation did, while the model is still on its device."""
-        self.remember_normals()
-
     # the memory of what is normal
 
     def know_normals(self) -> None:
@@ -242,7 +243,7 @@ class PatchDetector(Detector[PatchModel]):
             self.fill_banks(mirrors)
             promised = self.calibrate()
             self.fitted = self.fitted._replace(mirrors=[list(axes) for axes in mirrors])
-        self.announce_threshold(*promised)
+        announce_threshold(self.scorer, *promised)
 
     def _normal_mirrors(self) -> list[tuple[int, ...]]:
         """The axes along which most normal images can be reversed and pass as normal, each compared with the others."""
@@ -309,10 +310,6 @@ class PatchDetector(Detector[PatchModel]):
             self._known_at = self.global_step  # as far as it can be
             rank_zero_warn(f"the checkpoint has no bank, for {error}; mend that and go on with fit --ckpt_path")
         super().on_save_checkpoint(checkpoint)
-        checkpoint["patchad_backbone"] = self.hparams["backbone"]  # with the weights that it began with
-        checkpoint["patchad_model"] = without_weights(checkpoint["patchad_model"])
-        backbone = checkpoint["patchad_model"]["init_args"]["backbone"]
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": backbone}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also lets a fit that goes on take the rate that it is given now, not that of the optimizer's state."""

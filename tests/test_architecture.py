@@ -47,6 +47,7 @@ ORDER = [
     "detector",
     "module",
     "ensemble",
+    "peers",
     "loggers",
     "callbacks",
     "export",

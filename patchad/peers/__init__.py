@@ -1,0 +1,1 @@
+"""The systems that the paper is compared with, each a detector of its own, and an example of how one is added."""

@@ -15,7 +15,7 @@ from patchad.files import write_whole
 from patchad.spec import Configurable, described
 from patchad.trust import check_trusted
 
-CHECKPOINT_FORMAT = 13
+CHECKPOINT_FORMAT = 14
 """Raised whenever checkpoints of an older patchad no longer load."""
 CONTENTS = {
     "state_dict": Mapping,

@@ -183,8 +183,9 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
 
     @property
     def _unseen(self) -> Bool[Tensor, " images"]:
-        """Of each normal image, whether nothing learned from it."""
-        return (self._data.held_out | (not self.model.learns)).to(self.device)
+        """Of each normal image, whether nothing learned from it; where none is held out, they are taken as if so."""
+        held_out = self._data.held_out
+        return (held_out | (not self.model.learns or not held_out.any())).to(self.device)
 
     def on_test_start(self) -> None:
         """Says where the normal images are too few for the rate that was asked for."""

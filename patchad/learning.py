@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -14,8 +15,8 @@ from patchad.errors import PatchadError, check_range, check_seed
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity
 from patchad.model import check_finite
 from patchad.models.cache import FeatureCache
-from patchad.models.encoders import PyramidEncoder
-from patchad.models.features import CachedFeatures, Features
+from patchad.models.encoders import PyramidEncoder, SlidingEncoder
+from patchad.models.features import CachedFeatures, Features, ResidentImages
 from patchad.pyramid import covered, fits_pyramids, window_size
 from patchad.types import PatchViews, PyramidBatch, PyramidPlan, given
 
@@ -39,10 +40,14 @@ class Learning(nn.Module):
         warmup: share of the epochs that pass before there are pseudo-labels.
         learning_rate: of Adam.
         cache: keeps the features of a frozen backbone on disk, in dense mode; None computes them in each step.
+        compiled: make a step one graph by torch.compile: for GPUs, where Python starts kernels slower than they run.
         seed: of the first centroids.
 
     Attributes:
-        features: what encoders read of training views, computed or cached.
+        features: what encoders read of training views, computed, cached or at hand.
+        held: the encoder as it was when labels were last reassigned, which gives the pseudo-labels until the next time.
+        labelled: whether there are pseudo-labels.
+        paints: whether a loss compares patches with and without painted defects.
         probe_batches: the patches that clusters are fitted on.
         probe_labels: the pseudo-labels of these, by side.
 
@@ -58,6 +63,7 @@ class Learning(nn.Module):
         warmup: float = 0.1,
         learning_rate: float = 3e-4,
         cache: FeatureCache | None = None,
+        compiled: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -66,18 +72,26 @@ class Learning(nn.Module):
         check_seed(seed)
         terms = (Position(), RelativeSimilarity(), Clustering()) if losses is None else losses
         check_losses(terms)
-        self.features = Features(encoder) if cache is None else CachedFeatures(encoder, cache)
-        self.warmup, self.learning_rate = warmup, learning_rate
+        self.warmup, self.learning_rate, self.compiled = warmup, learning_rate, compiled
         self.losses = nn.ModuleDict({str(side): nn.ModuleList(map(copy.deepcopy, terms)) for side in encoder.sides})
         dims = {side: encoder.patch_encoder(side).dim for side in encoder.sides}
         self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dim, seed) for side, dim in dims.items()})
+        self.paints = not {name for loss in terms for name in loss.needs}.isdisjoint(COMPARED)
         self.paired = dict.fromkeys(encoder.sides, True)  # whether neighbours and far patches fit the images
+        if cache is not None:
+            self.features = CachedFeatures(encoder, cache)
+        elif isinstance(encoder, SlidingEncoder) and not self.paints:
+            self.features = ResidentImages(encoder)
+        else:
+            self.features = Features(encoder)
+        self.held = copy.deepcopy(encoder).requires_grad_(False)
         self.forget()
 
     def forget(self) -> None:
         """Before another fit, which has images of its own."""
         self.probe_batches: list[PyramidBatch] = []
         self.probe_labels: dict[int, Tensor] = {}
+        self.labelled = any(bool(self._clusters(side).ready) for side in self.encoder.sides)
 
     @property
     def encoder(self) -> PyramidEncoder:
@@ -87,13 +101,7 @@ class Learning(nn.Module):
     @property
     def plan(self) -> PyramidPlan:
         """What the datamodule must know to draw the pyramids."""
-        return PyramidPlan(self.encoder.grids, self.features.views, self.paints)
-
-    @property
-    def paints(self) -> bool:
-        """Whether a loss compares patches with and without painted defects."""
-        needed = {name for side in self.encoder.sides for loss in self._losses(side) for name in loss.needs}
-        return not needed.isdisjoint(COMPARED)
+        return PyramidPlan(self.encoder.grids, self.features.views, self.features.resident, self.paints)
 
     def prepare(self, size: Size, batch_size: int) -> None:
         """Switches off losses that do not fit the images, and says so; warns where a batch is too small for one.
@@ -127,7 +135,10 @@ class Learning(nn.Module):
     def reassign_pseudo_labels(
         self, batches: Iterable[PyramidBatch], broadcast: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """Refits the centroids of each side on the probe patches; they are held until the next call.
+        """Refits the centroids of each side on the probe patches; centroids and labels are held until the next call.
+
+        A patch keeps the label that the encoder gives it now, whenever in the epoch it is drawn: a copy of the encoder
+        stays as it is.
 
         Args:
             batches: the probe patches, the same each time, on the device of the encoders.
@@ -137,6 +148,8 @@ class Learning(nn.Module):
             What is to be watched: the sizes of the smallest and the largest cluster, and how many labels changed.
         """
         watched = {}
+        self.held.load_state_dict(self.encoder.state_dict())
+        self.labelled = True
         for side, embeddings in self._probe(batches).items():
             clusters = self._clusters(side)
             clusters.refit(embeddings)
@@ -152,10 +165,9 @@ class Learning(nn.Module):
     def _probe(self, batches: Iterable[PyramidBatch]) -> dict[int, Tensor]:
         training, parts = self.encoder.training, {side: [] for side in self.encoder.sides}
         self.encoder.eval()
-        for batch in batches:
-            windows = self.features.windows(batch, view=0)
-            for side, pyramid in batch.sides.items():
-                parts[side].append(self.encoder.embed(side, windows[side], pyramid.anchor).flatten(0, 1))
+        for number, batch in enumerate(batches):
+            for side, embeddings in self.features.anchors(self.features.read(batch, (number,)), batch).items():
+                parts[side].append(embeddings.flatten(0, 1))
         self.encoder.train(training)
         embeddings = {side: torch.cat(values) for side, values in parts.items()}
         check_finite(embeddings)
@@ -163,16 +175,17 @@ class Learning(nn.Module):
 
     # losses
 
-    def patch_views(self, batch: PyramidBatch) -> Iterator[PatchViews]:
-        """The embeddings of each side's patches."""
-        first, second = self.features.windows(batch, view=0), self.features.windows(batch, view=1)
+    def patch_views(self, read: Any, batch: PyramidBatch) -> Iterator[PatchViews]:
+        """The embeddings of each side's patches.
+
+        Args:
+            read: what `features.read` gave of the batch.
+            batch: images and patches.
+        """
         compared = self._compared(batch) if self.paints else {}
-        for side, pyramid in batch.sides.items():
-            count = pyramid.anchor.shape[1]
-            partners = torch.cat([pyramid.near, pyramid.far, pyramid.neighbour], dim=1)
-            anchor = self.encoder.embed(side, first[side], pyramid.anchor).flatten(0, 1)
-            embedded = self.encoder.embed(side, second[side], partners).split(count, dim=1)
-            near, far, neighbour = (part.flatten(0, 1) for part in embedded)
+        for embedded in self.features.embedded_pyramids(read, batch, self.held if self.labelled else None):
+            side, *patches = embedded
+            anchor, near, far, neighbour, held = (part if part is None else part.flatten(0, 1) for part in patches)
             clusters = self._clusters(side)
             yield PatchViews(
                 side=side,
@@ -180,11 +193,17 @@ class Learning(nn.Module):
                 near=near,
                 far=far if self.paired[side] else None,
                 neighbour=neighbour if self.paired[side] else None,
-                direction=pyramid.direction.flatten(),
-                label=clusters(anchor) if clusters.ready else None,
-                centroids=clusters.centroids if clusters.ready else None,
+                direction=batch.sides[side].direction.flatten(),
+                label=None if held is None else clusters(held),
+                centroids=None if held is None else clusters.centroids,
                 **compared.get(side, {}),
             )
+
+    def train(self, mode: bool = True) -> "Learning":
+        """Sets the mode of all but the encoder that is held."""
+        super().train(mode)
+        self.held.eval()
+        return self
 
     def _compared(self, batch: PyramidBatch) -> dict[int, dict[str, Tensor]]:
         """Of each side, the normal patches of the first view and those that a painted defect touches."""

@@ -119,16 +119,15 @@ class Position(PatchLoss):
 class Clustering(PatchLoss):
     """Patches gather around the centroid of their pseudo-label.
 
-    `mean (h - c)^2` over patches and dimensions, for the centroid c of the label of h, held fixed for an epoch; the
-    gradient flows through h. Source: Tsai et al., WACV 2022 (whose published code detaches h, so that it learns
-    nothing from it).
+    `mean |h - c|^2` over patches, for the centroid c of the label of h, both held for an epoch; the gradient flows
+    through h. Source: Tsai et al., WACV 2022 (whose published code detaches h, so that it learns nothing from it).
 
     Example:
         >>> h, c = torch.zeros(3, 4), torch.ones(2, 4)
         >>> label = torch.tensor([0, 1, 1])
         >>> views = PatchViews(16, anchor=h, near=h, far=h, neighbour=h, direction=label, label=label, centroids=c)
         >>> Clustering()(views)
-        tensor(1.)
+        tensor(4.)
     """
 
     needs = ("label", "centroids")
@@ -137,9 +136,9 @@ class Clustering(PatchLoss):
         super().__init__(weight)
 
     def forward(self, views: PatchViews) -> Scalar:
-        """Squared Euclidean distance per dimension."""
+        """Squared Euclidean distance."""
         assert views.label is not None and views.centroids is not None
-        return (views.anchor - views.centroids[views.label]).square().mean()
+        return (views.anchor - views.centroids[views.label]).square().sum(1).mean()
 
 
 class Separation(PatchLoss):

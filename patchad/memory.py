@@ -47,6 +47,7 @@ class MemoryBank(nn.Module):
             `kmeans` takes the patch nearest to each centroid.
         baseline: how far normal patches of unseen things are to be expected around each vector is known (`levels`);
             this share of its square is subtracted from squared distances. Not in the paper; 0 leaves it out.
+        exact_most: vectors up to which the bank is searched whole, None for any number; see `nearest_in_lists`.
         seed: of the choice.
 
     Attributes:
@@ -59,8 +60,6 @@ class MemoryBank(nn.Module):
             that is searched whole.
     """
 
-    exact_most = 10_000
-    """Vectors up to which a bank is searched whole when it is filled; see `nearest_in_lists` for a larger one."""
     vectors: Tensor
     keys: Tensor
     things: Tensor
@@ -73,16 +72,17 @@ class MemoryBank(nn.Module):
         max_vectors: int | None = 400_000,
         reduce: Reduction = "random",
         baseline: float = 0.5,
+        exact_most: int | None = 10_000,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_range({"max_vectors": max_vectors}, 1)
+        check_range({"max_vectors": max_vectors, "exact_most": exact_most}, 1)
         check_range({"baseline": baseline}, 0)
         check_seed(seed)
         if reduce not in get_args(Reduction):
             raise PatchadError(f"reduce {reduce} is none of {', '.join(get_args(Reduction))}")
         self.side, self.max_vectors, self.reduce, self.seed = side, max_vectors, reduce, seed
-        self.baseline = baseline
+        self.baseline, self.exact_most = baseline, exact_most
         self.register_buffer("vectors", torch.empty(0, 0))
         self.register_buffer("keys", torch.empty(0, 2, dtype=torch.int64))
         self.register_buffer("things", torch.empty(0, dtype=torch.int64))
@@ -195,7 +195,7 @@ class MemoryBank(nn.Module):
         things_of_candidates = keys[:, 0]
         if things is not None:
             self.things, things_of_candidates = things[self.keys[:, 0]], things[things_of_candidates]
-        if len(self) > self.exact_most:
+        if self.exact_most is not None and len(self) > self.exact_most:
             self.lists = divide(self.vectors, self.seed)
         if self._earlier:
             self.levels = inherited(self.keys, self.vectors, *self._earlier)

@@ -1,13 +1,13 @@
 """The Lightning side of the method, in the order in which it happens. The file to read first."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from patchad.canvas import Size
 from patchad.detector import Detector, announce_threshold
@@ -80,7 +80,7 @@ class PatchDetector(Detector[PatchModel]):
             backbone, patch_encoder, mode, sides, taps, scoring_strides, subtract_mean_image, tile, bank, scorer
         )
         self.learning, self.mirrored = self._made(learning), mirrored
-        self._watched: dict[str, MeanMetric] = {}  # means over an epoch, by the name that they are logged under
+        self._watched: list[Tensor] = []  # the terms of each step of an epoch; to log each would take ten times as long
         idle = {} if self.learns else {"learning": None}
         self.save_hyperparameters({**hyperparameters(self), **spec(self.model)["init_args"], **idle})
 
@@ -136,7 +136,7 @@ class PatchDetector(Detector[PatchModel]):
         if self.learning is None:
             return super().configure_optimizers()
         trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        return [torch.optim.Adam(trained, lr=self.learning.learning_rate)]
+        return [torch.optim.Adam(trained, lr=self.learning.learning_rate, fused=self.device.type == "cuda")]
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
@@ -160,12 +160,12 @@ class PatchDetector(Detector[PatchModel]):
         if self.from_checkpoint:  # which has no say on what lies elsewhere
             features.keep_inside()
         paths = [str(sample.path) for sample in data.train_set.samples]
-        missing = features.open(paths, data.view_settings, data.image_size, learning.paints)
+        missing = features.open(paths, data.view_settings, data.image_size, learning.paints, data.augmentations)
         self.trainer.strategy.barrier()  # all processes have seen the same before one of them writes
         if features.place:
-            rank_zero_info(f"feature cache: {features.place}, {len(missing)} views to compute")
+            rank_zero_info(f"{features.place}, {len(missing)} views to compute")
         if missing:
-            for views in self._batches(data.views_dataloader(missing), "Caching features"):
+            for views in self._batches(data.views_dataloader(missing, features.resident), "Reading training views"):
                 features.keep(*views)
         self.trainer.strategy.barrier()
 
@@ -188,7 +188,7 @@ class PatchDetector(Detector[PatchModel]):
     def on_train_epoch_start(self) -> None:
         """Watches anew, and reassigns the pseudo-labels, from the end of the warm-up on."""
         assert self.learning is not None
-        self._watched = {}
+        self._watched = []
         if not self.learning.in_warmup(self.current_epoch, self.trainer.max_epochs or 0):
             if not self.learning.probe_batches:
                 self.learning.probe_batches = list(self._data.probe_dataloader())
@@ -199,15 +199,27 @@ class PatchDetector(Detector[PatchModel]):
     def training_step(self, batch: PyramidBatch, batch_idx: int) -> Tensor:
         """Pyramids -> embeddings -> views -> loss terms -> their sum."""
         assert self.learning is not None
-        loss = torch.zeros((), device=self.device)
-        for views in self.learning.patch_views(batch):
+        turn = (self._data.seed, self.current_epoch, batch_idx, self.global_rank)
+        loss, self.terms = self._step(self.learning.features.read(batch, turn), batch)
+        self._watched.append(torch.stack([*self.terms.values()]))
+        return loss
+
+    @functools.cached_property
+    def _step(self) -> Callable[[Any, PyramidBatch], tuple[Tensor, dict[str, Tensor]]]:
+        compiled = self.learning is not None and self.learning.compiled
+        return torch.compile(self._losses, mode="reduce-overhead", dynamic=False) if compiled else self._losses
+
+    def _losses(self, read: Any, batch: PyramidBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step, and what is watched of it by the name that it is logged under."""
+        assert self.learning is not None
+        loss, watched = torch.zeros((), device=self.device), {}
+        for views in self.learning.patch_views(read, batch):
             terms = self.loss_terms(views)
             # an encoder whose terms are all off takes part, too: DistributedDataParallel waits for its gradient
             loss = loss + 0 * views.anchor.mean() + sum(terms.values())
-            watched = {name: term.detach() for name, term in terms.items()} | self.learning.watched(views)
-            self._add_to_means({f"train/{name}_side_{views.side}": value for name, value in watched.items()})
-        self._add_to_means({"train/loss": loss.detach()})
-        return loss
+            values = {name: term.detach() for name, term in terms.items()} | self.learning.watched(views)
+            watched |= {f"train/{name}_side_{views.side}": value for name, value in values.items()}
+        return loss, {**watched, "train/loss": loss.detach()}
 
     def loss_terms(self, views: PatchViews) -> dict[str, Tensor]:
         """The weighted terms of one side by name, to be summed. Override it to change the loss.
@@ -218,18 +230,12 @@ class PatchDetector(Detector[PatchModel]):
         assert self.learning is not None
         return self.learning.loss_terms(views)
 
-    def _add_to_means(self, values: Mapping[str, Tensor]) -> None:
-        """Adds a step to the means of the epoch; Lightning's `log` would take ten times as long."""
-        self.terms |= values
-        for name, value in values.items():
-            if name not in self._watched:
-                self._watched[name] = MeanMetric(nan_strategy="disable").to(self.device)  # else it waits for the GPU
-            self._watched[name].update(value)
-
     def on_train_epoch_end(self) -> None:
         """Logs the means of what was watched; warns in words where embeddings have collapsed."""
         assert self.learning is not None
-        means = {name: metric.compute() for name, metric in self._watched.items()}
+        if not self._watched:  # it goes on at the end of an epoch
+            return
+        means = dict(zip(self.terms, torch.stack(self._watched).mean(0), strict=True))
         self.log_dict(means, sync_dist=True)
         self.learning.warn_of_collapse(means)
 

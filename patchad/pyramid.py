@@ -74,7 +74,10 @@ def cut(
 
 
 def cut_patches(
-    image: Float[Tensor, "batch channels height width"], corners: Int[Tensor, "batch patches 2"], size: Size
+    image: Float[Tensor, "images channels height width"],
+    corners: Int[Tensor, "batch patches 2"],
+    size: Size,
+    numbers: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch patches channels rows columns"]:
     """Any number of patches of each image, by one gather, without waiting for a GPU.
 
@@ -82,6 +85,7 @@ def cut_patches(
         image: without a gradient, which would be slow here; `cut` has one.
         corners: top left of the patches in pixels.
         size: rows x columns of the patches.
+        numbers: of the image that each row of corners is of; by default one after the other.
 
     Example:
         >>> cut_patches(torch.arange(9.0).view(1, 1, 3, 3), torch.tensor([[[0, 1]]]), size=(2, 2))
@@ -89,8 +93,8 @@ def cut_patches(
                    [4., 5.]]]]])
     """
     patches = image.unfold(2, size[0], 1).unfold(3, size[1], 1).permute(0, 2, 3, 1, 4, 5)  # a view: nothing is copied
-    number = torch.arange(len(image), device=image.device)[:, None]
-    return patches[number, corners[..., 0], corners[..., 1]]
+    numbers = torch.arange(len(image), device=image.device) if numbers is None else numbers
+    return patches[numbers[:, None], corners[..., 0], corners[..., 1]]
 
 
 def cut_grid(

@@ -26,8 +26,8 @@ class Scorer(nn.Module):
     """Combines the maps of the sides, scores images, and holds the threshold.
 
     Each map is first divided by the mean distance of its side on normal images, so that no side dominates by its
-    unit. The paper sums the maps (Tsai et al., WACV 2022); the product, which its authors' code prints beside the sum,
-    asks all sides to agree.
+    unit, unless it is told not to (`scaled`). The paper sums the maps (Tsai et al., WACV 2022); the product, which its
+    authors' code prints beside the sum, asks all sides to agree.
 
     Args:
         sides: sides in pixels whose maps are combined.
@@ -42,6 +42,7 @@ class Scorer(nn.Module):
         smoothing: deviation of the Gaussian that smooths the combined map, in pixels of `image_size`; scores come from
             the map before it. 8, half of the smallest side, is what a map resolves (benchmarks/products.md); 4 in
             PatchCore (Roth et al., CVPR 2022, section 3.3); not in the paper: 0.
+        scaled: divide each map by the mean distance of its side on normal images; the paper sums them as they are.
         target_fpr: false-positive rate that the threshold promises on normal images, and the map's threshold, too.
         review_fpr: share of normal images that may be called anomalous or be looked at (verdict `review`); None calls
             none for a look.
@@ -68,6 +69,7 @@ class Scorer(nn.Module):
         image_score: Literal["max", "top_fraction"] = "top_fraction",
         top_fraction: float = 0.01,
         smoothing: float = 8.0,
+        scaled: bool = True,
         target_fpr: float = 0.05,
         review_fpr: float | None = None,
     ) -> None:
@@ -76,7 +78,7 @@ class Scorer(nn.Module):
         check_band(target_fpr, review_fpr)
         check_range({"smoothing": smoothing}, 0)
         self.combination, self.image_score = combination, image_score
-        self.top_fraction, self.smoothing = top_fraction, smoothing
+        self.top_fraction, self.smoothing, self.scaled = top_fraction, smoothing, scaled
         self.target_fpr, self.review_fpr = target_fpr, review_fpr
         self.sides = tuple(sides)
         for name in Limits._fields:
@@ -88,27 +90,31 @@ class Scorer(nn.Module):
 
     def extra_repr(self) -> str:
         """What scores depend on, which smoothing and the rate asked for are not among."""
-        return f"combination={self.combination}, image_score={self.image_score}, top_fraction={self.top_fraction}"
+        score = f"image_score={self.image_score}, top_fraction={self.top_fraction}, scaled={self.scaled}"
+        return f"combination={self.combination}, {score}"
 
     @property
     def normal_level(self) -> float:
         """What the combined map has where nothing is unusual: on the mean of normal images each side counts 1.
 
-        An excess counts log(2)^2 on the mean of the scores of normal images.
+        An excess counts log(2)^2 on the mean of the scores of normal images, an unscaled map its mean there.
         """
-        return len(self.sides) * (math.log(2) ** 2 if self.combination == "excess" else 1.0)
+        if self.combination == "excess":
+            return len(self.sides) * math.log(2) ** 2
+        return float(self.combine({side: self.scale[number, None] for number, side in enumerate(self.sides)}))
 
     def combine(
         self, maps: Mapping[int, Float[Tensor, "batch *pixels"]], sides: Sequence[int] | None = None
     ) -> Float[Tensor, "batch *pixels"]:
-        """One map of the sides' maps, or one score of their scores, each over its scale.
+        """One map of the sides' maps, or one score of their scores, each over its scale if they are scaled.
 
         Args:
             maps: of the sides.
             sides: those that count; all by default.
         """
         numbers = [self.sides.index(side) for side in sides or self.sides]
-        scaled = torch.stack([maps[self.sides[number]] / self.scale[number] for number in numbers])
+        scales = self.scale if self.scaled else torch.ones_like(self.scale)
+        scaled = torch.stack([maps[self.sides[number]] / scales[number] for number in numbers])
         if self.combination == "sum":
             return scaled.sum(0)
         if self.combination == "excess":
@@ -162,7 +168,7 @@ class Scorer(nn.Module):
     def measure_normals(self, scores: Mapping[int, Float[Tensor, " images"]]) -> None:
         """Sets level and spread of each side, from the scores that normal images have by it alone."""
         for number, side in enumerate(self.sides):
-            scaled = scores[side].double() / self.scale[number]
+            scaled = scores[side].double() / (self.scale[number] if self.scaled else 1)
             self.level[number] = scaled.mean()
             self.spread[number] = scaled.std(correction=0).clamp(min=NOISE * max(1.0, float(scaled.mean())))
 

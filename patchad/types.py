@@ -142,11 +142,13 @@ class PyramidPlan(NamedTuple):
     Attributes:
         grids: distance in pixels between the places where a patch may lie, by side in pixels.
         cached_views: how many views of each image have cached features; 0 where each epoch makes views of its own.
+        resident: whether the detector has the images at hand, and makes views of single patches.
         painted: whether the first view is also wanted with defects painted on it.
     """
 
     grids: dict[int, int]
     cached_views: int = 0
+    resident: bool = False
     painted: bool = False
 
 
@@ -158,7 +160,7 @@ class PyramidBatch(NamedTuple):
         views: numbers of the two views, int64 `[batch, 2]`.
         thing: number of what the image shows, the same for all images of a `Sample.group`, int64 `[batch]`.
         content: height x width of the content, in pixels, int64 `[batch, 2]`.
-        image: both views, RGB, float32 `[batch, 2, 3, height, width]`; empty where their features are cached.
+        image: both views, RGB, float32 `[batch, 2, 3, height, width]`; empty where the detector has them at hand.
         painted: the first view with defects painted on it, RGB, float32 `[batch, 3, height, width]`; empty where it is
             not wanted, or where its features are cached.
         mask: True on these defects, bool `[batch, height, width]`; empty where `painted` is.

@@ -251,7 +251,7 @@ def test_what_separation_compares_are_the_embeddings_that_are_scored(mode, produ
     painted = [data.pyramids.painted(int(n), int(v[0]))[0] for n, v in zip(batch.number, batch.views, strict=True)]
     with torch.no_grad():
         expected, with_defects = model.model.encoder(torch.stack(view)), model.model.encoder(torch.stack(painted))
-        for views in model.learning.patch_views(batch):
+        for views in model.learning.patch_views(model.learning.features.read(batch, (0,)), batch):
             counted = model.model.encoder.counted(batch.content, expected[views.side], views.side)
             on_content = expected[views.side].permute(0, 2, 3, 1)[counted]
             torch.testing.assert_close(views.normal, on_content, rtol=5e-3, atol=5e-3)

@@ -79,7 +79,7 @@ def test_position_can_be_learned():
 def test_clustering_equals_a_loop_over_patches():
     views = some_views()
     squares = [
-        sum((a - b) ** 2 for a, b in zip(one, views.centroids[label], strict=True)) / 64
+        sum((a - b) ** 2 for a, b in zip(one, views.centroids[label], strict=True))
         for one, label in zip(views.anchor, views.label, strict=True)
     ]
     torch.testing.assert_close(Clustering()(views), sum(squares) / len(squares))
@@ -94,7 +94,7 @@ def test_clustering_draws_each_patch_straight_to_its_centroid():
     """The distance has a gradient, unlike in the code that the paper's authors published."""
     views = some_views()
     Clustering()(views).backward()
-    expected = 2 * (views.anchor - views.centroids[views.label]) / views.anchor.numel()
+    expected = 2 * (views.anchor - views.centroids[views.label]) / len(views.anchor)
     torch.testing.assert_close(views.anchor.grad, expected.detach())
 
 

@@ -67,13 +67,15 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
             with or without `_mask`: nothing else is learned, remembered or scored. None judges all of them.
         metric_size: height x width in pixels at which pixel metrics are computed; one number is both.
         batch_size: images per batch.
-        pyramids_per_image: pyramids of patches that are drawn per side, image and epoch.
+        pyramids_per_image: pyramids of patches that are drawn per side each time that an image is drawn.
+        draws_per_epoch: how often each image is drawn in an epoch.
         shift: most rows and columns in pixels by which a view of a training image is moved; at most 2.
         colour_deviation: of what is added to each channel of a view, of [0, 1]; 0.02 in the paper.
         noise_deviation: of what is added to each pixel of a view, of [0, 1]; 0.02 in the paper.
         num_workers: processes that decode images.
         max_megapixels: an image of more million pixels is refused by what its header says.
-        held_out_fraction: share of the training normals that encoders do not learn from (at least one image).
+        held_out_fraction: share of the training normals that encoders do not learn from (at least one image, or with 0
+            none).
         validate_on: `synthetic_defects` paints defects on 20 images that are not learned from; `test` watches the test
             images (for watching only); `none` leaves validations out, and the pictures and checkpoints that come with
             them.
@@ -100,6 +102,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         metric_size: tuple[int, int] | int = (256, 256),
         batch_size: int = 8,
         pyramids_per_image: int = 256,
+        draws_per_epoch: int = 1,
         shift: int = 2,
         colour_deviation: float = 0.0,
         noise_deviation: float = 0.0,
@@ -112,7 +115,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         super().__init__()
         if root is None or not str(root):
             raise PatchadError("no images: give --data.root FOLDER, or try --config quickstart")
-        check_range({"held_out_fraction": held_out_fraction}, 0, MOST_HELD_OUT, above=True)
+        check_range({"held_out_fraction": held_out_fraction}, 0, MOST_HELD_OUT)
         check_range({"brightness": brightness}, 0, 1, above=True)
         check_range({"colour_deviation": colour_deviation, "noise_deviation": noise_deviation}, 0, 1)
         check_range({"max_megapixels": max_megapixels}, 0, above=True)
@@ -120,7 +123,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         check_range({"num_workers": num_workers}, 0, MOST_WORKERS)
         check_seed(seed)
         check_range({"batch_size": batch_size}, 1)
-        check_range({"pyramids_per_image": pyramids_per_image}, 1, MOST_PYRAMIDS)
+        check_range({"pyramids_per_image": pyramids_per_image, "draws_per_epoch": draws_per_epoch}, 1, MOST_PYRAMIDS)
         sizes = {"image_size": image_size, "metric_size": metric_size}
         sizes = {name: checked_size(name, size, max_megapixels) for name, size in sizes.items()}
         self.augmentations = Augmentations(shift, colour_deviation, noise_deviation)
@@ -130,6 +133,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         self.init_args |= {**sizes, "region": self.region}  # the mask itself, so that a checkpoint needs no file of it
         self.batch_size, self.pyramids_per_image, self.num_workers = batch_size, pyramids_per_image, num_workers
         self.held_out_fraction, self.validate_on, self.seed = held_out_fraction, validate_on, seed
+        self.draws_per_epoch = draws_per_epoch
         self.save_hyperparameters(hyperparameters(self), logger=False)  # the whole config is logged; both have a seed
 
     def prepare_data(self) -> None:
@@ -163,7 +167,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         self.reading_set = self._dataset(normals, tolerant=True)
         self.held_out = torch.tensor([sample in held_out for sample in normals])
         if self.validate_on == "synthetic_defects":
-            self._check_room_for_defects()
+            check_room_for_defects(self.held_out_set)
         rank_zero_info(f"{len(normals)} normal images, {len(held_out)} of them not to learn from, {len(test)} to test")
 
     def _samples(self, predicting: bool) -> list[Sample]:
@@ -194,27 +198,13 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
             )
         order, candidates = np.random.default_rng(self.seed).permutation(len(groups)), list(groups.values())
         files = {sample.path for sample in normals}  # a list may hold a file more than once
-        count = max(1, round(self.held_out_fraction * len(files)))
+        count = max(1, round(self.held_out_fraction * len(files))) if self.held_out_fraction else 0
         held_out: set[Path] = set()
         for number in order[:-1]:  # one group at least is left to train on
             if len(held_out) < count:
                 held_out.update(sample.path for sample in candidates[number])
         training = [sample for sample in normals if sample.path not in held_out]
         return training, [sample for sample in normals if sample.path in held_out]
-
-    def _check_room_for_defects(self) -> None:
-        for sample in self.held_out_set.samples[: SyntheticDefects.most]:
-            try:
-                native = native_size(sample.path, self.max_megapixels)
-            except PatchadError:  # of which a fit tells with all others
-                continue
-            height, width = content_size(native, self.image_size, self.keep_aspect)
-            if min(height, width) < SMALLEST:
-                raise PatchadError(
-                    f"{sample.path} is {height} x {width} pixels (height x width) at image_size {self.image_size}; "
-                    f"defects, which validation paints, need {SMALLEST}: raise image_size, or give "
-                    "data.validate_on none or test"
-                )
 
     @property
     def defects(self) -> list[str]:
@@ -229,7 +219,8 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     @property
     def pyramids(self) -> PyramidDataset:
         """The pyramids of the `plan`."""
-        return PyramidDataset(self.train_set, self.plan, self.pyramids_per_image, self.augmentations, self.seed)
+        drawn = (self.pyramids_per_image, self.augmentations, self.seed, self.draws_per_epoch)
+        return PyramidDataset(self.train_set, self.plan, *drawn)
 
     @property
     def _doing(self) -> TrainerFn | None:
@@ -278,7 +269,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Pyramids of the training normals in an order that is a function of (seed, epoch)."""
-        sampler = self._sampler(EpochSampler, self.train_set, shuffle=True)
+        sampler = self._sampler(EpochSampler, self.pyramids, shuffle=True)
         assert isinstance(sampler, EpochSampler)
         epoch, seen = self._begins_at
         sampler.begin(epoch, seen * self.batch_size)
@@ -287,12 +278,16 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     def probe_dataloader(self) -> DataLoader:
         """The same pyramids of some training normals each time and on each process."""
         count = min(PROBE_IMAGES, len(self.train_set))
-        chosen = np.random.default_rng(self.seed).permutation(len(self.train_set))[:count]
-        return self._loader(self.pyramids, [(PROBE_EPOCH, number) for number in sorted(chosen.tolist())])
+        chosen = sorted(np.random.default_rng(self.seed).permutation(len(self.train_set))[:count].tolist())
+        draws = range(0, len(self.pyramids), len(self.train_set))
+        return self._loader(self.pyramids, [(PROBE_EPOCH, first + number) for first in draws for number in chosen])
 
-    def views_dataloader(self, views: Sequence[tuple[int, int, bool]]) -> DataLoader:
-        """Views of the training normals, each once, by number, view, and whether defects are painted on it."""
-        world, rank = self._place
+    def views_dataloader(self, views: Sequence[tuple[int, int, bool]], everywhere: bool = False) -> DataLoader:
+        """Views of the training normals, by number, view, and whether defects are painted on it.
+
+        Each is read once, or once in each process.
+        """
+        world, rank = (1, 0) if everywhere else self._place
         dataset = ViewDataset(self.pyramids, views[rank::world])  # where few are missing, none for some processes
         return self._loader(dataset, SequentialSampler(dataset))
 
@@ -362,3 +357,25 @@ def checked_size(name: str, size: tuple[int, int] | int, max_megapixels: float) 
     check_range({f"height of {name}": height, f"width of {name}": width}, 1)
     check_range({f"megapixels of {name}": height * width / 1e6}, 0, max_megapixels)
     return height, width
+
+
+def check_room_for_defects(held_out: ImageDataset) -> None:
+    """Raises PatchadError unless validation has images that are not learned from, large enough to paint defects on."""
+    if not len(held_out):
+        raise PatchadError(
+            "data.held_out_fraction 0 leaves no images that validation could paint defects on: give 0.1, or "
+            "data.validate_on none or test"
+        )
+    canvas = held_out.canvas
+    for sample in held_out.samples[: SyntheticDefects.most]:
+        try:
+            native = native_size(sample.path, held_out.max_megapixels)
+        except PatchadError:  # of which a fit tells with all others
+            continue
+        height, width = content_size(native, canvas.image_size, canvas.keep_aspect)
+        if min(height, width) < SMALLEST:
+            raise PatchadError(
+                f"{sample.path} is {height} x {width} pixels (height x width) at image_size {canvas.image_size}; "
+                f"defects, which validation paints, need {SMALLEST}: raise image_size, or give "
+                "data.validate_on none or test"
+            )

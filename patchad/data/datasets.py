@@ -33,6 +33,8 @@ from patchad.types import NORMAL, NOTHING, UNKNOWN, ImageBatch, PyramidBatch, Py
 
 TRIES = 20
 """Defects at most that are painted for one that lies where an image is judged."""
+PLAIN = -1
+"""The number of the view that is the image as it is."""
 PROBE_EPOCH = -1
 """The epoch whose pyramids the clusters are fitted on; training begins with 0."""
 
@@ -217,33 +219,46 @@ def paint(
 class PyramidDataset(Dataset[PyramidBatch]):
     """Two views of each image with pyramids of patches; an item is a `PyramidBatch` without its batch axis.
 
-    Everything about an item is a function of (seed, epoch, image), so neither workers nor processes change it.
+    An index is the number of an image, plus as often as it was drawn before the number of images. Everything about an
+    item is a function of (seed, epoch, index), so neither workers nor processes change it.
 
     Args:
         images: the training images.
         plan: which sides, on which grids, from which views.
-        count: pyramids per image and side.
+        count: pyramids per image and side, each time that it is drawn.
         augmentations: how far the views differ from the image.
         seed: of all that is drawn.
+        draws: how often each image is drawn in an epoch.
     """
 
     def __init__(
-        self, images: ImageDataset, plan: PyramidPlan, count: int, augmentations: Augmentations, seed: int
+        self,
+        images: ImageDataset,
+        plan: PyramidPlan,
+        count: int,
+        augmentations: Augmentations,
+        seed: int,
+        draws: int = 1,
     ) -> None:
         self.images, self.plan, self.count, self.augmentations, self.seed = images, plan, count, augmentations, seed
+        self.draws = draws
         self._sizes: dict[int, Size] = {}
 
+    def __len__(self) -> int:
+        return len(self.images) * self.draws
+
     def __getitem__(self, place: tuple[int, int]) -> PyramidBatch:
-        epoch, number = place
-        generator = np.random.default_rng((self.seed, epoch - PROBE_EPOCH, number))
-        views = self._views(epoch, generator)
+        epoch, index = place
+        draw, number = divmod(index, len(self.images))
+        generator = np.random.default_rng((self.seed, epoch - PROBE_EPOCH, index))
+        views = self._views((epoch - PROBE_EPOCH) * self.draws + draw, generator)
         first, second = (self.drawn(number, view) for view in views)
         shift = (second.shift[0] - first.shift[0], second.shift[1] - first.shift[1])
         size, content = self.images.canvas.image_size, self._content(number)
         image, painted, mask = torch.empty(0), torch.empty(0), NOTHING
         region = self._region(number)
         box, start = (content, (0, 0)) if given(region) is None else extent(region)
-        if not self.plan.cached_views:
+        if not (self.plan.cached_views or self.plan.resident):
             image = self._view_pair(number, first, second)
             if self.plan.painted:
                 painted, mask = self._painted(image[0], number, views[0])
@@ -262,10 +277,13 @@ class PyramidDataset(Dataset[PyramidBatch]):
             },
         )
 
-    def _views(self, epoch: int, generator: np.random.Generator) -> tuple[int, int]:
+    def _views(self, turn: int, generator: np.random.Generator) -> tuple[int, int]:
+        """The numbers of both views in the turn of an image, of all its turns in all epochs."""
         cached = self.plan.cached_views
+        if self.plan.resident:
+            return PLAIN, PLAIN
         if not cached:
-            return 2 * (epoch - PROBE_EPOCH), 2 * (epoch - PROBE_EPOCH) + 1
+            return 2 * turn, 2 * turn + 1
         first, second = generator.choice(cached, 2, replace=cached < 2).tolist()
         return first, second
 
@@ -289,6 +307,8 @@ class PyramidDataset(Dataset[PyramidBatch]):
 
     def drawn(self, number: int, view: int) -> View:
         """How a view of an image differs from it: a function of (seed, file name, view), so that a cache stays true."""
+        if view == PLAIN:
+            return View((0, 0), np.zeros(3, np.float32), 0.0, ())
         return draw_view(self._seed(number, view), self.augmentations)
 
     def _seed(self, number: int, view: int) -> tuple[int, int, int]:

@@ -182,6 +182,12 @@ class PyramidEncoder(nn.Module, ABC):
             return image
         return self.mean_image(image) * self.backbone.input_deviation + self.backbone.input_mean
 
+    @property
+    def unit(self) -> Tensor:
+        """What 1 of an image becomes in `prepare`, `[3, 1, 1]`."""
+        deviation = self.backbone.input_deviation
+        return torch.ones_like(deviation) if self.mean_image is None else deviation
+
     def patch_encoder(self, side: int) -> PatchEncoder:
         """The encoder of a side."""
         encoder = self.encoders[str(side)]
@@ -330,7 +336,9 @@ class SlidingEncoder(PyramidEncoder):
         padded, embedded = pad_to_multiple(self.prepare(image), self.multiple), {}
         for side, stride in self.strides.items():
             rows, columns = self.grid((image.shape[2], image.shape[3]), side)
-            embeddings = self._encode(side, cut_grid(padded, side, stride))
+            # an exported graph takes all images at once, since it does not know how many there are
+            images = [padded] if torch.compiler.is_exporting() else padded.split(1)
+            embeddings = torch.cat([self.encode(side, cut_grid(image, side, stride)) for image in images])
             embedded[side] = embeddings.unflatten(0, (image.shape[0], rows, columns)).permute(0, 3, 1, 2)
         return embedded
 
@@ -353,13 +361,14 @@ class SlidingEncoder(PyramidEncoder):
     ) -> Float[Tensor, "batch patches dim"]:
         """The asked patches are cut out and embedded."""
         patches = cut_patches(window, positions, (side, side))
-        return self._encode(side, patches.flatten(0, 1)).unflatten(0, positions.shape[:2])
+        return self.encode(side, patches.flatten(0, 1)).unflatten(0, positions.shape[:2])
 
     def _features(self, side: int, patches: Float[Tensor, "patches 3 side side"]) -> Tensor:
         name = self.tap_names[side]
         return self.backbone(patches, [name])[name]
 
-    def _encode(self, side: int, patches: Float[Tensor, "patches 3 side side"]) -> Float[Tensor, "patches dim"]:
+    def encode(self, side: int, patches: Float[Tensor, "patches 3 side side"]) -> Float[Tensor, "patches dim"]:
+        """Embeddings of patches of prepared images."""
         # an exported graph passes all, since their number depends on a batch that it does not know
         parts = [patches] if torch.compiler.is_exporting() else patches.split(self.patches_at_once)
         return torch.cat([self.patch_encoder(side)(self._features(side, part), 1).flatten(1) for part in parts])

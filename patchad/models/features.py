@@ -1,15 +1,42 @@
-"""One door to what encoders read of training views: computed from images in each step, or kept on disk."""
+"""One door to what encoders read of training views: computed from images in each step, kept on disk, or at hand."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from jaxtyping import Bool
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from patchad.canvas import Size
+from patchad.data.datasets import PLAIN
 from patchad.errors import PatchadError
+from patchad.images import Augmentations
 from patchad.models.cache import FeatureCache
-from patchad.models.encoders import DenseEncoder, PyramidEncoder
-from patchad.types import PyramidBatch
+from patchad.models.encoders import DenseEncoder, PyramidEncoder, SlidingEncoder
+from patchad.pyramid import cut_patches
+from patchad.types import Pyramid, PyramidBatch
+
+
+class EmbeddedPyramids(NamedTuple):
+    """Embeddings of the patches of one side, float32 `[images, pyramids, dim]` each.
+
+    Attributes:
+        side: of the patches in pixels.
+        anchor: by the encoder as it is, as are the next three.
+        near: see `Pyramid`.
+        far: the same.
+        neighbour: the same.
+        held: of the anchors, by an encoder that is held; None where none was given.
+    """
+
+    side: int
+    anchor: Tensor
+    near: Tensor
+    far: Tensor
+    neighbour: Tensor
+    held: Tensor | None
 
 
 class Features:
@@ -20,15 +47,18 @@ class Features:
 
     Attributes:
         views: how many views of each image there are; 0 where each epoch makes views of its own.
-        place: how large what is kept is, and where it lies; empty where nothing is.
+        resident: whether images are kept here, and views made of single patches.
+        place: what is kept, how large it is, and where it lies; empty where nothing is.
     """
 
-    views, place = 0, ""
+    views, resident, place = 0, False, ""
 
     def __init__(self, encoder: PyramidEncoder) -> None:
         self.encoder = encoder
 
-    def open(self, paths: Sequence[str], key: str, size: Size, painted: bool) -> list[tuple[int, int, bool]]:
+    def open(
+        self, paths: Sequence[str], key: str, size: Size, painted: bool, augmentations: Augmentations
+    ) -> list[tuple[int, int, bool]]:
         """Says which images are meant; returns number, view and whether it is painted of what `keep` wants to be given.
 
         Args:
@@ -36,6 +66,7 @@ class Features:
             key: whatever else the views depend on.
             size: height x width of the images in pixels.
             painted: whether views are also wanted with defects painted on them.
+            augmentations: how far views differ from images.
         """
         return []
 
@@ -49,9 +80,50 @@ class Features:
         """What the encoders of each side read, to be standardised by: of the images, or of what is kept."""
         return (self.encoder.observable(image) for image in images)
 
+    def read(self, batch: PyramidBatch, turn: Sequence[int]) -> Any:
+        """What `embedded_pyramids` and `anchors` need of a batch.
+
+        Args:
+            batch: the images.
+            turn: whatever is drawn is a function of these numbers.
+        """
+        return [self.windows(batch, view) for view in (0, 1)]
+
     def windows(self, batch: PyramidBatch, view: int) -> dict[int, Tensor]:
         """What `PyramidEncoder.embed` needs of the first (0) or second (1) view of each image, by side."""
         return self.encoder.windows(batch.image[:, view], corners(batch))
+
+    def anchors(self, read: Any, batch: PyramidBatch) -> dict[int, Float[Tensor, "images pyramids dim"]]:
+        """Embeddings of the anchors alone, by side."""
+        return {side: self.encoder.embed(side, read[0][side], pyramid.anchor) for side, pyramid in batch.sides.items()}
+
+    def embedded_pyramids(
+        self, read: Any, batch: PyramidBatch, held: PyramidEncoder | None = None
+    ) -> Iterator[EmbeddedPyramids]:
+        """Embeddings of all patches, side by side.
+
+        Args:
+            read: what `read` gave.
+            batch: the images.
+            held: embeds the anchors, too.
+        """
+        first, second = read
+        sources = first if held is None else self._held_windows(first, batch, held)
+        for side, pyramid in batch.sides.items():
+            count = pyramid.anchor.shape[1]
+            partners = torch.cat([pyramid.near, pyramid.far, pyramid.neighbour], dim=1)
+            anchor = self.encoder.embed(side, first[side], pyramid.anchor)
+            embedded = self.encoder.embed(side, second[side], partners).split(count, dim=1)
+            with torch.no_grad():
+                fixed = None if held is None else held.embed(side, sources[side], pyramid.anchor)
+            yield EmbeddedPyramids(side, anchor, *embedded, fixed)
+
+    @torch.no_grad()
+    def _held_windows(
+        self, first: Mapping[int, Tensor], batch: PyramidBatch, held: PyramidEncoder
+    ) -> Mapping[int, Tensor]:
+        """The first view as a held encoder reads it: the same where the backbone learns nothing."""
+        return first if held.backbone.frozen else held.windows(batch.image[:, 0], corners(batch))
 
     def embedded(self, batch: PyramidBatch, painted: bool) -> dict[int, Tensor]:
         """Embeddings of the first views at every scoring position, `[batch, dim, rows, columns]` by side."""
@@ -83,14 +155,16 @@ class CachedFeatures(Features):
         """Has the cache below the current folder."""
         self.cache.keep_inside()
 
-    def open(self, paths: Sequence[str], key: str, size: Size, painted: bool) -> list[tuple[int, int, bool]]:
+    def open(
+        self, paths: Sequence[str], key: str, size: Size, painted: bool, augmentations: Augmentations
+    ) -> list[tuple[int, int, bool]]:
         """What is missing in the cache.
 
         Raises:
             PatchadError: if the cache would be too large, or the backbone is fine-tuned.
         """
         self.cache.open(paths, key, self.encoder, size, painted)
-        self.place = f"{self.cache.gigabytes:.2f} GB in {self.cache.home}"
+        self.place = f"feature cache: {self.cache.gigabytes:.2f} GB in {self.cache.home}"
         return self.cache.missing()
 
     def keep(self, numbers: Tensor, views: Tensor, painted: Tensor, images: Tensor, masks: Tensor) -> None:
@@ -108,6 +182,12 @@ class CachedFeatures(Features):
         windows = self.cache.read(batch.number, batch.views[:, view], corners(batch))
         return {side: window.to(batch.content.device) for side, window in windows.items()}
 
+    def _held_windows(
+        self, first: Mapping[int, Tensor], batch: PyramidBatch, held: PyramidEncoder
+    ) -> Mapping[int, Tensor]:
+        """The same, since what is cached is of a backbone that learns nothing."""
+        return first
+
     def embedded(self, batch: PyramidBatch, painted: bool) -> dict[int, Tensor]:
         """Read from the cache and embedded."""
         features = self.cache.whole(batch.number, batch.views[:, 0], painted)
@@ -116,6 +196,75 @@ class CachedFeatures(Features):
     def masks(self, batch: PyramidBatch) -> Bool[Tensor, "batch height width"]:
         """Read from the cache."""
         return self.cache.masks(batch.number, batch.views[:, 0]).to(batch.content.device)
+
+
+class ResidentImages(Features):
+    """Patches of training images that stay on the encoder's device, each with colour and noise of its own.
+
+    So do the authors of the paper (Tsai et al., WACV 2022). Nothing is decoded in a step, and all patches of a side
+    pass the encoder in one call. Images take 12 bytes a pixel: 1000 of 256 x 256 pixels 0.8 GB.
+
+    Args:
+        encoder: reads them.
+
+    Attributes:
+        images: RGB in [0, 1], float32 `[images, 3, height, width]`.
+    """
+
+    resident = True
+
+    def __init__(self, encoder: SlidingEncoder) -> None:
+        self.encoder: SlidingEncoder = encoder
+        self.images, self.augmentations = torch.empty(0), Augmentations()
+
+    def open(
+        self, paths: Sequence[str], key: str, size: Size, painted: bool, augmentations: Augmentations
+    ) -> list[tuple[int, int, bool]]:
+        """All images, as they are."""
+        self.augmentations = augmentations
+        self.images = torch.empty(len(paths), 3, *size, device=self.encoder.backbone.input_mean.device)
+        self.place = f"training images: {self.images.nbytes / 1e9:.2f} GB on {self.images.device}"
+        return [(number, PLAIN, False) for number in range(len(paths))]
+
+    def keep(self, numbers: Tensor, views: Tensor, painted: Tensor, images: Tensor, masks: Tensor) -> None:
+        """Keeps the images."""
+        self.images[numbers] = self.encoder.prepare(images)
+
+    def read(self, batch: PyramidBatch, turn: Sequence[int]) -> dict[int, Tensor]:
+        """Anchor, near, far and neighbour of each side, `[4, images, pyramids, 3, side, side]`."""
+        generator = torch.Generator(self.images.device)
+        generator.manual_seed(int(np.random.SeedSequence(turn).generate_state(1)[0]))
+        return {side: self._patches(batch.number, side, pyramid, generator) for side, pyramid in batch.sides.items()}
+
+    def _patches(self, numbers: Tensor, side: int, pyramid: Pyramid, generator: torch.Generator) -> Tensor:
+        places = torch.cat([pyramid.anchor, pyramid.near, pyramid.far, pyramid.neighbour], dim=1)
+        patches = cut_patches(self.images, places + pyramid.window[:, None], (side, side), numbers)
+        draw = partial(torch.randn, generator=generator, device=patches.device)
+        colour = self.augmentations.colour * draw(*patches.shape[:3], 1, 1)
+        noise = self.augmentations.noise * draw(patches.shape)
+        return (patches + self.encoder.unit * (colour + noise)).unflatten(1, (4, -1)).transpose(0, 1)
+
+    def anchors(
+        self, read: Mapping[int, Tensor], batch: PyramidBatch
+    ) -> dict[int, Float[Tensor, "images pyramids dim"]]:
+        """Embeddings of the anchors alone, by side."""
+        return {side: embedded(self.encoder, side, patches[0]) for side, patches in read.items()}
+
+    def embedded_pyramids(
+        self, read: Mapping[int, Tensor], batch: PyramidBatch, held: SlidingEncoder | None = None
+    ) -> Iterator[EmbeddedPyramids]:
+        """Embeddings of all patches, each side in one call."""
+        for side, patches in read.items():
+            with torch.no_grad():
+                fixed = None if held is None else embedded(held, side, patches[0])
+            yield EmbeddedPyramids(side, *embedded(self.encoder, side, patches), fixed)
+
+
+def embedded(
+    encoder: SlidingEncoder, side: int, patches: Float[Tensor, "*places 3 side side"]
+) -> Float[Tensor, "*places dim"]:
+    """Embeddings of prepared patches, in one call."""
+    return encoder.encode(side, patches.flatten(0, -4)).unflatten(0, patches.shape[:-3])
 
 
 def corners(batch: PyramidBatch) -> dict[int, Tensor]:

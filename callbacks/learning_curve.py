@@ -25,7 +25,7 @@ class LearningCurve(Callback):
 
     As validation does, by defects painted on images that are not learned from; but banks of their own hold few patches
     of few images, so that it takes seconds. Figures are therefore lower, and are to be compared with each other alone.
-    Nothing of the fit is touched: no bank, no scale, no random number.
+    Nothing of the fit is touched: no bank, no scale, no random number. Where no image is held out, there is no curve.
 
     Args:
         images: how many training images fill these banks, and how many are measured.
@@ -39,7 +39,7 @@ class LearningCurve(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Measures, and logs."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if data.validate_on == "none" or not isinstance(pl_module.model, PatchModel):
+        if data.validate_on == "none" or not len(data.held_out_set) or not isinstance(pl_module.model, PatchModel):
             return
         count, total = min(self.images, len(data.train_set)), len(data.train_set)
         normals = Subset(data.train_set, torch.linspace(0, total - 1, count).long().tolist())

@@ -136,7 +136,7 @@ def test_a_folder_without_test_images_points_to_predict(product, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"held_out_fraction": 0.0}, "held_out_fraction 0.0"),
+        ({"held_out_fraction": -0.1}, "held_out_fraction -0.1"),
         ({"batch_size": 0}, "at least 1"),
         ({"brightness": 0.0}, r"brightness 0\.0 must lie above 0"),
         ({"brightness": 102.0}, r"brightness 102\.0 must lie above 0 and be at most 1"),

@@ -94,6 +94,9 @@ PLAIN = {
 NETWORK = {**PLAIN, **DEEP_SIDE}
 
 
+SMALL_LISTS = partial(MemoryBank, exact_most=60)
+
+
 def model(backbone=EfficientNetLite0, size=(96, 96), **arguments) -> PatchModel:
     """A model that could learn, with real banks and a threshold, of some random images."""
     torch.manual_seed(0)
@@ -160,13 +163,12 @@ def test_the_file_scores_arrays_of_any_size_as_the_detector_does(backbone, argum
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"bank": partial(MemoryBank, baseline=0.0), **ONE_SIDE}, {"scorer": Scorer, **ONE_SIDE}],
+    [{"bank": partial(MemoryBank, baseline=0.0, exact_most=60)}, {"bank": SMALL_LISTS, "scorer": Scorer}],
     ids=["no baseline", "excess"],
 )
 def test_the_file_searches_large_banks_as_the_detector_does(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr("patchad.memory.MemoryBank.exact_most", 60)
     monkeypatch.setattr("patchad.lists.PART", 5)
-    made = model(Tiny, **arguments)
+    made = model(Tiny, **ONE_SIDE, **arguments)
     lists, parts, _ = made.bank(16).lists.shape
     assert lists > 16 and parts > 2
     file = exported(made, tmp_path)

@@ -18,8 +18,7 @@ def clustered(count: int, seed: int = 0) -> torch.Tensor:
 
 def bank(vectors: torch.Tensor, exact_most: int, baseline: float = 0.0) -> MemoryBank:
     """A bank of those vectors, ten of each image."""
-    made = MemoryBank(side=16, max_vectors=None, baseline=baseline)
-    made.exact_most = exact_most
+    made = MemoryBank(side=16, max_vectors=None, baseline=baseline, exact_most=exact_most)
     numbers = torch.arange(len(vectors))
     made._set(torch.stack([numbers // 10, numbers % 10], dim=1), vectors)
     made.finish()

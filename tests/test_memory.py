@@ -17,9 +17,9 @@ def embeddings() -> torch.Tensor:
 
 
 def filled(
-    order=range(IMAGES), batch=2, max_vectors=None, seed=0, counted=None, reduce="random", baseline=0.0, things=None
+    order=range(IMAGES), batch=2, max_vectors=None, counted=None, baseline=0.0, things=None, **settings
 ) -> MemoryBank:
-    bank = MemoryBank(side=16, max_vectors=max_vectors, reduce=reduce, seed=seed, baseline=baseline)
+    bank = MemoryBank(side=16, max_vectors=max_vectors, baseline=baseline, **settings)
     counted = torch.ones(IMAGES, ROWS, COLUMNS, dtype=torch.bool) if counted is None else counted
     index = torch.tensor(list(order))
     for part in index.split(batch):
@@ -188,11 +188,10 @@ def slow_levels(bank: MemoryBank, things: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("exact_most", [10, 1000])
 @pytest.mark.parametrize("reduce", ["random", "kmeans"])
 def test_levels_are_the_distances_to_other_things_that_patches_of_each_list_have(reduce, exact_most, monkeypatch):
-    monkeypatch.setattr(MemoryBank, "exact_most", exact_most)
     monkeypatch.setattr("patchad.memory.TABLE", 1000)  # a bank that is searched whole, in several parts
     monkeypatch.setattr("patchad.lists.FIRST", 1000)  # where there are lists, all of them are looked into
     max_vectors = None if reduce == "random" else 30
-    bank = filled(baseline=0.5, things=THINGS, max_vectors=max_vectors, reduce=reduce)
+    bank = filled(baseline=0.5, things=THINGS, max_vectors=max_vectors, reduce=reduce, exact_most=exact_most)
     assert bank.levels.unique().numel() > 1
     torch.testing.assert_close(bank.levels, slow_levels(bank, THINGS), rtol=1e-4, atol=1e-4)
 
@@ -254,9 +253,8 @@ def test_patches_are_compared_with_other_things_alone_where_the_image_is_of_one_
     assert (bank.distances(queries) <= bank.distances(queries, own=own) + 1e-6).all()
 
 
-def test_a_large_bank_passes_over_what_an_image_shows_too_also_where_its_lists_hold_nothing_else(monkeypatch):
-    monkeypatch.setattr(MemoryBank, "exact_most", 500)
-    random, bank = torch.Generator().manual_seed(0), MemoryBank(16, None, baseline=0.0)
+def test_a_large_bank_passes_over_what_an_image_shows_too_also_where_its_lists_hold_nothing_else():
+    random, bank = torch.Generator().manual_seed(0), MemoryBank(16, None, baseline=0.0, exact_most=500)
     for number in range(4):  # the last image lies far from all others
         values = torch.rand(1, 6, 15, 15, generator=random) + 9 * (number == 3)
         bank.add(values, torch.ones(1, 15, 15, dtype=torch.bool), torch.tensor([number]))
@@ -287,9 +285,8 @@ def test_the_exported_search_loses_no_digits_where_all_vectors_lie_far_from_zero
 
 
 @pytest.mark.parametrize("exact_most", [10, 1000])
-def test_a_bank_that_was_searched_forgets_its_index_when_another_is_loaded(exact_most, monkeypatch):
-    monkeypatch.setattr(MemoryBank, "exact_most", exact_most)
-    bank, other = filled(seed=0), filled(seed=0)
+def test_a_bank_that_was_searched_forgets_its_index_when_another_is_loaded(exact_most):
+    bank, other = filled(exact_most=exact_most), filled(exact_most=exact_most)
     other.vectors.add_(5.0)
     other._forget()
     queries = torch.rand(1, 7, DIM)

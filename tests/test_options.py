@@ -69,7 +69,7 @@ NUMBERS = [
             "brightness": [math.nan, math.inf, 0.0],
             "noise_deviation": [math.nan, math.inf, -1.0],
             "colour_deviation": [math.nan],
-            "held_out_fraction": [math.nan, 0.0, 1.0],
+            "held_out_fraction": [math.nan, -0.1, 1.0],
             "shift": [-1, 3],
             "max_megapixels": [math.nan, 0.0, math.inf],
         }.items()

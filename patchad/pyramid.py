@@ -4,6 +4,7 @@ A side of K pixels is scored at positions `stride` pixels apart; the patch at po
 `[row * stride, row * stride + K)` x `[column * stride, column * stride + K)`.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -367,6 +368,7 @@ def _draw_up_to(most: np.ndarray, grid: int, generator: np.random.Generator) -> 
     return generator.integers(0, most // grid, endpoint=True) * grid
 
 
+@functools.cache
 def _near_candidates(side: int, grid: int) -> Int[np.ndarray, "candidates 2"]:
     """Every displacement of at most K/16 rows and columns but none; or no displacement, where the grid is coarser."""
     steps = np.arange(-(side // 16 // grid), side // 16 // grid + 1) * grid

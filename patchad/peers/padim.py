@@ -4,9 +4,8 @@ Source: Defard, Setkov, Loesch, Audigier, PaDiM: a Patch Distribution Modeling F
 Localization, ICPR 2020 workshops, https://arxiv.org/abs/2011.08785.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +25,7 @@ REGULARIZATION = 0.01
 DEVIATION = 4.0
 """Of the Gaussian that smooths the map, in pixels (the paper's experimental setup)."""
 STRIDES = (4, 8, 16)
-"""Of the taps that are read by default, in pixels: the first three stages of a ResNet."""
+"""Of the taps that are read, in pixels: the first three stages of a ResNet."""
 PEAK = partial(Scorer, combination="sum", image_score="max", smoothing=0.0)
 """The score of an image is the highest pixel of its map (section III-C)."""
 
@@ -55,7 +54,7 @@ class Gaussians(nn.Module):
             self.register_buffer(name, torch.empty(0))
 
     def estimate(
-        self, features: Iterable[Float[Tensor, "batch channels rows columns"]], total: Callable[[Tensor], Tensor]
+        self, features: Iterable[Float[Tensor, "_ channels rows columns"]], total: Callable[[Tensor], Tensor]
     ) -> None:
         """Estimates the Gaussians of normal images, in batches, of sums in float64; `total` sums over all processes.
 
@@ -93,7 +92,8 @@ class Gaussians(nn.Module):
                 f"PaDiM knows {fitted} places, this image has {given}; give all images the image_size of the fit"
             )
         along = ((features - self.mean).flatten(2).permute(2, 0, 1) @ self.axes).square()
-        squared, rest = self._over_variance(along, self.count - 1), self.count - 1
+        rest = self.count - 1
+        squared = self._over_variance(along, rest)
         if own is not None:
             share = self._over_variance(along, rest - 1) * self.count / rest
             without = share * self.count / rest / (1 - share / (rest - 1)).clamp(min=torch.finfo(share.dtype).eps)
@@ -113,30 +113,25 @@ class Gaussians(nn.Module):
 class PaDiMModel(ScoringModel):
     """Scores each place of an image by how far its features are from the Gaussian of normal ones there.
 
-    Features are those of several taps, the deeper ones enlarged to the shallowest, and of these some channels, the same
-    everywhere. The map of distances is enlarged to pixels (bilinear) and smoothed. Products must lie alike in all
-    images. The Gaussians take 4 bytes for each place and pair of channels: 164 MB of 256 x 256 pixels and 100 channels.
+    Features are those of the deepest tap of each stride of `STRIDES`, all enlarged to the places of the shallowest, and
+    of these some channels, the same everywhere. The map of distances is enlarged to pixels (bilinear) and smoothed.
+    Products must lie alike in all images. The Gaussians take 4 bytes for each place and pair of channels: 164 MB of
+    256 x 256 pixels and 100 channels.
 
     Args:
         backbone: image -> feature maps, which is not trained; None is `ResNet18`.
-        taps: names of layers, the shallowest first; by default the deepest of a stride of 4, 8 and 16 pixels each.
         channels: how many are kept of all taps together: 100 in the paper for ResNet18, 550 for WideResNet50.
         seed: draws them.
         scorer: makes what holds the threshold.
 
     Raises:
-        PatchadError: if the backbone is trained or has no such taps or channels, or the scorer combines excesses.
+        PatchadError: if the backbone is trained or has fewer channels, or the scorer combines excesses.
     """
 
     chosen: Tensor
 
     def __init__(
-        self,
-        backbone: Backbone | None = None,
-        taps: Sequence[str] | None = None,
-        channels: int = 100,
-        seed: int = 0,
-        scorer: ScorerFactory = PEAK,
+        self, backbone: Backbone | None = None, channels: int = 100, seed: int = 0, scorer: ScorerFactory = PEAK
     ) -> None:
         super().__init__()
         self.backbone = backbone or ResNet18()
@@ -144,9 +139,7 @@ class PaDiMModel(ScoringModel):
         if not self.backbone.frozen:
             raise PatchadError("PaDiM learns nothing: leave out backbone.trainable")
         deepest = {tap.stride: name for name, tap in self.backbone.taps.items()}
-        self.taps = list(taps or (deepest[stride] for stride in STRIDES if stride in deepest))
-        if not self.taps:
-            raise PatchadError(f"{self.backbone.title} has no layer of stride 4, 8 or 16: give model.taps")
+        self.taps = {deepest[stride]: stride for stride in STRIDES if stride in deepest}
         available = sum(self.backbone.tap(name).channels for name in self.taps)
         check_range({"channels": channels}, 1, available)
         drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
@@ -158,16 +151,14 @@ class PaDiMModel(ScoringModel):
     def features(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels rows columns"]:
         """The chosen channels of all taps, at the places of the shallowest."""
         maps = self.backbone(image, self.taps)
-        rows, columns = maps[self.taps[0]].shape[2:]
-        times = [self.backbone.tap(name).stride / self.stride for name in self.taps]
-        enlarged = [F.interpolate(maps[name], scale_factor=time) for name, time in zip(self.taps, times, strict=True)]
-        joined = torch.cat([values[:, :, :rows, :columns] for values in enlarged], dim=1)
-        return joined[:, self.chosen].float()
+        rows, columns = next(iter(maps.values())).shape[2:]
+        enlarged = [F.interpolate(maps[name], scale_factor=stride / self.stride) for name, stride in self.taps.items()]
+        return torch.cat([values[:, :, :rows, :columns] for values in enlarged], dim=1)[:, self.chosen].float()
 
     @property
     def stride(self) -> int:
         """Distance between places in pixels."""
-        return self.backbone.tap(self.taps[0]).stride
+        return min(self.taps.values())
 
     def detect(
         self,
@@ -177,25 +168,13 @@ class PaDiMModel(ScoringModel):
         region: Region | None = None,
     ) -> Prediction:
         """Maps, scores and verdicts of images."""
-        features = self.features(image)
+        features, size = self.features(image), image.shape[2:]
         with torch.autocast(image.device.type, enabled=False):  # distances would lose digits
-            distances = self.gaussians(features, None if thing is None else thing >= 0)
-            scale = float(self.stride)
-            enlarged = F.interpolate(distances[:, None], scale_factor=scale, mode="bilinear", align_corners=False)[:, 0]
-        smoothed = {0: gaussian(enlarged[:, : image.shape[2], : image.shape[3]], content, DEVIATION, region=region)}
-        return self.judge(
-            self.scorer.combine(smoothed), self.scorer.show(smoothed, content, region=region), content, region
-        )
-
-    @property
-    def scored_by(self) -> dict[str, Any]:
-        """What scores depend on, of all that may be given another value after a fit."""
-        return {**super().scored_by, "taps": self.taps}
-
-    def check_fitted(self, fitted: Mapping[str, Any]) -> None:
-        """Refuses what was fitted with other taps."""
-        if fitted["taps"] != self.taps:
-            raise PatchadError(f"the checkpoint has taps {fitted['taps']}, not {self.taps}; fit again")
+            distances = self.gaussians(features, None if thing is None else thing >= 0)[:, None]
+            enlarged = F.interpolate(distances, scale_factor=float(self.stride), mode="bilinear")[:, 0]
+        maps = {0: gaussian(enlarged[:, : size[0], : size[1]], content, DEVIATION, region=region)}
+        shown = self.scorer.show(maps, content, region=region)
+        return self.judge(self.scorer.combine(maps), shown, content, region)
 
 
 class PaDiM(Detector[PaDiMModel]):
@@ -203,22 +182,16 @@ class PaDiM(Detector[PaDiMModel]):
 
     Args:
         backbone: image -> feature maps; this and what follows is explained at `PaDiMModel`.
-        taps: names of layers.
         channels: how many are kept.
         seed: draws them.
         scorer: makes what holds the threshold.
     """
 
     def __init__(
-        self,
-        backbone: Backbone | None = None,
-        taps: Sequence[str] | None = None,
-        channels: int = 100,
-        seed: int = 0,
-        scorer: ScorerFactory = PEAK,
+        self, backbone: Backbone | None = None, channels: int = 100, seed: int = 0, scorer: ScorerFactory = PEAK
     ) -> None:
         super().__init__()
-        self.model = PaDiMModel(backbone, taps, channels, seed, scorer)
+        self.model = PaDiMModel(backbone, channels, seed, scorer)
         self.save_hyperparameters({**hyperparameters(self), **spec(self.model)["init_args"]})
 
     def know_normals(self) -> None:

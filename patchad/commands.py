@@ -19,7 +19,7 @@ from patchad.errors import PatchadError, check_range
 from patchad.export import MAP_TOLERANCE, TOLERANCE, Difference, compare, export
 from patchad.files import check_writable
 from patchad.masks import read_region
-from patchad.model import PatchModel, ScoringModel
+from patchad.model import ScoringModel
 from patchad.revision import Revision
 from patchad.runtime import ExportedDetector, load
 from patchad.stages import Row, stage_table
@@ -137,10 +137,6 @@ class DetectorTrainer(Trainer):
         check_range({"--repeats": repeats, "--batch_sizes": min(batch_sizes, default=0)}, 1)
         device, threads = self.strategy.root_device, torch.get_num_threads()
         scoring = restored(model, datamodule, ckpt_path).to(device)
-        if not isinstance(scoring, PatchModel):
-            raise PatchadError(
-                f"benchmark times the stages of one detector; {ckpt_path} is of several: give a member's"
-            )
         datamodule.setup("predict")
         with self.precision_plugin.forward_context():
             rate = best_rate(device)

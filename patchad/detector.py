@@ -207,6 +207,11 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         rows[numbers] = values
         return torch.as_tensor(self.trainer.strategy.reduce(rows, reduce_op="sum"))
 
+    def _total(self, moments: Tensor) -> Tensor:
+        """The sum over all processes."""
+        gathered = torch.as_tensor(self.all_gather(moments))  # with one process there is no axis of processes
+        return gathered.reshape(-1, *moments.shape).sum(0).cpu()
+
     # validate, test, predict
 
     def on_validation_start(self) -> None:

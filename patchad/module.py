@@ -181,10 +181,6 @@ class PatchDetector(Detector[PatchModel]):
         for standardize in encoder.standardizers.values():
             standardize.finish(self._total)
 
-    def _total(self, moments: Tensor) -> Tensor:
-        gathered = torch.as_tensor(self.all_gather(moments))  # with one process there is no axis of processes
-        return gathered.reshape(-1, *moments.shape).sum(0).cpu()
-
     def on_train_epoch_start(self) -> None:
         """Watches anew, and reassigns the pseudo-labels, from the end of the warm-up on."""
         assert self.learning is not None

@@ -296,7 +296,9 @@ class Revision:
     def _patch_model(self) -> PatchModel:
         if isinstance(self.model, PatchModel):
             return self.model
-        raise PatchadError(f"{self.ckpt_path} has no banks of its own: update its members, and fit it anew")
+        raise PatchadError(
+            f"{self.ckpt_path} has no banks of its own that could change: fit it anew, an ensemble of updated members"
+        )
 
     def _compare(self, title: str, images: Images, before: Tensor, after: Tensor) -> None:
         """Prints verdicts before and after, and the scores of images that are or were no normal ones."""

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchad.model import PatchModel
+from patchad.model import PatchModel, ScoringModel
 from patchad.stages import Row, process_memory
 from patchad.types import Region
 
@@ -183,7 +183,7 @@ def stage_rows(measured: Iterable[Mapping[str, float]], operations: Mapping[str,
 
 
 def measure_stages(
-    model: PatchModel,
+    model: ScoringModel,
     image: Float[Tensor, "batch 3 height width"],
     content: Int[Tensor, "batch 2"],
     repeats: int,
@@ -191,6 +191,8 @@ def measure_stages(
     region: Region | None = None,
 ) -> list[Row]:
     """The stage table of one batch: the stages, their sum, and all of them in one go; one run of each warms up.
+
+    The stages are those of a `PatchModel`; of others only the last row is known, without a floor.
 
     The stages begin on the model's device, and each waits for the one before. In one go nothing waits; images come
     from the machine's memory, and scores go back there.
@@ -203,18 +205,20 @@ def measure_stages(
         rate: what `best_rate` gave.
         region: True where an image is judged, in the machine's memory; by default that is its content.
     """
-    device = model.scorer.scale.device
-    moved = image.to(device), content.to(device)
-    on_device = None if region is None else region.to(device)
-    runs = [time_stages(model, *moved, on_device) for _ in range(repeats + 1)][1:]
-    rows = stage_rows(runs, floating_point_operations(model, *moved), rate)
+    device, rows, floor = model.scorer.scale.device, [], None
+    if isinstance(model, PatchModel):
+        moved = image.to(device), content.to(device)
+        on_device = None if region is None else region.to(device)
+        runs = [time_stages(model, *moved, on_device) for _ in range(repeats + 1)][1:]
+        rows = stage_rows(runs, floating_point_operations(model, *moved), rate)
+        floor = rows[-1].floor
     whole = alternate({"whole": partial(score_from_memory, model, image, content, region)}, repeats, device)["whole"]
-    return [*rows, Row("from memory to score", whole, rows[-1].floor)]
+    return [*rows, Row("from memory to score", whole, floor)]
 
 
 @torch.inference_mode()
 def score_from_memory(
-    model: PatchModel,
+    model: ScoringModel,
     image: Float[Tensor, "batch 3 height width"],
     content: Int[Tensor, "batch 2"],
     region: Region | None = None,

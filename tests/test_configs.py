@@ -14,6 +14,10 @@ from patchad.spec import digest, spec
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 
 
+DETECTORS = {"padim": "patchad.peers.PaDiM"}
+"""Of configurations that name another than the default's."""
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "ensemble"])  # needs members
 def test_every_config_parses_and_builds_its_parts(name, tmp_path, monkeypatch, capsys):
     """The network weights are switched off: that they load is tested with the backbones."""
@@ -25,7 +29,8 @@ def test_every_config_parses_and_builds_its_parts(name, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", name, *off, "--print_config"])
     assert stop.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "patchad.PatchDetector"
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["class_path"]
+    assert found == DETECTORS.get(name, "patchad.PatchDetector")
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", name, *off, "--data.layout=MVTecAD"])
     assert stop.value.code == 2

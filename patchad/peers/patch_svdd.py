@@ -54,6 +54,7 @@ class Blocks(Backbone):
         trainable: `all`, or `none`.
 
     Example:
+        >>> import torch
         >>> Blocks()(torch.zeros(1, 3, 64, 96), ["block"])["block"].shape
         torch.Size([1, 64, 2, 3])
     """
@@ -88,6 +89,7 @@ class HierarchicalEncoder(PatchEncoder):
         PatchadError: if the side is neither.
 
     Example:
+        >>> import torch
         >>> encoder = HierarchicalEncoder(side=64, tap=Blocks.taps["block"])
         >>> encoder(torch.zeros(1, 64, 4, 4), step=1).shape
         torch.Size([1, 64, 3, 3])
@@ -115,6 +117,7 @@ class SVDD(PatchLoss):
     the paper has a sum.
 
     Example:
+        >>> import torch
         >>> h, near = torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
         >>> views = PatchViews(32, anchor=h, near=near, far=h, neighbour=h, direction=h, label=None, centroids=None)
         >>> SVDD()(views)

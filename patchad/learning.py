@@ -18,7 +18,7 @@ from patchad.models.cache import FeatureCache
 from patchad.models.encoders import PyramidEncoder, SlidingEncoder
 from patchad.models.features import CachedFeatures, Features, ResidentImages
 from patchad.pyramid import covered, fits_pyramids, window_size
-from patchad.types import PatchViews, PyramidBatch, PyramidPlan, given
+from patchad.types import DIRECTIONS, PatchViews, PyramidBatch, PyramidPlan, given
 
 COMPARED = ("normal", "thing", "painted", "share")
 """What a loss may need of patches with and without painted defects."""
@@ -41,6 +41,7 @@ class Learning(nn.Module):
         learning_rate: of Adam.
         cache: keeps the features of a frozen backbone on disk, in dense mode; None computes them in each step.
         compiled: make a step one graph by torch.compile: for GPUs, where Python starts kernels slower than they run.
+        directions: in which a neighbour may lie; 12 in the paper.
         seed: of the first centroids.
 
     Attributes:
@@ -52,7 +53,8 @@ class Learning(nn.Module):
         probe_labels: the pseudo-labels of these, by side.
 
     Raises:
-        PatchadError: if a loss needs what there never is, or the encoder has no features to cache.
+        PatchadError: if a loss needs what there never is or tells other directions, or the encoder has no features to
+            cache.
     """
 
     def __init__(
@@ -64,15 +66,19 @@ class Learning(nn.Module):
         learning_rate: float = 3e-4,
         cache: FeatureCache | None = None,
         compiled: bool = False,
+        directions: int = DIRECTIONS,
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_range({"clusters": clusters}, 1)
+        check_range({"directions": directions}, 2)
         check_range({"warmup": warmup, "learning_rate": learning_rate}, 0, 1)
         check_seed(seed)
-        terms = (Position(), RelativeSimilarity(), Clustering()) if losses is None else losses
+        terms = (Position(directions=directions), RelativeSimilarity(), Clustering()) if losses is None else losses
         check_losses(terms)
-        self.warmup, self.learning_rate, self.compiled = warmup, learning_rate, compiled
+        check_directions(terms, directions)
+        self.warmup, self.learning_rate, self.directions = warmup, learning_rate, directions
+        self.compiled = compiled
         self.losses = nn.ModuleDict({str(side): nn.ModuleList(map(copy.deepcopy, terms)) for side in encoder.sides})
         dims = {side: encoder.patch_encoder(side).dim for side in encoder.sides}
         self.pseudo_labels = nn.ModuleDict({str(side): PseudoLabels(clusters, dim, seed) for side, dim in dims.items()})
@@ -101,7 +107,8 @@ class Learning(nn.Module):
     @property
     def plan(self) -> PyramidPlan:
         """What the datamodule must know to draw the pyramids."""
-        return PyramidPlan(self.encoder.grids, self.features.views, self.features.resident, self.paints)
+        features = self.features
+        return PyramidPlan(self.encoder.grids, features.views, features.resident, self.paints, self.directions)
 
     def prepare(self, size: Size, batch_size: int) -> None:
         """Switches off losses that do not fit the images, and says so; warns where a batch is too small for one.
@@ -281,3 +288,13 @@ def check_losses(losses: Sequence[PatchLoss]) -> None:
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise PatchadError(f"losses holds {', '.join(sorted(repeated))} more than once; subclass it to tell them apart")
+
+
+def check_directions(losses: Sequence[PatchLoss], directions: int) -> None:
+    """Raises PatchadError if neighbours lie in another number of directions than `Position` tells apart."""
+    for loss in losses:
+        if isinstance(loss, Position) and loss.directions != directions:
+            raise PatchadError(
+                f"Position tells {loss.directions} directions apart, neighbours lie in {directions}; give its "
+                "directions and model.learning.directions the same number"
+            )

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchad.errors import PatchadError, check_range
-from patchad.pyramid import DIRECTIONS
 from patchad.spec import Configurable
-from patchad.types import PatchViews
+from patchad.types import DIRECTIONS, PatchViews
 
 Scalar = Float[Tensor, ""]
 
@@ -76,30 +75,32 @@ class RelativeSimilarity(PatchLoss):
 class Position(PatchLoss):
     """Which way the neighbour lies must be readable from the difference of two embeddings.
 
-    Cross entropy of `C(h1 - h2)` against the direction, one of 12, for anchor h1 and neighbour h2; C has three fully
-    connected layers, LeakyReLU after all but the last. Source: Tsai et al., WACV 2022, supplement, section 3; the
-    refined self-supervision after Patch SVDD (Yi and Yoon, ACCV 2020).
+    Cross entropy of `C(h1 - h2)` against the direction, one of 12 in the paper, for anchor h1 and neighbour h2; C has
+    three fully connected layers, LeakyReLU after all but the last. Source: Tsai et al., WACV 2022, supplement, section
+    3; the refined self-supervision after Patch SVDD (Yi and Yoon, ACCV 2020).
 
     Args:
         weight: factor of the term in the sum.
         dim: numbers per embedding.
         hidden: width of the classifier.
+        directions: in which a neighbour may lie, as `Learning` has them.
     """
 
     needs = ("neighbour",)
 
-    def __init__(self, weight: float = 1.0, dim: int = 64, hidden: int = 128) -> None:
+    def __init__(self, weight: float = 1.0, dim: int = 64, hidden: int = 128, directions: int = DIRECTIONS) -> None:
         super().__init__(weight)
+        self.directions = directions
         self.classifier = nn.Sequential(
             nn.Linear(dim, hidden),
             nn.LeakyReLU(0.1),
             nn.Linear(hidden, hidden),
             nn.LeakyReLU(0.1),
-            nn.Linear(hidden, DIRECTIONS),
+            nn.Linear(hidden, directions),
         )
 
-    def logits(self, views: PatchViews) -> Float[Tensor, "patches 12"]:
-        """Scores of the 12 directions."""
+    def logits(self, views: PatchViews) -> Float[Tensor, "patches directions"]:
+        """Scores of the directions."""
         assert views.neighbour is not None
         dim = self.classifier[0].in_features
         if views.anchor.shape[1] != dim:
@@ -107,12 +108,12 @@ class Position(PatchLoss):
         return self.classifier(views.anchor - views.neighbour)
 
     def forward(self, views: PatchViews) -> Scalar:
-        """Cross entropy in nats; log 12 = 2.48 is chance."""
+        """Cross entropy in nats; the logarithm of the number of directions is chance, log 12 = 2.48."""
         return F.cross_entropy(self.logits(views), views.direction)
 
     @torch.no_grad()
     def watched(self, views: PatchViews) -> dict[str, Scalar]:
-        """The share of directions told right; 1/12 is chance."""
+        """The share of directions told right; one in their number is chance."""
         return {"position_accuracy": (self.logits(views).argmax(1) == views.direction).float().mean()}
 
 

@@ -15,10 +15,8 @@ from torch.nn import functional as F
 
 from patchad.canvas import Size
 from patchad.errors import PatchadError
-from patchad.types import Pyramid, Region
+from patchad.types import DIRECTIONS, Pyramid, Region
 
-DIRECTIONS = 12
-"""Directions in which a neighbour may lie, 30 degrees apart; 0 points along the rows, 3 along the columns."""
 WINDOW = 3
 """Sides of the window that holds all pyramids of an image; a smaller one is faster."""
 
@@ -304,6 +302,7 @@ def sample_pyramids(
     shift: Size,
     generator: np.random.Generator,
     start: Size = (0, 0),
+    directions: int = DIRECTIONS,
 ) -> Pyramid:
     """Draws the pyramids of one side in one image, without the batch axis.
 
@@ -322,6 +321,7 @@ def sample_pyramids(
         shift: rows x columns in pixels by which the second view's content is moved against the first's.
         generator: draws everything.
         start: top left corner of what patches lie on, in pixels.
+        directions: in which a neighbour may lie.
 
     Raises:
         PatchadError: if the shift leaves them no room.
@@ -331,12 +331,12 @@ def sample_pyramids(
     extent = np.array(window_size(size, side, grid))
     offset = (np.array(start) - np.maximum(extent - np.array(content), 0) // 2) // grid * grid
     window, room = _draw_up_to(limit - extent, grid, generator) + offset.clip(0, area - limit), extent - side
-    direction = generator.integers(DIRECTIONS, size=count)
+    direction = generator.integers(directions, size=count)
     origin = np.zeros((count, 2), dtype=np.int64)
     if not fits_pyramids((int(extent[0]), int(extent[1])), side):
         anchor = _draw_up_to(origin + room, grid, generator)
         return _pyramid(window, anchor, anchor, anchor, anchor, direction)
-    neighbour = displacements(direction, generator.uniform(0.75 * side, side, size=count), grid)
+    neighbour = displacements(direction, generator.uniform(0.75 * side, side, size=count), grid, directions)
     far = _draw_far(neighbour, side, grid, room, generator)
     near = _draw_fitting(_near_candidates(side, grid), np.stack([origin, neighbour, far]), room, generator)
     movement = -np.round(np.array(shift) / grid).astype(np.int64) * grid if extent.min() >= WINDOW * side else origin
@@ -355,10 +355,13 @@ def window_size(size: Size, side: int, grid: int) -> Size:
 
 
 def displacements(
-    direction: Int[np.ndarray, "*draws"], distance: Float[np.ndarray, "*draws"], grid: int
+    direction: Int[np.ndarray, "*draws"], distance: Float[np.ndarray, "*draws"], grid: int, directions: int = DIRECTIONS
 ) -> Int[np.ndarray, "*draws 2"]:
-    """Rows and columns in pixels, rounded to the grid, of steps of some distance in one of the 12 directions."""
-    angle = direction * (2 * np.pi / DIRECTIONS)
+    """Rows and columns in pixels, rounded to the grid, of steps of some distance in one of the directions.
+
+    Directions are evenly spaced: 0 points along the rows, a quarter of them along the columns.
+    """
+    angle = direction * (2 * np.pi / directions)
     step = distance[..., None] * np.stack([np.sin(angle), np.cos(angle)], axis=-1)
     return np.round(step / grid).astype(np.int64) * grid
 

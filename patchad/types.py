@@ -14,6 +14,8 @@ NORMAL = "good"
 
 UNKNOWN = ""
 """Defect type of images of which nothing is known."""
+DIRECTIONS = 12
+"""Directions in which a neighbour may lie, evenly spaced, unless another number is asked for."""
 Region: TypeAlias = Bool[Tensor, "batch image_height image_width"]
 """True on the pixels of images, as they are scored, that are judged."""
 
@@ -124,8 +126,8 @@ class Pyramid(NamedTuple):
         anchor: the patch that the others are compared with.
         near: where the anchor is, or a few pixels beside it.
         far: a patch that shares nothing with the anchor.
-        neighbour: a patch in one of 12 directions from the anchor.
-        direction: that direction, 0..11, int64 `[batch, pyramids]`.
+        neighbour: a patch in one of `PyramidPlan.directions` from the anchor.
+        direction: the number of that direction, int64 `[batch, pyramids]`; see `patchad.pyramid.displacements`.
     """
 
     window: Tensor
@@ -144,12 +146,14 @@ class PyramidPlan(NamedTuple):
         cached_views: how many views of each image have cached features; 0 where each epoch makes views of its own.
         resident: whether the detector has the images at hand, and makes views of single patches.
         painted: whether the first view is also wanted with defects painted on it.
+        directions: in which a neighbour may lie.
     """
 
     grids: dict[int, int]
     cached_views: int = 0
     resident: bool = False
     painted: bool = False
+    directions: int = DIRECTIONS
 
 
 class PyramidBatch(NamedTuple):
@@ -192,8 +196,8 @@ class PatchViews(NamedTuple):
         anchor: embeddings, float32 `[patches, dim]`, as are `near`, `far` and `neighbour`.
         near: of the patches (nearly) at the anchors' places.
         far: of patches that share nothing with the anchors; None where the image is too small for them.
-        neighbour: of patches in one of 12 directions; None where the image is too small for them.
-        direction: 0..11, int64 `[patches]`.
+        neighbour: of patches in one of the directions; None where the image is too small for them.
+        direction: which one, int64 `[patches]`.
         label: pseudo-label of each anchor, int64 `[patches]`; None until the warm-up ends.
         centroids: of the clusters, float32 `[clusters, dim]`; None until the warm-up ends.
         normal: embeddings of the scored patches of the first view, float32 `[normals, dim]`; this and what follows is

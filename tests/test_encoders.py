@@ -273,6 +273,16 @@ def test_sliding_embeds_each_patch_as_if_it_were_an_image_of_its_own():
         torch.testing.assert_close(found[:, :, row, column], alone, rtol=1e-3, atol=1e-5)
 
 
+def test_sliding_patches_lie_at_any_stride_that_divides_their_side():
+    """Each passes on its own, so that the stride of the tap, 8 for these, does not count."""
+    encoder, image = learned(SlidingEncoder, scoring_strides={32: 16, 16: 2}), torch.rand(1, 3, 32, 48)
+    found, coarser = encoder(image)[16], learned(SlidingEncoder, scoring_strides={32: 16, 16: 8})(image)[16]
+    assert encoder.taps[16].stride == 8 and found.shape[2:] == (9, 17)
+    torch.testing.assert_close(found[:, :, ::4, ::4], coarser, rtol=1e-3, atol=1e-5)
+    with pytest.raises(PatchadError, match=r"scoring stride 3 of side 16 must divide 16 and be a multiple of 1 \("):
+        learned(SlidingEncoder, scoring_strides={16: 3})
+
+
 def test_sliding_patches_of_pyramids_are_those_of_scoring():
     encoder, image = learned(SlidingEncoder, scoring_strides={32: 16, 16: 8}), torch.rand(2, 3, 64, 64)
     corners = {32: torch.zeros(2, 2, dtype=torch.int64), 16: torch.tensor([[8, 0], [16, 16]])}

@@ -28,7 +28,7 @@ from patchad.scoring import Scorer
 from patchad.types import PatchViews
 
 GOLDEN = Path(__file__).parent / "golden"
-LEARNING = {"losses", "clusters", "warmup", "learning_rate", "cache"}
+LEARNING = {"losses", "clusters", "warmup", "learning_rate", "cache", "directions"}
 """Options of `Learning`; the others are the detector's."""
 
 
@@ -290,6 +290,13 @@ def test_training_that_diverges_ends_in_words_and_leaves_the_checkpoint_before(w
     checkpoint = torch.load(tmp_path / "log/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3 < run.global_step
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+def test_neighbours_are_drawn_in_as_many_directions_as_learning_asks_for(product, tmp_path):
+    model, data = detector(losses=None, directions=8, sides=(16,)), images(product)
+    trainer(tmp_path, max_epochs=1).fit(model, data)
+    drawn = torch.cat([batch.sides[16].direction.flatten() for batch in data.train_dataloader()])
+    assert drawn.unique().tolist() == list(range(8))
 
 
 def test_zero_epochs_leave_a_checkpoint_with_a_bank(product, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from patchad.errors import PatchadError
-from patchad.learning import check_losses
+from patchad.learning import check_directions, check_losses
 from patchad.losses import Clustering, PatchLoss, Position, RelativeSimilarity, Separation, nearest_distance
 from tests.contracts import check_loss, some_views
 
@@ -185,6 +185,15 @@ def test_a_loss_that_needs_what_there_never_is_is_refused(needs):
 def test_position_names_both_dims_where_they_differ():
     with pytest.raises(PatchadError, match="Position has dim 32, embeddings have 64"):
         Position(dim=32)(some_views())
+
+
+def test_position_of_eight_directions_tells_these_apart():
+    views = some_views()
+    views = views._replace(direction=views.direction % 8)
+    assert Position(directions=8).logits(views).shape == (40, 8)
+    check_directions([Clustering(), Position(directions=8)], 8)
+    with pytest.raises(PatchadError, match=r"tells 12 directions .* lie in 8; give its directions and model\."):
+        check_directions([Clustering(), Position()], 8)
 
 
 def test_losses_weigh_what_the_paper_says():

@@ -186,6 +186,16 @@ def test_patches_lie_where_the_paper_puts_them(side, grid):
     assert ((neighbour - expected).norm(dim=1) <= 2 * slack).all()
 
 
+@pytest.mark.parametrize(("side", "grid"), GRIDS)
+def test_of_eight_directions_each_is_drawn_and_is_where_the_neighbour_lies(side, grid):
+    drawn = sample_pyramids((256, 256), (256, 256), side, grid, 2000, (0, 0), np.random.default_rng(0), directions=8)
+    row, column = (drawn.neighbour - drawn.anchor).double().unbind(1)
+    eighths = torch.atan2(row, column) / (torch.pi / 4)
+    apart = (eighths - drawn.direction + 4) % 8 - 4  # in eighths of a turn, of which a cell is a share
+    assert apart.abs().max() <= grid / side * 2**0.5
+    assert chisquare(np.bincount(drawn.direction, minlength=8)).pvalue > 1e-3 and drawn.direction.max() == 7
+
+
 def test_far_patches_keep_their_distance_where_there_is_room():
     drawn = sample_pyramids((256, 256), (256, 256), 16, 1, 2000, (0, 0), np.random.default_rng(0))
     distance = (drawn.far - drawn.anchor).double().norm(dim=1)

@@ -272,7 +272,7 @@ class PyramidDataset(Dataset[PyramidBatch]):
             mask=mask,
             region=region,
             sides={
-                side: sample_pyramids(size, box, side, grid, self.count, shift, generator, start)
+                side: sample_pyramids(size, box, side, grid, self.count, shift, generator, start, self.plan.directions)
                 for side, grid in self.plan.grids.items()
             },
         )

@@ -84,8 +84,9 @@ class PyramidEncoder(nn.Module, ABC):
         patch_encoder: makes the encoder of one side.
         sides: sides in pixels.
         taps: tap for each side; by default the backbone's own.
-        scoring_strides: distance between scored patches for each side in pixels, a multiple of the tap's stride; by
-            default the largest up to 8 and half a side that divides the side, or else the tap's stride.
+        scoring_strides: distance between scored patches for each side in pixels, a multiple of its grid (`grids`); by
+            default the largest multiple of the tap's stride up to 8 and half a side that divides the side, or else the
+            tap's stride.
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
         tile: a larger image (height or width in pixels) that is scored passes the backbone in tiles of that size; None
             never.
@@ -117,8 +118,8 @@ class PyramidEncoder(nn.Module, ABC):
             check_side(side, tap)
         chosen = scoring_strides or {}
         self.strides = {side: chosen.get(side, default_stride(side, self.taps[side])) for side in self.sides}
-        for side in self.sides:
-            check_stride(side, self.strides[side], self.taps[side].stride)
+        for side, grid in self.grids.items():
+            check_stride(side, self.strides[side], grid)
         self.encoders = nn.ModuleDict({str(side): patch_encoder(side, self.taps[side]) for side in self.sides})
         self.multiple = math.lcm(*self.strides.values(), *(tap.stride for tap in self.taps.values()))
 
@@ -413,11 +414,11 @@ def check_sides(sides: Sequence[int]) -> None:
     check_range({f"side number {number}": side for number, side in enumerate(sides)}, 1)
 
 
-def check_stride(side: int, stride: int, tap_stride: int) -> None:
-    """Raises PatchadError unless the scoring stride is a multiple of the tap's stride and divides the side."""
+def check_stride(side: int, stride: int, grid: int) -> None:
+    """Raises PatchadError unless the scoring stride is a multiple of the grid and divides the side; all in pixels."""
     check_range({f"scoring stride of side {side}": stride}, 1)
-    if stride % tap_stride or side % stride:
+    if stride % grid or side % stride:
         raise PatchadError(
-            f"scoring stride {stride} of side {side} must be a multiple of its tap's stride {tap_stride} "
-            f"and divide {side}; set scoring_strides, or another tap in taps"
+            f"scoring stride {stride} of side {side} must divide {side} and be a multiple of {grid} (in mode dense the "
+            "stride of its tap); set scoring_strides, or another tap in taps"
         )

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from benchmarks import few_images, large_banks, products, soak, tables
+from benchmarks import few_images, large_banks, portions, products, soak, tables
 from patchad.cli import main
 from patchad.spec import digest
 
@@ -90,24 +90,67 @@ def test_a_row_is_run_once_and_its_weights_may_be_absent(product, tmp_path, monk
     assert re.search(r"\| small \| product \| \d+\.\d / \d+\.\d \| - \|", first)
     assert re.search(r"\| both \| product \| \d+\.\d / \d+\.\d \| - \|.*\| 0 epochs, 0 steps, not cached \|", first)
     assert "| absent | product | not run: no weights |" in first
-    monkeypatch.setattr(tables, "timed", None)
+    monkeypatch.setattr(tables, "timed", None)  # no command runs again
     monkeypatch.setitem(tables.TABLES, "tried", rows[:2])
     tables.main(**arguments)
     assert capsys.readouterr().out == first[: first.index("| absent")]
+
+
+LEARNED = (
+    *("--config=paper", "--model.backbone=AlexNet", "--model.backbone.weights=none", "--model.learning.clusters=4"),
+    *("--model.sides=[32]", "--model.taps={32: relu2}", "--model.scoring_strides={32: 16}"),
+    *("--data.image_size=[64,64]", "--data.metric_size=[64,64]", "--data.num_workers=0", "--data.pyramids_per_image=4"),
+    *("--trainer.max_epochs=4", "--trainer.accelerator=cpu"),
+)
+"""A fit by the paper's configuration that takes seconds."""
+
+
+@pytest.fixture(scope="module")
+def stopped(product, tmp_path_factory) -> dict:
+    """What measured one row in two portions, and in one."""
+    folder, said = tmp_path_factory.mktemp("stopped"), []
+    tasks = [({"name": "small", "options": [*LEARNED]}, tables.Images("product", ["--data.root", str(product)]))]
+    runs = {name: {"results": folder / f"{name}.csv", "folder": folder / name} for name in ("portions", "whole")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["patchad"])
+        for name, minutes in (("portions", 1e-5), ("portions", 10), ("portions", 10), ("whole", 10)):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                portions.measure(tasks, weights=folder, minutes=minutes, validations=4, **runs[name])
+            said.append(printed.getvalue())
+    return {"said": said, **runs}
+
+
+@pytest.mark.slow
+def test_a_row_that_was_stopped_goes_on_and_ends_as_one_that_was_not(stopped):
+    first, second = products.read_rows(stopped["portions"]["results"], portions.Row)
+    (whole,) = products.read_rows(stopped["whole"]["results"], portions.Row)
+    assert stopped["said"][:3] == ["small, product: 1 of 4 epochs\n", "small, product: 4 of 4 epochs\n", ""]
+    assert first.measured and not first.done and second.done and second.best_epoch > 0
+    differ = {"fit_seconds", "test_seconds", "milliseconds", "fit_megabytes", "checkpoint_megabytes"}
+    same = set(portions.Row._fields) - differ
+    assert {name: getattr(second, name) for name in same} == {name: getattr(whole, name) for name in same}
+    assert second.detection != first.detection or second.segmentation != first.segmentation  # it has learned
+    assert second.fit_seconds > first.fit_seconds and second.fit_megabytes > 100
+    (curves,), (expected,) = (list(stopped[name]["folder"].glob("*/curves.csv")) for name in ("portions", "whole"))
+    assert curves.read_text() == expected.read_text()
+    header, *epochs = curves.read_text().splitlines()
+    assert "train/position_accuracy_side_32" in header and "val/detection_auroc" in header
+    assert [line.split(",")[0] for line in epochs] == ["1", "2", "3", "4"]
 
 
 def test_the_papers_protocol_takes_the_epoch_that_is_best_on_test(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "epoch,train/loss,val/detection_auroc,val/segmentation_auroc\n0,1.5,,\n0,,0.5,0.75\n1,1.0,,\n1,,0.75,0.75\n2,,0.7,0.7\n"
     )
-    assert tables.best_epoch(tmp_path / "metrics.csv") == {"detection_auroc": 75, "segmentation_auroc": 75}
+    assert tables.best_epoch(tmp_path) == {"detection_auroc": 75, "segmentation_auroc": 75, "epoch": 2}
     assert tables.measured(tmp_path / "metrics.csv", "train/")[0] == {"loss": 150}
 
 
 def test_the_size_and_depth_of_a_backbone_are_those_that_are_known(capsys):
-    tables.print_models(["AlexNet", "VGG16"], repeats=1)
+    tables.print_models([{"name": "AlexNet", "paper": "8"}, {"name": "VGG16"}], repeats=1)
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[:3] for row in rows] == [["| AlexNet", "5", "2.47 M"], ["| VGG16", "13", "14.71 M"]]
+    assert rows[0].endswith(" | 8 |") and rows[1].endswith(" | - |")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ DATA = {"transistor": Path("../shared/data/mvtec_ad_256/transistor"), TILES: Pat
 BY_TILE = f"{TILES}, by_tile"
 COLUMNS = ("row", "data", "epochs", "last epoch", "best on test", "paper*", "by defect and side", "ms", "fit + test, s")
 PANELS = {
-    "losses (log)": ("train/", "position_side", "similarity_side", "clustering_side"),
+    "position": ("train/", "position_side"),
+    "similarity and clustering, weighted": ("train/", "similarity_side", "clustering_side"),
     "share of directions told right": ("train/", "accuracy"),
     "AUROC on test": ("val/", "detection_auroc", "segmentation_auroc"),
 }
@@ -94,12 +95,12 @@ def draw(home: Path) -> None:
 
     with (home / CURVES).open(newline="") as file:
         epochs = list(csv.DictReader(file))
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(15, 4), layout="constrained")
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(20, 4), layout="constrained")
     for panel, (title, (prefix, *parts)) in zip(panels, PANELS.items(), strict=True):
         for name in (name for name in epochs[0] if name.startswith(prefix) and any(part in name for part in parts)):
             points = [(int(epoch["epoch"]), float(epoch[name])) for epoch in epochs if epoch[name]]
             panel.plot(*zip(*points, strict=True), marker=".", label=name.removeprefix(prefix))
-        panel.set(title=title, xlabel="epoch", yscale="log" if "log" in title else "linear")
+        panel.set(title=title, xlabel="epoch")
         panel.legend(fontsize="x-small")
     figure.savefig(home / CURVES.replace("csv", "png"))
     plt.close(figure)

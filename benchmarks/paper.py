@@ -5,10 +5,12 @@ python -m benchmarks.paper --data "{transistor: transistor, magnetic_tile: magne
 The rows of tables 2 to 5 stand in benchmarks/tables.yaml and run in the order of their `turn`, whatever their table;
 Magnetic Tile by tile, of which the paper says nothing, comes last. What was run is kept below `runs/paper`: the same
 command goes on where the last one ended, in the middle of a fit, too. Without --minutes nothing runs, and the tables
-are printed from benchmarks/paper.csv. Each row is measured after its last epoch, and, as the paper has it, after the
-epoch that is best on the test images, of every 25th. Its curves are drawn beside its run.
+are printed from benchmarks/paper.csv. Table 1 is measured first, and once. Each row is measured after its last epoch,
+and, as the paper has it, after the epoch that is best on the test images, of every 25th. Its curves are drawn beside
+its run.
 """
 
+import contextlib
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,14 +20,14 @@ from jsonargparse import auto_cli
 
 from benchmarks.portions import CURVES, Row, figures, latest, measure
 from benchmarks.products import PLACE
-from benchmarks.tables import TABLES, TILES, Images, images_of, print_models
+from benchmarks.tables import TABLES, TILES, Images, images_of, model_lines, once
 
 NUMBERS = ("2", "3", "4", "5")
 VALIDATIONS = 4
 """In 100 epochs."""
 DATA = {"transistor": Path("../shared/data/mvtec_ad_256/transistor"), TILES: Path("../shared/data/magnetic_tile")}
 BY_TILE = f"{TILES}, by_tile"
-COLUMNS = ("row", "data", "epochs", "last epoch", "best on test", "paper*", "by defect and side", "ms", "fit + test, s")
+COLUMNS = ("row", "data", "epochs", "last epoch", "best on test", "paper", "by defect and side", "ms", "fit + test, s")
 PANELS = {
     "position": ("train/", "position_side"),
     "similarity and clustering, weighted": ("train/", "similarity_side", "clustering_side"),
@@ -53,16 +55,17 @@ def main(
         results: the CSV.
         options: further ones for every row of `patchad fit`.
     """
+    models = results.with_name(f"{results.stem}_models.json")
+    if minutes or models.is_file():
+        print("\nTable 1\n", *once(models, lambda: model_lines(TABLES["1"])), "", sep="\n", flush=True)
     measure(in_turn(data), results, weights, folder, minutes, options, VALIDATIONS)
-    for home in sorted(path.parent for path in folder.glob(f"*/{CURVES}")):
-        draw(home)
-    if minutes:
-        print("\nTable 1\n")
-        print_models(TABLES["1"])
     for number in NUMBERS:
         print(f"\nTable {number}\n")
         print_table(TABLES[number], data, results)
-    print("\n* Tables 2 and 3: the mean of MVTec AD's 15 classes.")
+    print("\nThe paper's figures in tables 2 and 3 are means of MVTec AD's 15 classes.")
+    with contextlib.suppress(ModuleNotFoundError):  # pictures can be drawn where matplotlib is, too
+        for path in sorted(folder.glob(f"*/{CURVES}")):
+            draw(path.parent)
 
 
 def in_turn(data: Mapping[str, Path]) -> list[tuple[dict[str, Any], Images]]:
@@ -91,7 +94,7 @@ def line(row: Row, paper: str) -> str:
 
 def draw(home: Path) -> None:
     """The curves of a run as a picture beside their CSV."""
-    import matplotlib.pyplot as plt  # of the extra dev; a machine that only runs rows does without
+    import matplotlib.pyplot as plt  # of the extra dev
 
     with (home / CURVES).open(newline="") as file:
         epochs = list(csv.DictReader(file))

@@ -1,6 +1,6 @@
 """The paper's tables, and more, on real data, as Markdown.
 
-python -m benchmarks.tables --table 3 --data "{transistor: mvtec_ad/transistor, magnetic_tile: magnetic_tile}"
+python -m benchmarks.tables --table default --data "{transistor: mvtec_ad/transistor, magnetic_tile: magnetic_tile}"
 
 Rows stand in benchmarks/tables.yaml. Each is `patchad fit` and `patchad test`, run once and kept below `runs/tables`
 under the hash of its resolved configuration, so a table that was stopped goes on where it was, and a fit with its last
@@ -156,7 +156,7 @@ def main(
         options: further ones for every row of `patchad fit`.
     """
     if table == "1":
-        return print_models(TABLES[table])
+        return print(*model_lines(TABLES[table]), sep="\n")
     print(f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", sep="\n", flush=True)
     for row in TABLES[table]:
         for images in images_of(row, data or {}):
@@ -172,18 +172,16 @@ def main(
 
 
 @torch.inference_mode()
-def print_models(rows: Sequence[dict[str, Any]], repeats: int = 10) -> None:
+def model_lines(rows: Sequence[dict[str, Any]], repeats: int = 10) -> list[str]:
     """Size, depth and time of each backbone up to its deepest tap, and of the whole model, with random weights.
 
     The model is the paper's; on a GPU it is timed in sliding mode, too, as the paper has it.
     """
     device, tasks = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     modes = ("dense", "sliding") if device.type == "cuda" else ("dense",)
-    times = "".join(f" all, {mode}, ms per image |" for mode in modes)
-    print(
-        "| backbone | convolutions | its parameters | those of the encoders | its ms per image |" + times + " paper |"
-    )
-    print("|---" * (6 + len(modes)) + "|")
+    sizes = ("backbone", "convolutions", "its parameters", "those of the encoders", "its ms per image")
+    columns = (*sizes, *(f"all, {mode}, ms per image" for mode in modes), "paper")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     models = {(row["name"], mode): paper_model(row["name"], mode).to(device) for row in rows for mode in modes}
     image = torch.rand(1, 3, 256, 256, device=device)
     for (name, mode), model in models.items():
@@ -196,8 +194,9 @@ def print_models(rows: Sequence[dict[str, Any]], repeats: int = 10) -> None:
         used = encoder.backbone.until(encoder.tap_names.values())
         depth = sum(isinstance(layer, nn.Conv2d) for layer in used.modules())
         each = " | ".join(f"{medians[name, part]:.1f}" for part in ("backbone", *modes))
-        paper = row.get("paper", "-")
-        print(f"| {name} | {depth} | {millions(used)} | {millions(encoder.encoders)} | {each} | {paper} |")
+        cells = (name, f"{depth}", millions(used), millions(encoder.encoders), each, row.get("paper", "-"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def paper_model(name: str, mode: str) -> PatchModel:

@@ -135,7 +135,7 @@ def tested_row(row: dict[str, Any], images: Images, fitted: Fitted) -> Row:
         pro=result.metrics.get("pro", math.nan),
         best_detection=best.get(AUROCS[0], math.nan),
         best_segmentation=best.get(AUROCS[1], math.nan),
-        best_epoch=int(best.get("epoch", 0)),
+        best_epoch=min(int(best.get("epoch", 0)), fitted.epochs),  # where nothing is learned, one is looked at
         parts=apart([result.metrics]),
         milliseconds=result.milliseconds,
         fit_megabytes=fitted.megabytes,

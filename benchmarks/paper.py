@@ -97,14 +97,16 @@ def draw(home: Path) -> None:
     import matplotlib.pyplot as plt  # of the extra dev
 
     with (home / CURVES).open(newline="") as file:
-        epochs = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        names, epochs = reader.fieldnames or (), list(reader)
     figure, panels = plt.subplots(1, len(PANELS), figsize=(20, 4), layout="constrained")
     for panel, (title, (prefix, *parts)) in zip(panels, PANELS.items(), strict=True):
-        for name in (name for name in epochs[0] if name.startswith(prefix) and any(part in name for part in parts)):
+        for name in (name for name in names if name.startswith(prefix) and any(part in name for part in parts)):
             points = [(int(epoch["epoch"]), float(epoch[name])) for epoch in epochs if epoch[name]]
             panel.plot(*zip(*points, strict=True), marker=".", label=name.removeprefix(prefix))
         panel.set(title=title, xlabel="epoch")
-        panel.legend(fontsize="x-small")
+        if panel.lines:
+            panel.legend(fontsize="x-small")
     figure.savefig(home / CURVES.replace("csv", "png"))
     plt.close(figure)
 

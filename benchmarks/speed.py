@@ -150,9 +150,9 @@ def filled(backbone: Backbone, max_vectors: int | None = None, **settings: Any) 
 def fill(model: PatchModel) -> None:
     """Random vectors for the banks."""
     generator = torch.Generator().manual_seed(0)
-    for side, values in model.embed(torch.zeros(1, 3, SIZE, SIZE)).items():
+    for side in model.sides:
         bank = model.bank(side)
-        count, dim = bank.max_vectors or 10_000, values.shape[1]
+        count, dim = bank.max_vectors or 10_000, model.encoder.patch_encoder(side).dim
         bank.vectors = torch.rand(count, dim, generator=generator) * 2 - 1
         bank.keys = torch.zeros(count, 2, dtype=torch.int64)
         bank.levels = torch.rand(count, generator=generator)

@@ -2,15 +2,23 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from pytorch_lightning import Callback
 
-from benchmarks import few_images, large_banks, products, soak, tables
+import patchad.models
+from benchmarks import compared, few_images, large_banks, paper, portions, products, soak, tables
+from benchmarks.progress import Progress
+from patchad.callbacks import LastCheckpoint
 from patchad.cli import main
 from patchad.spec import digest
+from tests.test_learning import detector, images, same, state, trainer
 
 
 def test_the_path_to_very_large_banks_finds_the_nearest_in_all_shards(capsys, monkeypatch):
@@ -90,24 +98,185 @@ def test_a_row_is_run_once_and_its_weights_may_be_absent(product, tmp_path, monk
     assert re.search(r"\| small \| product \| \d+\.\d / \d+\.\d \| - \|", first)
     assert re.search(r"\| both \| product \| \d+\.\d / \d+\.\d \| - \|.*\| 0 epochs, 0 steps, not cached \|", first)
     assert "| absent | product | not run: no weights |" in first
-    monkeypatch.setattr(tables, "timed", None)
+    monkeypatch.setattr(tables, "timed", None)  # no command runs again
     monkeypatch.setitem(tables.TABLES, "tried", rows[:2])
     tables.main(**arguments)
     assert capsys.readouterr().out == first[: first.index("| absent")]
+
+
+LEARNED = (
+    *("--config=paper", "--model.backbone=AlexNet", "--model.backbone.weights=none", "--model.learning.clusters=4"),
+    *("--model.sides=[32]", "--model.taps={32: relu2}", "--model.scoring_strides={32: 16}"),
+    *("--data.image_size=[64,64]", "--data.metric_size=[64,64]", "--data.num_workers=0", "--data.pyramids_per_image=4"),
+    *("--trainer.max_epochs=4", "--trainer.accelerator=cpu"),
+)
+"""A fit by the paper's configuration that takes seconds."""
+
+
+@pytest.fixture(scope="module")
+def stopped(product, tmp_path_factory) -> dict:
+    """What measured one row in two portions, and in one."""
+    folder, said = tmp_path_factory.mktemp("stopped"), []
+    tasks = [({"name": "small", "options": [*LEARNED]}, tables.Images("product", ["--data.root", str(product)]))]
+    runs = {name: {"results": folder / f"{name}.csv", "folder": folder / name} for name in ("portions", "whole")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["patchad"])
+        for name, minutes in (("portions", 1e-5), ("portions", 10), ("portions", 10), ("whole", 10)):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                portions.measure(tasks, weights=folder, minutes=minutes, validations=4, **runs[name])
+            said.append(printed.getvalue())
+    return {"said": said, **runs}
+
+
+@pytest.mark.slow
+def test_a_row_that_was_stopped_goes_on_and_ends_as_one_that_was_not(stopped):
+    first, second = products.read_rows(stopped["portions"]["results"], portions.Row)
+    (whole,) = products.read_rows(stopped["whole"]["results"], portions.Row)
+    assert stopped["said"][:3] == ["small, product: 1 of 4 epochs\n", "small, product: 4 of 4 epochs\n", ""]
+    assert first.measured and not first.done and second.done and second.best_epoch > 0
+    differ = {"fit_seconds", "test_seconds", "milliseconds", "fit_megabytes", "checkpoint_megabytes"}
+    same = set(portions.Row._fields) - differ
+    assert {name: getattr(second, name) for name in same} == {name: getattr(whole, name) for name in same}
+    assert second.detection != first.detection or second.segmentation != first.segmentation  # it has learned
+    assert second.fit_seconds > first.fit_seconds and second.fit_megabytes > 100
+    (curves,), (expected,) = (list(stopped[name]["folder"].glob("*/curves.csv")) for name in ("portions", "whole"))
+    assert curves.read_text() == expected.read_text()
+    header, *epochs = curves.read_text().splitlines()
+    assert "train/position_accuracy_side_32" in header and "val/detection_auroc" in header
+    assert [line.split(",")[0] for line in epochs] == ["1", "2", "3", "4"]
+
+
+class Copies(Callback):
+    """Keeps the checkpoint that is there when an epoch begins."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        path = Path(trainer.checkpoint_callback.format_checkpoint_name({}))
+        if path.is_file():
+            shutil.copy(path, path.with_name(f"{trainer.current_epoch}.ckpt"))
+
+
+def test_a_checkpoint_between_validations_has_no_bank_and_a_fit_goes_on_with_it(product, tmp_path):
+    def fit(folder: str, *callbacks: Callback, ckpt_path: Path | None = None) -> dict:
+        run = trainer(tmp_path / folder, *callbacks, max_epochs=4, check_val_every_n_epoch=2)
+        run.callbacks = [one for one in run.callbacks if type(one) is not LastCheckpoint or not callbacks]
+        run.fit(detector(), images(product), ckpt_path=ckpt_path, weights_only=True)
+        return state(tmp_path / folder)
+
+    watched = fit("watched", Copies(), Progress(every=0))
+    copies = [tmp_path / f"watched/log/checkpoints/{number}.ckpt" for number in (1, 2, 3)]
+    banks = [torch.load(path, weights_only=True)["state_dict"]["model.banks.16.vectors"] for path in copies]
+    assert [len(bank) for bank in banks] == [0, 500, 0]
+    assert [tables.progress(path)[0] for path in (copies[0], copies[2])] == [1, 3]
+    assert same(watched, fit("plain"))
+    for number in (0, 2):
+        assert same(watched, fit(f"resumed {number}", Progress(), ckpt_path=copies[number]))
+    stopped = fit("stopped", Progress(every=0, deadline=0))
+    assert tables.progress(tmp_path / "stopped/log/checkpoints/last.ckpt")[0] == 1
+    assert len(stopped["model.banks.16.vectors"]) == 500
+
+
+def test_the_papers_rows_run_in_the_order_of_what_matters_most():
+    data = {"transistor": Path("a"), "magnetic_tile": Path("b")}
+    tasks = [(row["name"], images.name) for row, images in paper.in_turn(data)]
+    assert tasks[:4] == [
+        ("VGG16", "transistor"),
+        ("K = 50", "transistor"),  # the same run
+        ("3 sides", "transistor"),  # the same
+        ("VGG16 at 128 x 128", "magnetic_tile, published"),
+    ]
+    assert [name for name, _ in tasks[4:7]] == ["from scratch", "VGG16 without fine-tuning", "AlexNet"]
+    assert [name for name, _ in tasks[7:10]] == ["K = 10", "K = 30", "K = 100"]
+    assert {"MobileNetV2", "VGG19", "ResNet18, approximated", "ResNet50"} < {name for name, _ in tasks[10:-1]}
+    assert tasks[-1] == ("VGG16 at 128 x 128", "magnetic_tile, by_tile")
+
+
+def test_other_backbones_are_read_at_the_strides_of_the_papers():
+    for row in tables.TABLES["2"]:
+        options = dict(zip(row["options"][::2], row["options"][1::2], strict=True))
+        if "--model.taps" in options:
+            backbone = getattr(patchad.models, options["--model.backbone"])(weights="none")
+            assert yaml.safe_load(options["--model.taps"]) == tables.paper_taps(backbone)
+
+
+def test_a_row_without_weights_or_time_says_so_and_keeps_no_other_from_running(tmp_path, monkeypatch, capsys):
+    rows = [
+        {"name": "absent", "options": ["--config=paper"], "weights": "none.pth", "download": False, "turn": 1},
+        {"name": "mistaken", "options": ["--data.image_size=nothing"], "turn": 2},
+        {"name": "later", "turn": 3},
+    ]
+    named = {"only": ["transistor"], "paper": "98.1 / 98.1"}
+    monkeypatch.setattr("sys.argv", ["patchad"])
+    monkeypatch.setattr(paper, "TABLES", {"2": [{**named, **row} for row in rows]})
+    monkeypatch.setattr(paper, "NUMBERS", ("2",))
+    place = {"weights": tmp_path, "folder": tmp_path / "runs", "results": tmp_path / "paper.csv"}
+    for _ in range(2):  # the second time nothing new is to be noted
+        portions.measure(paper.in_turn({"transistor": tmp_path})[:2], minutes=1, **place)
+    assert len(products.read_rows(place["results"], portions.Row)) == 2
+    paper.main(data={"transistor": tmp_path}, **place)
+    absent, mistaken, later = (line for line in capsys.readouterr().out.splitlines() if "| transistor |" in line)
+    assert absent.startswith("| absent | transistor | not run: no weights | - | - | 98.1 / 98.1 |")
+    assert mistaken.startswith("| mistaken | transistor | failed: patchad fit refuses")
+    assert later.startswith("| later | transistor | not run: time |")
+
+
+def test_systems_are_compared_set_by_set_and_beside_what_was_published(capsys, tmp_path):
+    sets = {"transistor": Path("a"), "magnetic_tile": Path("b")}
+    tasks = [(images.name, row["name"]) for images, row in compared.by_set(compared.COMPARED["systems"], sets)]
+    assert [name for name, _ in tasks] == [
+        *6 * ["transistor"],
+        *7 * ["magnetic_tile, published"],
+        *7 * ["magnetic_tile, by_tile"],
+    ]
+    row = portions.Row("2026-12-01", "1234567", "one", "PaDiM", "grid", "", "0 of 0 epochs", 85.0, 91.0)
+    lines = compared.table([row, row._replace(state=portions.NO_TIME)])
+    assert lines[2].startswith("| PaDiM | 85.0 / 91.0 | nan | 0 of 0 |") and "| PaDiM | not run: time |" in lines[3]
+    assert sum("published" in line for line in lines) == 3 and "85.7 / 91.8" in lines[4]
+    products.append(tmp_path / "compared.csv", row._replace(name="Patch SVDD"))
+    compared.main(results=tmp_path / "compared.csv", folder=tmp_path, systems=("Patch SVDD",))
+    printed = capsys.readouterr().out
+    assert "grid (not comparable:" in printed and "| Patch SVDD | 85.0 / 91.0 |" in printed
+    assert all(it["source"].startswith("https://") and it["protocol"] for it in compared.published())
+
+
+@pytest.mark.slow
+def test_a_system_is_measured_with_its_memory_and_its_checkpoint(product, tmp_path, monkeypatch, capsys):
+    small = {"systems": [{"name": "ours"}], "sets": {"part": product.name}, "comparable": {}, "published": []}
+    options = ("--data.image_size=[64,64]", "--data.num_workers=0", "--model.bank.max_vectors=50")
+    monkeypatch.setattr("sys.argv", ["patchad"])
+    monkeypatch.setattr(compared, "COMPARED", small)
+    place = {"data": product.parent, "folder": tmp_path / "runs", "results": tmp_path / "compared.csv"}
+    compared.main(minutes=10, options=options, **place)
+    (row,) = products.read_rows(place["results"], portions.Row)
+    assert row.state == "0 of 0 epochs" and row.done and row.best_epoch == 0
+    (checkpoint,) = (tmp_path / "runs").glob("*/checkpoints/last.ckpt")
+    assert row.checkpoint_megabytes == pytest.approx(checkpoint.stat().st_size / 1e6, abs=0.01)
+    assert 100 < row.fit_megabytes < 20_000 and 0 < row.detection <= 100 and 0 < row.pro <= 100
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(tables, "timed", None)
+    compared.main(minutes=10, options=options, **place)
+    assert capsys.readouterr().out == printed.removeprefix("ours, part: 0 of 0 epochs\n")
+
+
+def test_the_peak_memory_of_a_command_is_its_own():
+    held = b"x" * 500_000_000  # what is held here does not count
+    program = "held = b'x' * 200_000_000"
+    command = [sys.executable, "-c", tables.PEAK, sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert 200 < int(ended.stderr) * 1024 / 1e6 < 300 < len(held) / 1e6
 
 
 def test_the_papers_protocol_takes_the_epoch_that_is_best_on_test(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "epoch,train/loss,val/detection_auroc,val/segmentation_auroc\n0,1.5,,\n0,,0.5,0.75\n1,1.0,,\n1,,0.75,0.75\n2,,0.7,0.7\n"
     )
-    assert tables.best_epoch(tmp_path / "metrics.csv") == {"detection_auroc": 75, "segmentation_auroc": 75}
+    assert tables.best_epoch(tmp_path) == {"detection_auroc": 75, "segmentation_auroc": 75, "epoch": 2}
     assert tables.measured(tmp_path / "metrics.csv", "train/")[0] == {"loss": 150}
 
 
-def test_the_size_and_depth_of_a_backbone_are_those_that_are_known(capsys):
-    tables.print_models(["AlexNet", "VGG16"], repeats=1)
-    rows = capsys.readouterr().out.splitlines()[2:]
+def test_the_size_and_depth_of_a_backbone_are_those_that_are_known():
+    _, _, *rows = tables.model_lines([{"name": "AlexNet", "paper": "8"}, {"name": "VGG16"}], repeats=1)
     assert [row.split(" | ")[:3] for row in rows] == [["| AlexNet", "5", "2.47 M"], ["| VGG16", "13", "14.71 M"]]
+    assert rows[0].endswith(" | 8 |") and rows[1].endswith(" | - |")
 
 
 @pytest.fixture(scope="module")

@@ -210,10 +210,15 @@ def test_learning_tells_more_directions_right_and_brings_the_loss_down(folder):
     data.plan = learning.plan
     data.setup("fit")
     batch = default_collate([data.pyramids[0, number] for number in range(2)])
+    images = torch.stack([data.train_set[number].image for number in range(2)])
+    features, paths = learning.features, [str(sample.path) for sample in data.train_set.samples]
+    features.open(paths, "", (96, 96), False, data.augmentations)
+    features.keep(batch.number, batch.number, batch.number, images, batch.number)
+    read = features.read(batch, (0,))
     optimizer = torch.optim.Adam([*encoder.parameters(), *learning.parameters()], lr=1e-3)
     losses, shares = [], []
     for _ in range(40):
-        (views,) = learning.patch_views(batch)
+        (views,) = learning.patch_views(read, batch)
         losses.append(sum(learning.loss_terms(views).values()))
         shares.append(learning.watched(views)["position_accuracy"])
         optimizer.zero_grad()

@@ -69,7 +69,8 @@ class MCuePushU(Detector[MCuePushUModel]):
     8, half of the defects to train on. Otherwise, with the reasons:
 
     * Whole images, not crops of 98 x 98 pixels of enlarged ones: every detector here scores images whole.
-    * Batch normalisation, and ten times the learning rate, which does not fall: fits of few epochs.
+    * Batch normalisation, a first guess of few defects, and ten times the learning rate, which does not fall: fits of
+      few epochs.
     * Both losses at once, where the authors' code trains one after the other: one fit, one checkpoint.
     * The Push network sees 4 x 4 cells, whatever the size of the image, by layers as wide as the U-Net's lowest
       resolution: 4096 units on all pixels would be 90 million weights. Its box is learned, and no figure is made of it.
@@ -118,10 +119,8 @@ class MCuePushU(Detector[MCuePushUModel]):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Labelled images -> logits and boxes -> the sum of both losses."""
-        region = given(batch.region)
-        features = self.model.network.encode(self.model.shown(batch.image, batch.content, region))
-        counted = content_pixels(batch.content, *batch.image.shape[2:], region=region) > 0
-        pixels = pixel_loss(self.model.network.decode(features), batch.mask, counted)
+        features = self.model.network.encode(self.model.shown(batch.image, batch.content, given(batch.region)))
+        pixels = pixel_loss(self.model.network.decode(features), batch.mask)
         boxes = box_loss(self.model.push(features[-1]), batch.mask)
         loss = pixels + boxes
         self.terms = {"train/pixels": pixels.detach(), "train/boxes": boxes.detach(), "train/loss": loss.detach()}
@@ -130,13 +129,10 @@ class MCuePushU(Detector[MCuePushUModel]):
 
 
 def pixel_loss(
-    logits: Float[Tensor, "batch height width"],
-    mask: Bool[Tensor, "batch height width"],
-    counted: Bool[Tensor, "batch height width"],
+    logits: Float[Tensor, "batch height width"], mask: Bool[Tensor, "batch height width"]
 ) -> Float[Tensor, ""]:
-    """Mean cross entropy of the pixels that count, of which those of defects count twice."""
-    weight = (1 + mask.float()) * counted
-    return F.binary_cross_entropy_with_logits(logits.float(), mask.float(), weight, reduction="sum") / counted.sum()
+    """Mean cross entropy of pixels, of which those of defects count twice; there are none beside the content."""
+    return F.binary_cross_entropy_with_logits(logits.float(), mask.float(), 1 + mask.float())
 
 
 def box_loss(boxes: Float[Tensor, "batch 4"], mask: Bool[Tensor, "batch height width"]) -> Float[Tensor, ""]:

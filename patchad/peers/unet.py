@@ -15,6 +15,10 @@ LEAST_SIDE = 2**LEVELS
 CELLS = 4
 """Rows and columns in which the Push network sees the lowest resolution."""
 
+FEW = -4.6
+"""The logit of 0.01: as if few pixels had a defect. From 0 on, epochs would pass until that is learned (Lin et al.,
+Focal loss, ICCV 2017)."""
+
 
 class UNet(nn.Module):
     """An image of any size -> the logit of a defect at each pixel.
@@ -32,6 +36,7 @@ class UNet(nn.Module):
         self.encoders = nn.ModuleList(convolutions(*pair) for pair in pairwise([channels, *widths]))
         self.decoders = nn.ModuleList(convolutions(high + low, high) for high, low in pairwise(widths))
         self.last = nn.Conv2d(width, 1, 1)
+        nn.init.constant_(self.last.bias, FEW)  # type: ignore[arg-type]
 
     def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch height width"]:
         """Logits."""

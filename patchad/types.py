@@ -27,7 +27,8 @@ class Sample(NamedTuple):
         path: the image file.
         defect: name of the defect type; `NORMAL` for an image without a defect, `UNKNOWN` if not known.
         mask: mask file of the defect; None where there is none.
-        split: the side that the layout puts the image on.
+        split: the side that the layout puts the image on; of defective images to train on only supervised detectors
+            learn.
         group: what the image shows, where several images show the same thing and none of them is tested: for the
             threshold an image is compared with other groups alone, and learning takes all of a group or none of it, so
             that both meet new things as the test does; None is a group of one.
@@ -64,7 +65,8 @@ class ImageBatch(NamedTuple):
         thing: number of what the image shows, among the normal images that fill the bank; -1 if it is none of them;
             int64 `[batch]`.
         label: 1 with a defect, 0 without, -1 unknown, int64 `[batch]`.
-        mask: True on defects, bool `[batch, metric_height, metric_width]`; all False where no mask is known.
+        mask: True on defects, bool `[batch, metric_height, metric_width]`; all False where no mask is known. Where a
+            supervised detector trains, it lies at the pixels of `image`.
         has_mask: True where `mask` is the truth, bool `[batch]`.
         defect: names of the defect types, one per image.
         path: paths of the files, one per image.

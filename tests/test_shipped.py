@@ -48,7 +48,7 @@ SHORTER = {
     ],
     "quickstart": ["--data.root=made", *(f"--data.layout.{name}=6" for name in ("train", "test_defective"))],
 }
-"""What brings a configuration to seconds; `ensemble` is of two of them, `logger/wandb` has tests of its own."""
+"""What brings a configuration to seconds; `ensemble` is of two of them, others have tests of their own."""
 GOLDEN = Path(__file__).parent / "golden" / "default.json"
 
 
@@ -93,7 +93,7 @@ def metrics(folder: Path, name: str, version: int) -> dict[str, float]:
 
 def test_every_configuration_is_here():
     files = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")}
-    assert files == {*SHORTER, "ensemble", "logger/wandb"}
+    assert files == {*SHORTER, "ensemble", "mcuepushu", "logger/wandb"}
 
 
 @pytest.mark.parametrize("name", [*SHORTER, "ensemble"])

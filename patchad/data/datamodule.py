@@ -14,7 +14,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
-from patchad.canvas import Canvas, content_size
+from patchad.canvas import Canvas
 from patchad.checkpoint import Checkpointed
 from patchad.data.datasets import (
     PROBE_EPOCH,
@@ -25,14 +25,16 @@ from patchad.data.datasets import (
     SyntheticDefects,
     ViewDataset,
 )
-from patchad.data.defects import FORMAT, SMALLEST
+from patchad.data.defects import FORMAT
+from patchad.data.labelled import LabelledDataset
 from patchad.data.layouts import Layout, detect_layout
 from patchad.data.listing import class_doubt, listing, product_doubt
 from patchad.data.regions import canvas_key, kept, of_canvas, short, with_regions
+from patchad.data.splits import check_room_for_defects, hold_out, trained
 from patchad.decoding import MAX_MEGAPIXELS
 from patchad.errors import PatchadError, check_range, check_seed, printable
 from patchad.folders import images_below
-from patchad.images import Augmentations, native_size
+from patchad.images import Augmentations
 from patchad.spec import changed_settings, hyperparameters
 from patchad.types import NORMAL, UNKNOWN, PyramidPlan, Sample
 
@@ -52,9 +54,10 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     """Images of one product: normal ones to learn from, others to test.
 
     Training batches hold two views of each image and pyramids of patches of 64, 32 and 16 pixels in them; the detector
-    hands over which sides it wants, and on which grids (`plan`). All training images of the layout fill the bank, and
-    all set the threshold, each compared with the others. A seeded share of them is not learned from: it shows by how
-    much scores of learned images flatter, and validation paints defects on it. Nothing is chosen on test.
+    hands over which sides it wants, and on which grids (`plan`). All normal training images of the layout fill the
+    bank, and all set the threshold, each compared with the others. A seeded share of them is not learned from: it shows
+    by how much scores of learned images flatter, and validation paints defects on it. Nothing is chosen on test.
+    Batches of a supervised detector hold whole images, defective training images with masks among them.
 
     Args:
         root: the folder of images.
@@ -88,8 +91,8 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         >>> data = PyramidDataModule(root="images/bottle", image_size=(256, 256))
     """
 
-    plan = PyramidPlan({64: 16, 32: 4, 16: 2})
-    """Which pyramids training batches hold; a detector that learns hands over its own."""
+    plan: PyramidPlan | None = PyramidPlan({64: 16, 32: 4, 16: 2})
+    """Which pyramids training batches hold; a detector that learns hands over its own, a supervised one None."""
 
     def __init__(
         self,
@@ -158,17 +161,28 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
             if doubt := class_doubt(test):
                 rank_zero_warn(doubt)
             return
-        normals = [sample for sample in samples if sample.split == "train"]
+        normals, defective = trained(samples)
+        if not normals:
+            raise PatchadError(f"{self.root}, read as {type(self.layout).__name__}, has no training images")
+        training, held_out = hold_out(normals, self.held_out_fraction, self.seed, str(self.root))
         numbers = {thing: number for number, thing in enumerate(dict.fromkeys(sample.thing for sample in normals))}
-        training, held_out = self._split(normals)
         self.normal_set, self.train_set, self.held_out_set = (
             self._dataset(part, numbers) for part in (normals, training, held_out)
         )
         self.reading_set = self._dataset(normals, tolerant=True)
         self.held_out = torch.tensor([sample in held_out for sample in normals])
+        labelled = [sample for sample in defective if sample.mask is not None]
+        self.labelled_set = ImageDataset(
+            [*training, *labelled], self.canvas, self.image_size, numbers, self.max_megapixels
+        )
         if self.validate_on == "synthetic_defects":
             check_room_for_defects(self.held_out_set)
         rank_zero_info(f"{len(normals)} normal images, {len(held_out)} of them not to learn from, {len(test)} to test")
+        if defective:
+            rank_zero_info(
+                f"{len(defective)} defective images to train on, {len(labelled)} of them with a mask: only a "
+                "supervised detector learns from them"
+            )
 
     def _samples(self, predicting: bool) -> list[Sample]:
         """All of them; images to predict are the user's and need no layout."""
@@ -185,27 +199,6 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     ) -> ImageDataset:
         return ImageDataset(samples, self.canvas, self.metric_size, numbers, self.max_megapixels, tolerant)
 
-    def _split(self, normals: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-        groups: dict[Any, list[Sample]] = {}
-        for sample in normals:
-            groups.setdefault(sample.thing, []).append(sample)
-        if not normals:
-            raise PatchadError(f"{self.root}, read as {type(self.layout).__name__}, has no training images")
-        if len(groups) < 2:
-            raise PatchadError(
-                f"{self.root} has {len(normals)} training images in {len(groups)} groups of the same thing; at least "
-                "2 groups are needed, one to compare the other with"
-            )
-        order, candidates = np.random.default_rng(self.seed).permutation(len(groups)), list(groups.values())
-        files = {sample.path for sample in normals}  # a list may hold a file more than once
-        count = max(1, round(self.held_out_fraction * len(files))) if self.held_out_fraction else 0
-        held_out: set[Path] = set()
-        for number in order[:-1]:  # one group at least is left to train on
-            if len(held_out) < count:
-                held_out.update(sample.path for sample in candidates[number])
-        training = [sample for sample in normals if sample.path not in held_out]
-        return training, [sample for sample in normals if sample.path in held_out]
-
     @property
     def defects(self) -> list[str]:
         """The defect types of the test images, sorted."""
@@ -219,6 +212,7 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
     @property
     def pyramids(self) -> PyramidDataset:
         """The pyramids of the `plan`."""
+        assert self.plan is not None
         drawn = (self.pyramids_per_image, self.augmentations, self.seed, self.draws_per_epoch)
         return PyramidDataset(self.train_set, self.plan, *drawn)
 
@@ -268,12 +262,13 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
             rank_zero_warn(f"bank and threshold are of images of {settings}: verdicts do not hold")
 
     def train_dataloader(self) -> DataLoader:
-        """Pyramids of the training normals in an order that is a function of (seed, epoch)."""
-        sampler = self._sampler(EpochSampler, self.pyramids, shuffle=True)
+        """Pyramids of training normals, or whole labelled images, in an order that is a function of (seed, epoch)."""
+        items = LabelledDataset(self.labelled_set, self.seed) if self.plan is None else self.pyramids
+        sampler = self._sampler(EpochSampler, items, shuffle=True)
         assert isinstance(sampler, EpochSampler)
         epoch, seen = self._begins_at
         sampler.begin(epoch, seen * self.batch_size)
-        return self._loader(self.pyramids, sampler, keep_workers=True)
+        return self._loader(items, sampler, keep_workers=True)
 
     def probe_dataloader(self) -> DataLoader:
         """The same pyramids of some training normals each time and on each process."""
@@ -357,25 +352,3 @@ def checked_size(name: str, size: tuple[int, int] | int, max_megapixels: float) 
     check_range({f"height of {name}": height, f"width of {name}": width}, 1)
     check_range({f"megapixels of {name}": height * width / 1e6}, 0, max_megapixels)
     return height, width
-
-
-def check_room_for_defects(held_out: ImageDataset) -> None:
-    """Raises PatchadError unless validation has images that are not learned from, large enough to paint defects on."""
-    if not len(held_out):
-        raise PatchadError(
-            "data.held_out_fraction 0 leaves no images that validation could paint defects on: give 0.1, or "
-            "data.validate_on none or test"
-        )
-    canvas = held_out.canvas
-    for sample in held_out.samples[: SyntheticDefects.most]:
-        try:
-            native = native_size(sample.path, held_out.max_megapixels)
-        except PatchadError:  # of which a fit tells with all others
-            continue
-        height, width = content_size(native, canvas.image_size, canvas.keep_aspect)
-        if min(height, width) < SMALLEST:
-            raise PatchadError(
-                f"{sample.path} is {height} x {width} pixels (height x width) at image_size {canvas.image_size}; "
-                f"defects, which validation paints, need {SMALLEST}: raise image_size, or give "
-                "data.validate_on none or test"
-            )

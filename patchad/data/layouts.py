@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -125,7 +125,7 @@ class BTAD(Layout):
 class MagneticTile(Layout):
     """Magnetic Tile Defects as published (Huang et al., CASE 2018): `MT_<type>/Imgs/*.jpg` with masks `*.png`.
 
-    All 392 defective images are tested; the splits differ in the normal ones.
+    All 392 defective images are tested, as a rule; the splits differ in the normal ones.
 
     Args:
         split: `published` trains on the 761 images of DifferNet's list, as published figures do; `random` tests a
@@ -134,6 +134,8 @@ class MagneticTile(Layout):
             whole tiles, too.
         test_fraction: share of the normal images (`random`) or of the clean tiles (`by_tile`) to test.
         seed: of the choice.
+        labelled: share of the defective images of each type, or with `by_tile` of the tiles that have a defect of that
+            type, that supervised detectors train on; 0.5 in the publication. The others are tested.
 
     Raises:
         PatchadError: if the split is unknown.
@@ -146,24 +148,41 @@ class MagneticTile(Layout):
         split: str = "published",
         test_fraction: float = 0.2,
         seed: int = 0,
+        labelled: float = 0.0,
     ) -> None:
         splits = {"published": self._published, "random": self._random, "by_tile": self._by_tile}
         check_range({"test_fraction": test_fraction}, 0, 1, above=True)
+        check_range({"labelled": labelled}, 0, 1)
         check_seed(seed)
         if split not in splits:
             raise PatchadError(f"split {split} is unknown; choose one of {', '.join(splits)}")
         self._choose, self.split, self.test_fraction, self.seed = splits[split], split, test_fraction, seed
+        self.labelled = labelled
 
     def samples(self, root: Path) -> list[Sample]:
         """Samples of the chosen split."""
         free = photographs(root, "Free")
         defective = {path: kind for kind in self.defect_types for path in photographs(root, kind)}
         train, tested = self._choose(free, list(defective))
-        faulty = [Sample(path, kind.lower(), path.with_suffix(".png"), "test") for path, kind in defective.items()]
         groups = tiles([*free, *defective]) if self.split == "by_tile" else []
         tile_numbers = {path: str(number) for number, tile in enumerate(groups) for path in tile}
         trained = [sample._replace(group=tile_numbers.get(sample.path)) for sample in normals(train, "train")]
+        labelled = self._labelled(defective, groups or [[path] for path in defective])
+        faulty = [
+            Sample(path, kind.lower(), path.with_suffix(".png"), "train" if path in labelled else "test")
+            for path, kind in defective.items()
+        ]
         return trained + normals(tested, "test") + faulty
+
+    def _labelled(self, defective: Mapping[Path, str], groups: Iterable[Sequence[Path]]) -> set[Path]:
+        """The defective images to train on: of groups by the type of their first defect, a share of each type."""
+        if not self.labelled:
+            return set()
+        by_type: dict[str, list[list[Path]]] = {}
+        for faulty in filter(None, ([path for path in group if path in defective] for group in groups)):
+            by_type.setdefault(defective[faulty[0]], []).append(faulty)
+        chosen = (seeded_choice(same, self.labelled, self.seed) for same in by_type.values())
+        return {path for groups in chosen for group in groups for path in group}
 
     def _published(self, free: list[Path], defective: list[Path]) -> tuple[list[Path], list[Path]]:
         names = set(files("patchad.data").joinpath("differnet_train_761.txt").read_text().split())

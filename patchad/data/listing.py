@@ -21,7 +21,8 @@ def listing(root: Path, samples: Sequence[Sample], layout: Layout | None = None)
     masks = root / layout.masks if layout and layout.masks else None
     listed = ", ".join(f"{kind} ({count})" for kind, count in sorted(left_out(root, samples, masks).items()))
     yield f"{root}: {len(samples)} images taken" + (f"; left out: {listed}" if listed else "")
-    missing = [sample.path for sample in samples if sample.mask is None and sample.defect != NORMAL]
+    defective = [sample for sample in samples if sample.split == "test" and sample.defect != NORMAL]
+    missing = [sample.path for sample in defective if sample.mask is None]
     if layout and missing:
         name = layout.mask_name(root, missing[0]) if masks else None
         looked = f"; looked for {name}.png and {name}_mask.png, among others" if name else ""

@@ -1,5 +1,6 @@
-"""The systems that the paper is compared with, each a detector of its own, and an example of how one is added."""
+"""The systems that the paper is compared with, and examples of how a method is added."""
 
+from patchad.peers.mcuepushu import MCuePushU, MCuePushUModel
 from patchad.peers.padim import PaDiM, PaDiMModel
 
-__all__ = ["PaDiM", "PaDiMModel"]
+__all__ = ["MCuePushU", "MCuePushUModel", "PaDiM", "PaDiMModel"]

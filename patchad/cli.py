@@ -30,7 +30,7 @@ from patchad.errors import PatchadError, check_range
 from patchad.files import is_below_here
 from patchad.help import CONFIGS, Help, packaged
 from patchad.loggers import join
-from patchad.peers import MCuePushU, PaDiM  # noqa: F401  # as above
+from patchad.peers import DifferNet, MCuePushU, PaDiM  # noqa: F401  # as above
 from patchad.spec import described, spec
 from patchad.trust import allow, check_slots, check_trusted, foreign_modules
 

@@ -14,7 +14,7 @@ from patchad.spec import digest, spec
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 OTHER = ("ensemble", "mcuepushu")
 """Detectors of their own, without a backbone; their tests fit them."""
-DETECTORS = {"padim": "patchad.peers.PaDiM"}
+DETECTORS = {"differnet": "patchad.peers.DifferNet", "padim": "patchad.peers.PaDiM"}
 """Of configurations that name another than the default's."""
 
 

@@ -2,9 +2,10 @@
 
 python -m benchmarks.steps --device cuda
 
-A step takes 64 pyramids of three sides, 256 patches each, of images of 256 x 256 pixels. Weights of VGG16 are random
-and images synthetic, which does not change the time. An epoch of transistor's 213 images has 333 such steps; it is
-reckoned from the median, and holds once pseudo-labels are reassigned as well.
+Beside the time stands how many operations Python starts (those of ATen, as the profiler counts them): what a GPU waits
+for. A step takes 64 pyramids of three sides, 256 patches each, of images of 256 x 256 pixels. Weights of VGG16 are
+random and images synthetic, which does not change the time. An epoch of transistor's 213 images has 333 such steps; it
+is reckoned from the median, and holds once pseudo-labels are reassigned as well.
 """
 
 import itertools
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed import quiet
 from patchad import Learning, PatchDetector, PyramidDataModule
@@ -74,10 +76,12 @@ def main(
         loader = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
         tasks["drawing pyramids, one process"] = lambda: next(loader)
         times = alternate(tasks, repeats, place)
-    print(f"{where}, {pyramids} pyramids a step\n\n| form | step, ms | epoch of transistor, s |\n|---|---|---|")
+        started = {name: operations(task) for name, task in tasks.items()}
+    print(f"{where}, {pyramids} pyramids a step\n")
+    print("| form | step, ms | epoch of transistor, s | operations started |\n|---|---|---|---|")
     for name, measured in times.items():
         median = float(np.median(measured))
-        print(f"| {name} | {median:.1f} | {median * STEPS / 1e3:.1f} |")
+        print(f"| {name} | {median:.1f} | {median * STEPS / 1e3:.1f} | {started[name]} |")
 
 
 def images(folder: Path, pyramids: int, workers: int) -> PyramidDataModule:
@@ -132,6 +136,14 @@ def steps(form: Form, data: PyramidDataModule, batches: list[PyramidBatch], devi
         optimizer.step()
 
     return step
+
+
+def operations(task: Callable[[], object]) -> int:
+    """How many operations of ATen a task starts that no other one starts."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        task()
+    events = [event for event in recorded.events() or () if event.name.startswith("aten::")]
+    return sum(event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::") for event in events)
 
 
 def moved(batch: PyramidBatch, device: torch.device) -> PyramidBatch:

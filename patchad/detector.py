@@ -143,6 +143,10 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
             self.doubts.add(batch)
         self.doubts.tell()
         self.doubts.check_training()
+        if self.learns and not self._data.held_out.any():
+            rank_zero_info(
+                "all normal images are learned from: there will be more false alarms than the threshold promises"
+            )
         normals = self._data.normal_set
         digests = [self.doubts.digests[str(sample.path)] for sample in normals.samples]
         self.fitted = FittedImages(digests, normals.things.tolist(), [False] * len(digests))
@@ -279,16 +283,10 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         checkpoint["patchad_format"], checkpoint["patchad_scored_by"] = CHECKPOINT_FORMAT, self.model.scored_by
         checkpoint["patchad_model"] = spec(self.model)
         if "backbone" in self.hparams:
-            self._leave_out_weights(checkpoint)
+            leave_out_weights(checkpoint, self.hparams, self.CHECKPOINT_HYPER_PARAMS_KEY)
         checkpoint["patchad_fitted"], checkpoint["patchad_updates"] = self.fitted._asdict(), list(self.model.updates)
         checkpoint["patchad_group"] = self.group
         checkpoint["patchad_canvas"] = None if self.model.canvas is None else list(self.model.canvas)
-
-    def _leave_out_weights(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["patchad_backbone"] = self.hparams["backbone"]  # with the weights that it began with
-        checkpoint["patchad_model"] = without_weights(checkpoint["patchad_model"])
-        backbone = checkpoint["patchad_model"]["init_args"]["backbone"]
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": backbone}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another format; warns where its threshold is another score's."""
@@ -332,6 +330,19 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
 
     def _on_device(self, batches: Iterable[Any]) -> Iterable[Any]:
         return (self.trainer.strategy.batch_to_device(batch, self.device) for batch in batches)
+
+
+def leave_out_weights(checkpoint: dict[str, Any], hyperparameters: Mapping[str, Any], key: str) -> None:
+    """Describes the backbone in a checkpoint without the file of its weights, which the checkpoint holds.
+
+    Args:
+        checkpoint: what is described by `patchad_model`, and by hyperparameters.
+        hyperparameters: of the detector.
+        key: under which they go there.
+    """
+    checkpoint["patchad_backbone"] = hyperparameters["backbone"]  # with the weights that it began with
+    checkpoint["patchad_model"] = without_weights(checkpoint["patchad_model"])
+    checkpoint[key] = {**hyperparameters, "backbone": checkpoint["patchad_model"]["init_args"]["backbone"]}
 
 
 def announce_threshold(scorer: Scorer, promised: float, ratio: float) -> None:

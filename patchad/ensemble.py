@@ -93,6 +93,11 @@ class Ensemble(Detector[EnsembleModel]):
         self.fitted_on[source] = checkpoint[PyramidDataModule.CHECKPOINT_HYPER_PARAMS_KEY]
         return PatchModel.of_checkpoint(checkpoint, source)
 
+    @property
+    def learns(self) -> bool:
+        """False: members have learned what they know."""
+        return False
+
     def setup(self, stage: str) -> None:
         """Also checks that the members were fitted on what the ensemble is fitted on.
 

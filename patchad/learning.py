@@ -256,7 +256,7 @@ class Learning(nn.Module):
 
     def in_warmup(self, epoch: int, epochs: int) -> bool:
         """Whether there are no pseudo-labels yet."""
-        return epoch < math.ceil(self.warmup * max(epochs, 0))
+        return self.warmup == 1 or epoch < math.ceil(self.warmup * max(epochs, 0))
 
     def _clusters(self, side: int) -> PseudoLabels:
         clusters = self.pseudo_labels[str(side)]

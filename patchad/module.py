@@ -80,7 +80,7 @@ class PatchDetector(Detector[PatchModel]):
             backbone, patch_encoder, mode, sides, taps, scoring_strides, subtract_mean_image, tile, bank, scorer
         )
         self.learning, self.mirrored = self._made(learning), mirrored
-        self._watched: list[Tensor] = []  # the terms of each step of an epoch; to log each would take ten times as long
+        self._watched: list[tuple[tuple[str, ...], Tensor]] = []  # of each step of an epoch: what, and its values
         idle = {} if self.learns else {"learning": None}
         self.save_hyperparameters({**hyperparameters(self), **spec(self.model)["init_args"], **idle})
 
@@ -136,7 +136,9 @@ class PatchDetector(Detector[PatchModel]):
         if self.learning is None:
             return super().configure_optimizers()
         trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        return [torch.optim.Adam(trained, lr=self.learning.learning_rate, fused=self.device.type == "cuda")]
+        clipped = self._trainer is not None and self._trainer.gradient_clip_val  # Lightning then refuses a fused one
+        fused = self.device.type == "cuda" and not clipped
+        return [torch.optim.Adam(trained, lr=self.learning.learning_rate, fused=fused)]
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
@@ -197,7 +199,7 @@ class PatchDetector(Detector[PatchModel]):
         assert self.learning is not None
         turn = (self._data.seed, self.current_epoch, batch_idx, self.global_rank)
         loss, self.terms = self._step(self.learning.features.read(batch, turn), batch)
-        self._watched.append(torch.stack([*self.terms.values()]))
+        self._watched.append((tuple(self.terms), torch.stack([*self.terms.values()])))
         return loss
 
     @functools.cached_property
@@ -229,9 +231,7 @@ class PatchDetector(Detector[PatchModel]):
     def on_train_epoch_end(self) -> None:
         """Logs the means of what was watched; warns in words where embeddings have collapsed."""
         assert self.learning is not None
-        if not self._watched:  # it goes on at the end of an epoch
-            return
-        means = dict(zip(self.terms, torch.stack(self._watched).mean(0), strict=True))
+        means = means_of_steps(self._watched)
         self.log_dict(means, sync_dist=True)
         self.learning.warn_of_collapse(means)
 
@@ -324,6 +324,22 @@ class PatchDetector(Detector[PatchModel]):
             for state in checkpoint["optimizer_states"]:
                 for group in state["param_groups"]:
                     group["lr"] = rate
+
+
+def means_of_steps(watched: Iterable[tuple[Sequence[str], Tensor]]) -> dict[str, Tensor]:
+    """The mean of each figure over the steps that have it.
+
+    Args:
+        watched: of each step, the names of its figures, and these in one tensor.
+
+    Example:
+        >>> means_of_steps([(("loss",), torch.tensor([1.0])), (("loss", "seldom"), torch.tensor([2.0, 5.0]))])
+        {'loss': tensor(1.5000), 'seldom': tensor(5.)}
+    """
+    values: dict[str, list[Tensor]] = {}
+    for name, value in (pair for names, row in watched for pair in zip(names, row, strict=True)):
+        values.setdefault(name, []).append(value)
+    return {name: torch.stack(of_name).mean() for name, of_name in values.items()}
 
 
 def announce_banks(model: PatchModel, batch: ImageBatch, embeddings: Mapping[int, Tensor], images: int) -> None:

@@ -170,7 +170,7 @@ class PyramidBatch(NamedTuple):
         painted: the first view with defects painted on it, RGB, float32 `[batch, 3, height, width]`; empty where it is
             not wanted, or where its features are cached.
         mask: True on these defects, bool `[batch, height, width]`; empty where `painted` is.
-        region: as in `ImageBatch`.
+        region: as in `ImageBatch`, where `painted` is wanted; empty where not.
         sides: the patches by side in pixels.
     """
 
@@ -227,7 +227,7 @@ class Prediction(NamedTuple):
     """What patchad says about a batch of images.
 
     Attributes:
-        score: anomaly score, float32 `[batch]`; see `Scorer`; normal patches are about the number of sides. Of an image
+        score: anomaly score, float32 `[batch]`; see `Scorer`. Of an image
             that could not be read (`ImageBatch.error`), a detector gives nan, which is anomalous.
         anomalous: the verdict, `score > threshold`, bool `[batch]`.
         map: combined anomaly map at the pixels of `ImageBatch.image`, smoothed, float32 `[batch, height, width]`.

@@ -6,6 +6,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from test_cli import LITE, SMALL, commands_in, here  # noqa: F401
 
 import patchad
@@ -87,6 +88,15 @@ def test_the_threshold_is_that_of_the_normals_each_compared_with_the_others(fitt
 
 
 @pytest.mark.slow
+def test_members_that_have_learned_learn_no_more(members, product, tmp_path):
+    model = Ensemble(members, PRODUCT)
+    model.requires_grad_(True)  # as encoders that were trained are
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    run = Trainer(max_epochs=3, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    run.fit(model, PyramidDataModule(product, image_size=96, num_workers=0))
+    assert run.global_step == 0 and model.scorer.threshold.isfinite()
+
+
 def test_an_exported_ensemble_says_the_same(fitted, product, here, capsys):
     jaxtyping.config.update("jaxtyping_disable", True)  # shapes that the exporter traces are symbols
     try:

@@ -114,7 +114,7 @@ def test_what_is_normal_is_the_same_whatever_is_labelled(root, caplog):
         data = PyramidDataModule(root, MagneticTile("by_tile", labelled=labelled), image_size=64, num_workers=0)
         data.setup("fit")
         batch = next(iter(data.train_dataloader()))
-        parts = (data.normal_set, data.train_set, data.held_out_set, data.reading_set)
+        parts = (data.normal_set, data.train_set, data.held_out_set)
         sets.append([[one.path for one in part.samples] for part in parts] + [batch.number.tolist()])
     assert sets[0] == sets[1] and len(data.labelled_set) == len(data.train_set) + 20
     said = "20 defective images to train on, 20 of them with a mask: only a supervised detector learns from them"

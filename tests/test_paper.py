@@ -107,6 +107,27 @@ def test_a_pseudo_label_is_that_of_the_epochs_beginning_whatever_was_learned_sin
         assert not torch.allclose(views[side].anchor, at_the_beginning, atol=0.01)
 
 
+def test_labels_are_held_where_the_backbone_learns_in_one_pass_over_the_image(product):
+    """In dense mode: what the held encoder reads comes of its own backbone."""
+    seed_everything(0, verbose=False)
+    backbone = Tiny(weights="none", trainable="all")
+    learning = partial(Learning, clusters=5, warmup=0.0)
+    model = PatchDetector(backbone, partial(LearnedEncoder, shortcut=False), sides=(16,), learning=learning)
+    data = images(product, batch_size=4, pyramids_per_image=2, draws_per_epoch=1)
+    data.prepare_data()
+    data.setup("fit")
+    data.plan = model.learning.plan
+    batch = next(iter(data.train_dataloader()))
+    read = model.learning.features.read(batch, (0,))
+    (before,) = model.learning.features.embedded_pyramids(read, batch, model.learning.held)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.add_(0.1)
+    read = model.learning.features.read(batch, (0,))
+    (after,) = model.learning.features.embedded_pyramids(read, batch, model.learning.held)
+    assert torch.equal(before.held, after.held) and not torch.allclose(before.anchor, after.anchor)
+
+
 def test_a_step_is_one_graph_with_the_same_loss_and_gradients(product, monkeypatch):
     model, data = begun(product)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes cannot be compiled

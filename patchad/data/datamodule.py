@@ -46,8 +46,8 @@ MOST_WORKERS = 256
 """Processes; each would be started before the next one fails."""
 MOST_SHIFT = 2
 """Pixels; two views then differ by at most 4, which the window of side 16's pyramids has room for."""
-PROBE_IMAGES = 32
-"""Most images that the clusters are fitted on, each with `pyramids_per_image` anchors."""
+PROBE_IMAGES, PROBE_ANCHORS = 32, 256
+"""Most images that the clusters are fitted on; most anchors of each, but at least those of one draw."""
 
 
 class PyramidDataModule(Checkpointed, LightningDataModule):
@@ -72,7 +72,8 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         batch_size: images per batch.
         pyramids_per_image: pyramids of patches that are drawn per side each time that an image is drawn.
         draws_per_epoch: how often each image is drawn in an epoch.
-        shift: most rows and columns in pixels by which a view of a training image is moved; at most 2.
+        shift: most rows and columns in pixels by which a view of a training image is moved; at most 2. In mode sliding
+            views are of single patches, which are not moved.
         colour_deviation: of what is added to each channel of a view, of [0, 1]; 0.02 in the paper.
         noise_deviation: of what is added to each pixel of a view, of [0, 1]; 0.02 in the paper.
         num_workers: processes that decode images.
@@ -169,7 +170,6 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         self.normal_set, self.train_set, self.held_out_set = (
             self._dataset(part, numbers) for part in (normals, training, held_out)
         )
-        self.reading_set = self._dataset(normals, tolerant=True)
         self.held_out = torch.tensor([sample in held_out for sample in normals])
         labelled = [sample for sample in defective if sample.mask is not None]
         self.labelled_set = ImageDataset(
@@ -274,7 +274,8 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         """The same pyramids of some training normals each time and on each process."""
         count = min(PROBE_IMAGES, len(self.train_set))
         chosen = sorted(np.random.default_rng(self.seed).permutation(len(self.train_set))[:count].tolist())
-        draws = range(0, len(self.pyramids), len(self.train_set))
+        most = max(1, min(self.draws_per_epoch, PROBE_ANCHORS // self.pyramids_per_image))
+        draws = range(0, most * len(self.train_set), len(self.train_set))
         return self._loader(self.pyramids, [(PROBE_EPOCH, first + number) for first in draws for number in chosen])
 
     def views_dataloader(self, views: Sequence[tuple[int, int, bool]], everywhere: bool = False) -> DataLoader:
@@ -291,8 +292,10 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         return self._each_once(self.normal_set)
 
     def reading_dataloader(self) -> DataLoader:
-        """All training normals, each once, those that cannot be read with their error."""
-        return self._each_once(self.reading_set)
+        """All images that a fit reads, each once, those that cannot be read with their error."""
+        labelled = [sample for sample in self.labelled_set.samples if sample.defect != NORMAL]
+        samples = self.normal_set.samples + (labelled if self.plan is None else [])
+        return self._each_once(self._dataset(samples, tolerant=True))
 
     def val_dataloader(self) -> list[DataLoader]:
         """Labelled images, each once; no loader if `validate_on` is `none`, or is `test` where there are none."""

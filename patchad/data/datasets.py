@@ -243,6 +243,7 @@ class PyramidDataset(Dataset[PyramidBatch]):
         self.images, self.plan, self.count, self.augmentations, self.seed = images, plan, count, augmentations, seed
         self.draws = draws
         self._sizes: dict[int, Size] = {}
+        self._extents: dict[int, tuple[Size, Size]] = {}
 
     def __len__(self) -> int:
         return len(self.images) * self.draws
@@ -256,8 +257,8 @@ class PyramidDataset(Dataset[PyramidBatch]):
         shift = (second.shift[0] - first.shift[0], second.shift[1] - first.shift[1])
         size, content = self.images.canvas.image_size, self._content(number)
         image, painted, mask = torch.empty(0), torch.empty(0), NOTHING
-        region = self._region(number)
-        box, start = (content, (0, 0)) if given(region) is None else extent(region)
+        region = self._region(number) if self.plan.painted else NOTHING
+        box, start = self._extent(number)
         if not (self.plan.cached_views or self.plan.resident):
             image = self._view_pair(number, first, second)
             if self.plan.painted:
@@ -304,6 +305,14 @@ class PyramidDataset(Dataset[PyramidBatch]):
         where = self.images.judged(number, self._native(number))
         size = self.images.canvas.image_size
         return NOTHING if where is None else region_on_canvas(where, self._content(number), size)
+
+    def _extent(self, number: int) -> tuple[Size, Size]:
+        """Height x width of the box around what is judged of an image, and its top left corner."""
+        if number not in self._extents:
+            region = self._region(number)
+            whole = given(region) is None
+            self._extents[number] = (self._content(number), (0, 0)) if whole else extent(region)
+        return self._extents[number]
 
     def drawn(self, number: int, view: int) -> View:
         """How a view of an image differs from it: a function of (seed, file name, view), so that a cache stays true."""

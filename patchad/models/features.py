@@ -1,7 +1,6 @@
 """One door to what encoders read of training views: computed from images in each step, kept on disk, or at hand."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +58,7 @@ class Features:
     def open(
         self, paths: Sequence[str], key: str, size: Size, painted: bool, augmentations: Augmentations
     ) -> list[tuple[int, int, bool]]:
-        """Says which images are meant; returns number, view and whether it is painted of what `keep` wants to be given.
+        """Opens what is kept of images; returns number, view and whether it is painted of what `keep` must be given.
 
         Args:
             paths: the training images, by number.
@@ -123,7 +122,7 @@ class Features:
         self, first: Mapping[int, Tensor], batch: PyramidBatch, held: PyramidEncoder
     ) -> Mapping[int, Tensor]:
         """The first view as a held encoder reads it: the same where the backbone learns nothing."""
-        return first if held.backbone.frozen else held.windows(batch.image[:, 0], corners(batch))
+        return first if self.encoder.backbone.frozen else held.windows(batch.image[:, 0], corners(batch))
 
     def embedded(self, batch: PyramidBatch, painted: bool) -> dict[int, Tensor]:
         """Embeddings of the first views at every scoring position, `[batch, dim, rows, columns]` by side."""
@@ -182,12 +181,6 @@ class CachedFeatures(Features):
         windows = self.cache.read(batch.number, batch.views[:, view], corners(batch))
         return {side: window.to(batch.content.device) for side, window in windows.items()}
 
-    def _held_windows(
-        self, first: Mapping[int, Tensor], batch: PyramidBatch, held: PyramidEncoder
-    ) -> Mapping[int, Tensor]:
-        """The same, since what is cached is of a backbone that learns nothing."""
-        return first
-
     def embedded(self, batch: PyramidBatch, painted: bool) -> dict[int, Tensor]:
         """Read from the cache and embedded."""
         features = self.cache.whole(batch.number, batch.views[:, 0], painted)
@@ -202,7 +195,7 @@ class ResidentImages(Features):
     """Patches of training images that stay on the encoder's device, each with colour and noise of its own.
 
     So do the authors of the paper (Tsai et al., WACV 2022). Nothing is decoded in a step, and all patches of a side
-    pass the encoder in one call. Images take 12 bytes a pixel: 1000 of 256 x 256 pixels 0.8 GB.
+    pass the encoder together. Images take 12 bytes a pixel: 1000 of 256 x 256 pixels 0.8 GB.
 
     Args:
         encoder: reads them.
@@ -221,7 +214,7 @@ class ResidentImages(Features):
         self, paths: Sequence[str], key: str, size: Size, painted: bool, augmentations: Augmentations
     ) -> list[tuple[int, int, bool]]:
         """All images, as they are."""
-        self.augmentations = augmentations
+        self.augmentations, self.images = augmentations, torch.empty(0)  # those of an earlier fit go first
         self.images = torch.empty(len(paths), 3, *size, device=self.encoder.backbone.input_mean.device)
         self.place = f"training images: {self.images.nbytes / 1e9:.2f} GB on {self.images.device}"
         return [(number, PLAIN, False) for number in range(len(paths))]
@@ -239,10 +232,12 @@ class ResidentImages(Features):
     def _patches(self, numbers: Tensor, side: int, pyramid: Pyramid, generator: torch.Generator) -> Tensor:
         places = torch.cat([pyramid.anchor, pyramid.near, pyramid.far, pyramid.neighbour], dim=1)
         patches = cut_patches(self.images, places + pyramid.window[:, None], (side, side), numbers)
-        draw = partial(torch.randn, generator=generator, device=patches.device)
-        colour = self.augmentations.colour * draw(*patches.shape[:3], 1, 1)
-        noise = self.augmentations.noise * draw(patches.shape)
-        return (patches + self.encoder.unit * (colour + noise)).unflatten(1, (4, -1)).transpose(0, 1)
+        drawn = (self.augmentations.colour, (*patches.shape[:3], 1, 1)), (self.augmentations.noise, patches.shape)
+        for deviation, shape in drawn:
+            if deviation:
+                added = torch.randn(shape, generator=generator, device=patches.device)
+                patches = patches + deviation * self.encoder.unit * added
+        return patches.unflatten(1, (4, -1)).transpose(0, 1)
 
     def anchors(
         self, read: Mapping[int, Tensor], batch: PyramidBatch
@@ -253,7 +248,7 @@ class ResidentImages(Features):
     def embedded_pyramids(
         self, read: Mapping[int, Tensor], batch: PyramidBatch, held: SlidingEncoder | None = None
     ) -> Iterator[EmbeddedPyramids]:
-        """Embeddings of all patches, each side in one call."""
+        """Embeddings of all patches, those of a side together."""
         for side, patches in read.items():
             with torch.no_grad():
                 fixed = None if held is None else embedded(held, side, patches[0])
@@ -263,7 +258,7 @@ class ResidentImages(Features):
 def embedded(
     encoder: SlidingEncoder, side: int, patches: Float[Tensor, "*places 3 side side"]
 ) -> Float[Tensor, "*places dim"]:
-    """Embeddings of prepared patches, in one call."""
+    """Embeddings of prepared patches."""
     return encoder.encode(side, patches.flatten(0, -4)).unflatten(0, patches.shape[:-3])
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -61,12 +62,14 @@ class DifferNetModel(ScoringModel):
         return torch.stack([self._features(turned) for turned in turns], dim=1)
 
     def _features(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch numbers"]:
-        maps = [self.backbone(image[:, :, ::step, ::step], [self.tap])[self.tap] for step in STEPS]
-        return torch.cat([F.max_pool2d(values, 3, 2, 1).mean((2, 3)) for values in maps], dim=1)
+        with torch.autocast(image.device.type, enabled=False):  # limits are set and held in float32
+            maps = [self.backbone(image[:, :, ::step, ::step], [self.tap])[self.tap] for step in STEPS]
+            return torch.cat([F.max_pool2d(values, 3, 2, 1).mean((2, 3)) for values in maps], dim=1)
 
     def scores(self, features: Float[Tensor, "batch transforms numbers"]) -> Float[Tensor, " batch"]:
         """The mean square of what the flow gives: 1 on the mean of images that it knows."""
-        latent, _ = self.flow(features.flatten(0, 1), jac=False)
+        with torch.autocast(features.device.type, enabled=False):
+            latent, _ = self.flow(features.flatten(0, 1), jac=False)
         return latent.unflatten(0, (-1, self.transforms)).square().mean((1, 2))
 
     def loss(self, features: Float[Tensor, "rows numbers"]) -> Float[Tensor, ""]:
@@ -99,7 +102,7 @@ class DifferNet(Detector[DifferNetModel]):
 
     Source: Rudolph, Wandt, Rosenhahn, Same Same But DifferNet, WACV 2021; https://github.com/marco-rudolph/differnet.
     Other than there, training knows only the rotations that scores come from; an epoch has two of them, not four, of an
-    image; a tenth of the images is held out; feature maps are padded to whole strides.
+    image; a tenth of the images is held out; feature maps are padded to whole strides, also where the last is pooled.
 
     Args:
         backbone: image -> feature maps; this and what follows up to `scorer` is explained at `DifferNetModel`.
@@ -181,7 +184,7 @@ def flow(numbers: int, blocks: int, hidden: int) -> nn.Module:
         from FrEIA.modules import GLOWCouplingBlock, PermuteRandom
     except ModuleNotFoundError as error:
         raise PatchadError('DifferNet needs an extra: pip install "patchad[peers]"') from error
-    sequence = SequenceINN(numbers)
+    sequence, state = SequenceINN(numbers), np.random.get_state()
     for number in range(blocks):
         sequence.append(PermuteRandom, seed=number)
         sequence.append(
@@ -190,6 +193,7 @@ def flow(numbers: int, blocks: int, hidden: int) -> nn.Module:
             clamp=CLAMP,
             clamp_activation=lambda raw: 0.636 * torch.atan(raw / CLAMP),
         )
+    np.random.set_state(state)  # which permutations have seeded
     return sequence
 
 

@@ -18,7 +18,7 @@ from patchad.model import ScoringModel
 from patchad.models.backbones import Backbone, ResNet18
 from patchad.scoring import Scorer, ScorerFactory, gaussian
 from patchad.spec import hyperparameters, spec
-from patchad.types import Prediction, Region
+from patchad.types import ImageBatch, Prediction, Region
 
 REGULARIZATION = 0.01
 """Added to the variance of each channel (section III-B)."""
@@ -39,7 +39,7 @@ class Gaussians(nn.Module):
     Without one of these images itself, the mean is m - u / (n - 1), and the covariance
     (S - n / (n - 1) u u^T) / (n - 2) + e I. By Sherman and Morrison its distance is n / (n - 1) sqrt(q / (1 - c q)),
     with q = u^T (S / (n - 2) + e I)^-1 u and c = n / ((n - 1) (n - 2)). That leaves out one image: others of its group
-    (`Sample.group`) stay. One that was changed since, as those that defects are painted on, is too far there.
+    (`Sample.group`) stay.
     """
 
     count: Tensor  # of the normal images
@@ -193,6 +193,10 @@ class PaDiM(Detector[PaDiMModel]):
         super().__init__()
         self.model = PaDiMModel(backbone, channels, seed, scorer)
         self.save_hyperparameters({**hyperparameters(self), **spec(self.model)["init_args"]})
+
+    def _scored(self, batch: ImageBatch, thing: Tensor | None = None) -> Prediction:
+        """An image that a defect is painted on is none of the normal images, without which it would be compared."""
+        return super()._scored(batch, None if thing is None else thing.masked_fill(batch.label == 1, -1))
 
     def know_normals(self) -> None:
         """Estimates the Gaussians in one pass over the normal images; the limits follow, of each without itself."""

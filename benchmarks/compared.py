@@ -54,6 +54,9 @@ def main(
         options: further ones for every row of `patchad fit`.
     """
     sets = {name: data / path for name, path in COMPARED["sets"].items()}
+    known = [row["name"] for row in COMPARED["systems"]]
+    if unknown := set(systems) - set(known):
+        raise SystemExit(f"--systems {', '.join(sorted(unknown))}: known are {'; '.join(known)}")
     rows = [row for row in COMPARED["systems"] if not systems or row["name"] in systems]
     tasks = by_set(rows, sets)
     measure([(row, images) for images, row in tasks], results, weights, folder, minutes, options)
@@ -73,7 +76,7 @@ def by_set(rows: Sequence[dict[str, Any]], sets: Mapping[str, Path]) -> list[tup
 def table(rows: Sequence[Row]) -> list[str]:
     """The lines of one set: what was measured, and what was published."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(line, rows)]
-    known = [(it["system"], it["figures"].get(rows[0].data)) for it in published()]
+    known = [(entry["system"], entry["figures"].get(rows[0].data)) for entry in published()]
     return lines + [f"| *{system}, published* | {pair}" + " |" * (len(COLUMNS) - 1) for system, pair in known if pair]
 
 
@@ -87,9 +90,9 @@ def line(row: Row) -> str:
     return f"| {' | '.join(cells)} | {row.date}, {row.commit}, {row.machine} |"
 
 
-def source(it: Mapping[str, Any]) -> str:
+def source(entry: Mapping[str, Any]) -> str:
     """Where published figures come from."""
-    return f"* {it['system']}, {it['figures'].get('mean', '-')}: {it['protocol']}. {it['source']}"
+    return f"* {entry['system']}, {entry['figures'].get('mean', '-')}: {entry['protocol']}. {entry['source']}"
 
 
 def published() -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ class DetectorTrainer(Trainer):
         batch_sizes: tuple[int, ...] = (1, 8),
         repeats: int = 10,
     ) -> None:
-        """Time a fitted detector, a PatchDetector stage by stage, beside what this machine can do at best.
+        """Time a fitted detector, beside what this machine can do at best.
 
         Args:
             model: takes the weights.

@@ -57,7 +57,7 @@ def test_a_file_that_was_cut_is_refused(kept, path):
     ("content", "words"),
     [
         (CHECKPOINT, "is damaged: its checksum does not fit"),
-        (CHECKPOINT | {"patchad_format": 11}, "has format 11; this patchad reads format 13"),
+        (CHECKPOINT | {"patchad_format": 11}, "has format 11; this patchad reads format 14"),
         (CHECKPOINT | {"patchad_format": "12"}, "has format '12'"),
         ({"state_dict": {}}, "is not one of patchad's"),
         ([1, 2], "is not one of patchad's"),

@@ -245,7 +245,8 @@ def test_null_reaches_the_options_of_a_bank_and_of_learning(here, capsys):
         main(["fit", "--config=learned", "--data.root=x", *nulls, "--print_config"])
     assert stop.value.code == 0
     model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
-    assert model["bank"]["init_args"] == {"max_vectors": None, "reduce": "kmeans", "baseline": 0.8, "seed": 0}
+    bank = {"max_vectors": None, "reduce": "kmeans", "baseline": 0.8, "exact_most": 10000, "seed": 0}
+    assert model["bank"]["init_args"] == bank
     assert model["learning"]["init_args"]["cache"] is None and model["tile"] is None
     assert len(model["learning"]["init_args"]["losses"]) == 4
 

@@ -67,7 +67,7 @@ def test_every_option_on_the_first_screen_of_fit_is_taken(shown):
 
 def test_the_first_screen_of_fit_says_of_each_packaged_config_what_it_is(shown):
     rows = re.findall(
-        r"^  ([a-z/]+) +(\w.+)$", shown("fit", "--help").partition("\nconfigurations:\n")[2], re.MULTILINE
+        r"^  ([a-z_/]+) +(\w.+)$", shown("fit", "--help").partition("\nconfigurations:\n")[2], re.MULTILINE
     )
     assert [name for name, _ in rows] == list(packaged())
     assert dict(rows)["fast"] == "For lines that need milliseconds"

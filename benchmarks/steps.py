@@ -26,7 +26,7 @@ from patchad import Learning, PatchDetector, PyramidDataModule
 from patchad.data.synthetic import write_synthetic
 from patchad.models import VGG16, LearnedEncoder
 from patchad.timing import alternate
-from patchad.types import PyramidBatch
+from patchad.types import PyramidBatch, PyramidPlan
 
 STEPS = 333
 """Of an epoch of transistor: 213 images, drawn 100 times, 64 at once."""
@@ -102,7 +102,7 @@ def images(folder: Path, pyramids: int, workers: int) -> PyramidDataModule:
     )
     data.prepare_data()
     data.setup("fit")
-    data.plan = data.plan._replace(grids=dict.fromkeys((64, 32, 16), 1), resident=True)
+    data.plan = PyramidPlan(dict.fromkeys((64, 32, 16), 1), resident=True)
     return data
 
 

@@ -191,17 +191,16 @@ class Learning(nn.Module):
         """
         compared = self._compared(batch) if self.paints else {}
         for embedded in self.features.embedded_pyramids(read, batch, self.held if self.labelled else None):
-            side, *patches = embedded
-            anchor, near, far, neighbour, held = (part if part is None else part.flatten(0, 1) for part in patches)
+            side, held = embedded.side, embedded.held
             clusters = self._clusters(side)
             yield PatchViews(
                 side=side,
-                anchor=anchor,
-                near=near,
-                far=far if self.paired[side] else None,
-                neighbour=neighbour if self.paired[side] else None,
+                anchor=embedded.anchor.flatten(0, 1),
+                near=embedded.near.flatten(0, 1),
+                far=embedded.far.flatten(0, 1) if self.paired[side] else None,
+                neighbour=embedded.neighbour.flatten(0, 1) if self.paired[side] else None,
                 direction=batch.sides[side].direction.flatten(),
-                label=None if held is None else clusters(held),
+                label=None if held is None else clusters(held.flatten(0, 1)),
                 centroids=None if held is None else clusters.centroids,
                 **compared.get(side, {}),
             )

@@ -115,7 +115,8 @@ class Features:
             embedded = self.encoder.embed(side, second[side], partners).split(count, dim=1)
             with torch.no_grad():
                 fixed = None if held is None else held.embed(side, sources[side], pyramid.anchor)
-            yield EmbeddedPyramids(side, anchor, *embedded, fixed)
+            near, far, neighbour = embedded
+            yield EmbeddedPyramids(side, anchor, near, far, neighbour, fixed)
 
     @torch.no_grad()
     def _held_windows(
@@ -246,13 +247,15 @@ class ResidentImages(Features):
         return {side: embedded(self.encoder, side, patches[0]) for side, patches in read.items()}
 
     def embedded_pyramids(
-        self, read: Mapping[int, Tensor], batch: PyramidBatch, held: SlidingEncoder | None = None
+        self, read: Mapping[int, Tensor], batch: PyramidBatch, held: PyramidEncoder | None = None
     ) -> Iterator[EmbeddedPyramids]:
         """Embeddings of all patches, those of a side together."""
+        assert held is None or isinstance(held, SlidingEncoder)
         for side, patches in read.items():
             with torch.no_grad():
                 fixed = None if held is None else embedded(held, side, patches[0])
-            yield EmbeddedPyramids(side, *embedded(self.encoder, side, patches), fixed)
+            anchor, near, far, neighbour = embedded(self.encoder, side, patches)
+            yield EmbeddedPyramids(side, anchor, near, far, neighbour, fixed)
 
 
 def embedded(

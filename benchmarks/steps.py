@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jsonargparse import auto_cli
-from torch import Tensor
+from lightning_fabric.utilities import move_data_to_device
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed import quiet
@@ -71,7 +71,7 @@ def main(
     )
     with tempfile.TemporaryDirectory() as folder:
         data = images(Path(folder), pyramids, workers)
-        batches = [moved(batch, place) for batch in itertools.islice(data.train_dataloader(), 4)]
+        batches = [move_data_to_device(batch, place) for batch in itertools.islice(data.train_dataloader(), 4)]
         tasks: dict[str, Callable[[], object]] = {name: steps(FORMS[name], data, batches, place) for name in forms}
         loader = itertools.chain.from_iterable(itertools.repeat(data.train_dataloader()))
         tasks["drawing pyramids, one process"] = lambda: next(loader)
@@ -118,8 +118,8 @@ def steps(form: Form, data: PyramidDataModule, batches: list[PyramidBatch], devi
     ).to(device)
     assert detector.learning is not None
     features = detector.learning.features
-    size, settings = (256, 256), (data.augmentations,)
-    features.open([str(sample.path) for sample in data.train_set.samples], "", size, False, *settings)
+    paths = [str(sample.path) for sample in data.train_set.samples]
+    features.open(paths, "", data.image_size, False, data.augmentations)
     for number in range(len(data.train_set)):
         nothing = torch.zeros(1, dtype=torch.long, device=device)
         features.keep(nothing + number, nothing, nothing, data.train_set[number].image[None].to(device), nothing)
@@ -144,13 +144,6 @@ def operations(task: Callable[[], object]) -> int:
         task()
     events = [event for event in recorded.events() or () if event.name.startswith("aten::")]
     return sum(event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::") for event in events)
-
-
-def moved(batch: PyramidBatch, device: torch.device) -> PyramidBatch:
-    """The batch on the device."""
-    sides = {side: type(pyramid)(*(part.to(device) for part in pyramid)) for side, pyramid in batch.sides.items()}
-    fields = {name: value.to(device) for name, value in batch._asdict().items() if isinstance(value, Tensor)}
-    return batch._replace(**fields, sides=sides)
 
 
 if __name__ == "__main__":

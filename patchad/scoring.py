@@ -103,6 +103,11 @@ class Scorer(nn.Module):
             return len(self.sides) * math.log(2) ** 2
         return float(self.combine({side: self.scale[number, None] for number, side in enumerate(self.sides)}))
 
+    @property
+    def _divisors(self) -> Float[Tensor, " sides"]:
+        """What the map of each side is divided by."""
+        return self.scale if self.scaled else torch.ones_like(self.scale)
+
     def combine(
         self, maps: Mapping[int, Float[Tensor, "batch *pixels"]], sides: Sequence[int] | None = None
     ) -> Float[Tensor, "batch *pixels"]:
@@ -113,8 +118,7 @@ class Scorer(nn.Module):
             sides: those that count; all by default.
         """
         numbers = [self.sides.index(side) for side in sides or self.sides]
-        scales = self.scale if self.scaled else torch.ones_like(self.scale)
-        scaled = torch.stack([maps[self.sides[number]] / scales[number] for number in numbers])
+        scaled = torch.stack([maps[self.sides[number]] / self._divisors[number] for number in numbers])
         if self.combination == "sum":
             return scaled.sum(0)
         if self.combination == "excess":
@@ -168,7 +172,7 @@ class Scorer(nn.Module):
     def measure_normals(self, scores: Mapping[int, Float[Tensor, " images"]]) -> None:
         """Sets level and spread of each side, from the scores that normal images have by it alone."""
         for number, side in enumerate(self.sides):
-            scaled = scores[side].double() / (self.scale[number] if self.scaled else 1)
+            scaled = scores[side].double() / self._divisors[number]
             self.level[number] = scaled.mean()
             self.spread[number] = scaled.std(correction=0).clamp(min=NOISE * max(1.0, float(scaled.mean())))
 

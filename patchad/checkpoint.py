@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from torch import Tensor, nn
 
 from patchad.errors import PatchadError
 from patchad.files import write_whole
@@ -153,3 +154,18 @@ def check_format(checkpoint: Any, name: str = "the checkpoint") -> None:
             f"{name} {reason}; this patchad reads format {CHECKPOINT_FORMAT}: fit again, or install the patchad that "
             "wrote it"
         )
+
+
+def take_sizes(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, names: Iterable[str]) -> None:
+    """Gives buffers of a module the sizes that they have in a state, which torch would refuse as another's.
+
+    Args:
+        module: about to load the state; its buffers hold anything until then.
+        state_dict: of it, or of what contains it.
+        prefix: of the names of the module's tensors there.
+        names: of the buffers; one that the state does not have stays.
+    """
+    for name in names:
+        if prefix + name in state_dict:
+            device = getattr(module, name).device
+            setattr(module, name, torch.empty_like(state_dict[prefix + name], device=device))

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchad.checkpoint import take_sizes
 from patchad.clustering import kmeans
 from patchad.errors import PatchadError, check_range, check_seed
 from patchad.lists import Lists, as_lists, divide, nearest_in_lists
@@ -324,10 +325,7 @@ class MemoryBank(nn.Module):
         return nearest.reshape(queries.shape[:-1])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        # a bank of another length is taken as it is, not refused
-        for name in ("vectors", "keys", "things", "levels", "lists"):
-            if prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.vectors.device))
+        take_sizes(self, state_dict, prefix, ("vectors", "keys", "things", "levels", "lists"))
         self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
 

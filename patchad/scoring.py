@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchad.checkpoint import take_sizes
 from patchad.conformal import Limits, check_band, limits, p_values
 from patchad.errors import check_range
 from patchad.pyramid import enlarge
@@ -219,9 +220,7 @@ class Scorer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Takes any number of scores, and sets the thresholds for the rates that are asked for now."""
-        for name in ("normals", "peaks"):
-            kept = getattr(self, name)
-            setattr(self, name, torch.empty_like(state_dict.get(f"{prefix}{name}", kept), device=kept.device))
+        take_sizes(self, state_dict, prefix, ("normals", "peaks"))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if len(self.normals):
             self.set_limits(self.normals, self.peaks)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from patchad.canvas import Size
+from patchad.checkpoint import take_sizes
 from patchad.errors import PatchadError, check_range
 from patchad.models.backbones import Backbone, Tap, receptive_radius
 from patchad.models.patches import PatchEncoder, PatchEncoderFactory, Standardize, check_side
@@ -72,7 +73,7 @@ class MeanImage(nn.Module):
         return image - self.mean if self.ready else image
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        self.mean = torch.empty_like(state_dict.get(f"{prefix}mean", self.mean), device=self.mean.device)
+        take_sizes(self, state_dict, prefix, ("mean",))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

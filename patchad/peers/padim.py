@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchad.checkpoint import take_sizes
 from patchad.detector import Detector
 from patchad.errors import PatchadError, check_range
 from patchad.model import ScoringModel
@@ -104,9 +105,7 @@ class Gaussians(nn.Module):
         return (along / (self.scatter / freedom + REGULARIZATION)[:, None]).sum(2)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        for name in ("mean", "axes", "scatter"):
-            kept = getattr(self, name)
-            setattr(self, name, torch.empty_like(state_dict.get(f"{prefix}{name}", kept), device=kept.device))
+        take_sizes(self, state_dict, prefix, ("mean", "axes", "scatter"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -16,8 +16,14 @@ FIRST, SHARE, SECOND = 2, 0.05, 16
 that look again; the lists, and parts of them, that these look into (benchmarks/products.md)."""
 PART = 40
 """Vectors that a part holds, about."""
-AT_ONCE = 2048
-"""Parts whose vectors are held at once for each image: 13 MB where 40 vectors of 40 numbers make a part."""
+REFINED = 4
+"""Vectors, the nearest by bytes, that patches which look again are compared with in float32."""
+AT_ONCE = 8192
+"""Parts whose vectors are held at once for each image: as bytes 13 MB where 40 vectors of 40 numbers make a part."""
+CODES, QUERY_CODES, ZERO = 63, 127, 128
+"""Codes of how far a vector is from the centre of its part on an axis go from -63 to 63, those of a query from -127 to 127;
+products take the latter as bytes, of which 128 is 0. With one bit more, the sum of two products would pass 16 bits, in
+which CPUs without VNNI hold it."""
 SAMPLED, ITERATIONS, POWERS = 32, 5, 8
 """Vectors per list, at least, that K-means finds centres of, its iterations, and those that find a principal axis."""
 
@@ -72,21 +78,42 @@ def halve(parts: Int[Tensor, "parts length"], vectors: Float[Tensor, "parts leng
     return parts.gather(1, order).unflatten(1, (2, -1)).flatten(0, 1)
 
 
+class Codes(NamedTuple):
+    """Vectors as bytes, group by group: how far each is from the centre of its group, in steps of that group.
+
+    What is read for each query decides how long a search takes. Residuals need few bits (Jegou et al., Product
+    quantization for nearest neighbor search, PAMI 2011, section IV).
+
+    Attributes:
+        codes: int8 `[groups, dim, length]`.
+        steps: -2 times what a code of 1 stands for, `[groups, 1]`.
+        offsets: squares of vectors less what is known of them, over those of the centre, `[groups, length]`.
+    """
+
+    codes: Tensor
+    steps: Tensor
+    offsets: Tensor
+
+
 class Lists(NamedTuple):
     """A bank as its search takes it: weights times a query and 1 are squared distances, but for the query's own square.
 
     Attributes:
+        vectors: of the bank, `[vectors, dim]`.
+        allowance: what is subtracted from the squared distance to each, `[vectors]`.
         middle: of all vectors, which is subtracted from queries, `[dim]`.
         centres: weights of the centres of lists, `[lists, dim + 1]`.
-        part_centres: weights of the centres of parts, `[lists, parts, dim + 1]`.
-        weights: of the vectors of each part, list by list, `[lists * parts, length, dim + 1]`.
+        parts: the centres of the parts of each list.
+        inner: the vectors of each part, list by list.
         members: their numbers, `[lists * parts, length]`.
     """
 
+    vectors: Tensor
+    allowance: Tensor
     middle: Tensor
     centres: Tensor
-    part_centres: Tensor
-    weights: Tensor
+    parts: Codes
+    inner: Codes
     members: Tensor
 
 
@@ -103,17 +130,40 @@ def as_lists(
         members: of each part of each list.
     """
     middle = vectors.mean(0)
-    values = torch.cat([vectors - middle, allowance[:, None]], 1)
-    parts = values[members].mean(2)
-    return Lists(
-        middle, weigh(parts.mean(1)), weigh(parts), weigh(values)[members.flatten(0, 1)], members.flatten(0, 1)
-    )
+    values = torch.cat([vectors - middle, allowance[:, None]], 1)[members]
+    parts = values.mean(2)
+    centres = parts.mean(1)
+    inner = residuals(values.flatten(0, 1), parts.flatten(0, 1))
+    return Lists(vectors, allowance, middle, weigh(centres), residuals(parts, centres), inner, members.flatten(0, 1))
+
+
+def residuals(values: Float[Tensor, "groups length numbers"], centres: Float[Tensor, "groups numbers"]) -> Codes:
+    """Vectors, and what is known of each, by the centres of their groups.
+
+    What rounding leaves of a vector counts as if each query were the centre, to which queries that look there are near.
+    """
+    exact = (values - centres[:, None])[..., :-1]
+    codes, steps = encode(exact, CODES, (1, 2))
+    rounding = (exact - codes * steps) @ centres[:, :-1, None]
+    offsets = weigh(values)[..., -1] - weigh(centres)[:, None, -1] - 2 * rounding.squeeze(2)
+    return Codes(codes.mT.to(torch.int8), -2 * steps.flatten(1), offsets)
 
 
 def weigh(values: Float[Tensor, "*places numbers"]) -> Float[Tensor, "*places numbers"]:
     """What a query and 1 are multiplied by: -2 times the vector, and its square less what is known of it."""
     vectors, allowance = values[..., :-1], values[..., -1:]
     return torch.cat([-2 * vectors, vectors.square().sum(-1, keepdim=True) - allowance], -1)
+
+
+def encode(values: Float[Tensor, "*places"], most: int, axes: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Whole numbers from `-most` to `most`, and the step that each stands for along those axes.
+
+    Example:
+        >>> encode(torch.tensor([[-0.5, 1.0]]), most=4, axes=1)
+        (tensor([[-2.,  4.]]), tensor([[0.2500]]))
+    """
+    steps = values.abs().amax(axes, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny * most) / most
+    return (values / steps).round(), steps
 
 
 def nearest_in_lists(
@@ -130,51 +180,82 @@ def nearest_in_lists(
         lists: the bank.
         excluded: vectors that each image's queries pass over; they get one all the same where they find nothing else.
     """
-    queries = queries - lists.middle
-    squares, queries = queries.square().sum(2), F.pad(queries, (0, 1), value=1.0)
-    least, nearest = look(queries, lists, FIRST, excluded)
-    farthest = (least + squares).topk(math.ceil(SHARE * queries.shape[1]), 1).indices
+    least, nearest = look(queries, lists, FIRST, excluded, 1)
+    squares = (queries - lists.middle).square().sum(2)
+    farthest = (least[..., 0] + squares).topk(math.ceil(SHARE * queries.shape[1]), 1).indices
     queries = queries.gather(1, farthest[..., None].expand(-1, -1, queries.shape[2]))
-    return nearest.scatter(1, farthest, look(queries, lists, SECOND, excluded)[1])
+    least, members = look(queries, lists, SECOND, excluded, REFINED)
+    exact = (queries[:, :, None] - lists.vectors[members]).square().sum(3) - lists.allowance[members]
+    refined = members.gather(2, exact.masked_fill(least.isinf(), torch.inf).argmin(2, keepdim=True))
+    return nearest[..., 0].scatter(1, farthest, refined[..., 0])
 
 
 def look(
-    queries: Float[Tensor, "images patches weights"],
+    queries: Float[Tensor, "images patches dim"],
     lists: Lists,
     probes: int,
     excluded: Bool[Tensor, "images vectors"] | None,
-) -> tuple[Float[Tensor, "images patches"], Int[Tensor, "images patches"]]:
-    """The least product that each query finds in that many parts of that many lists, and whose it is."""
+    count: int,
+) -> tuple[Float[Tensor, "images patches count"], Int[Tensor, "images patches count"]]:
+    """The `count` least products that each query finds in that many parts of that many lists, and whose they are."""
     results = []
-    for chunk in queries.split(max(1, AT_ONCE // probes), 1):
-        parts = nearest_parts(chunk, lists, probes)
-        members = rows(lists.members, parts).flatten(2)
-        products = multiply(rows(lists.weights, parts).flatten(2, 3), chunk)
+    for chunk in (queries - lists.middle).split(max(1, AT_ONCE // probes), 1):
+        query = encode(chunk, QUERY_CODES, 2)
+        least, near = nearest_of(F.pad(chunk, (0, 1), value=1.0) @ lists.centres.T, probes)
+        of_list = torch.arange(lists.parts.offsets.shape[1], device=near.device)
+        parts = (near[..., None] * len(of_list) + of_list).flatten(2)
+        least, best = nearest_of(descend(query, lists.parts, near, least), probes)
+        parts = parts.gather(2, best)
+        products, members = descend(query, lists.inner, parts, least), rows(lists.members, parts).flatten(2)
         if excluded is not None:
             mask = excluded.gather(1, members.flatten(1)).unflatten(1, members.shape[1:])
             products = products.masked_fill(mask, torch.inf)
-        least, place = products.min(2, keepdim=True)
-        results.append((least.squeeze(2), members.gather(2, place).squeeze(2)))
+        least, places = nearest_of(products, count)
+        results.append((least, members.gather(2, places)))
     least, nearest = (torch.cat(parts, 1) for parts in zip(*results, strict=True))
     return least, nearest
 
 
-def nearest_parts(
-    queries: Float[Tensor, "images patches weights"], lists: Lists, probes: int
-) -> Int[Tensor, "images patches probes"]:
-    """The numbers of the parts whose centres are nearest to each query, of the lists whose centres are."""
-    count, parts = lists.part_centres.shape[:2]
-    near = (queries @ lists.centres.T).topk(min(probes, count), 2, largest=False).indices
-    products = multiply(rows(lists.part_centres, near).flatten(2, 3), queries)
-    best = products.topk(min(probes, products.shape[2]), 2, largest=False).indices
-    return near.gather(2, best // parts) * parts + best % parts
+def nearest_of(
+    products: Float[Tensor, "images patches candidates"], count: int
+) -> tuple[Float[Tensor, "images patches nearest"], Int[Tensor, "images patches nearest"]]:
+    """The smallest products of each query, and their places."""
+    if count == 1:
+        return products.min(2, keepdim=True)
+    return products.topk(min(count, products.shape[2]), 2, largest=False)
+
+
+def descend(
+    query: tuple[Tensor, Tensor],
+    codes: Codes,
+    groups: Int[Tensor, "images patches probes"],
+    products: Float[Tensor, "images patches probes"],
+) -> Float[Tensor, "images patches vectors"]:
+    """The products of queries with all vectors of the groups that each looks into.
+
+    Args:
+        query: what `encode` gave of the queries, `[images, patches, dim]` and `[images, patches, 1]`.
+        codes: the vectors.
+        groups: numbers of the groups.
+        products: with their centres.
+    """
+    values, steps = query
+    within = multiply(values, rows(codes.codes, groups)) * (steps * rows(codes.steps, groups).squeeze(3))[..., None]
+    return (products[..., None] + rows(codes.offsets, groups) + within).flatten(2)
 
 
 def multiply(
-    weights: Float[Tensor, "images patches vectors weights"], queries: Float[Tensor, "images patches weights"]
-) -> Float[Tensor, "images patches vectors"]:
-    """The product of each query with vectors of its own."""
-    return (weights @ queries[..., None]).squeeze(-1)
+    queries: Float[Tensor, "images patches dim"], codes: Int[Tensor, "images patches probes dim length"]
+) -> Float[Tensor, "images patches probes length"]:
+    """The product of each query with codes of its own, exact: float32 holds all of these whole numbers."""
+    left = queries[:, :, None, None]
+    if torch.onnx.is_in_onnx_export():
+        operands = ((left + ZERO).to(torch.uint8), codes, torch.tensor(ZERO, dtype=torch.uint8))
+        shape = (*codes.shape[:3], 1, codes.shape[4])
+        products = torch.onnx.ops.symbolic("::MatMulInteger", operands, dtype=torch.int32, shape=shape)
+    else:
+        products = left @ codes.to(queries.dtype)
+    return products.to(queries.dtype).squeeze(3)
 
 
 def rows(values: Tensor, numbers: Int[Tensor, "images patches probes"]) -> Tensor:

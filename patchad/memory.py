@@ -309,13 +309,13 @@ class MemoryBank(nn.Module):
             return torch.cat([torch.addmm(offset, part, self.vectors.T, alpha=-2).argmin(1) for part in parts])
 
     def _search_lists(self, queries: Tensor, own: Tensor | None) -> Tensor:
-        images = queries.reshape(-1, *queries.shape[-2:])
-        if torch.compiler.is_compiling():
-            return nearest_in_lists(images, as_lists(self.vectors, self._allowance, self.lists))
-        key = self.vectors.device
+        images, key = queries.reshape(-1, *queries.shape[-2:]), self.vectors.device
+        if key not in self._prepared:
+            self._prepared[key] = as_lists(self.vectors, self._allowance, self.lists)
+        if torch.compiler.is_compiling():  # an exported file holds the vectors once
+            lists = self._prepared[key]._replace(vectors=self.vectors, allowance=self._allowance)
+            return nearest_in_lists(images, lists)
         with torch.autocast(queries.device.type, enabled=False):  # distances would lose digits
-            if key not in self._prepared:
-                self._prepared[key] = as_lists(self.vectors, self._allowance, self.lists)
             excluded = None if own is None else own[:, None] == self.things
             nearest = nearest_in_lists(images.float(), self._prepared[key], excluded)
         if own is not None:  # where the lists hold nothing else

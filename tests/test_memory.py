@@ -189,7 +189,8 @@ def slow_levels(bank: MemoryBank, things: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("reduce", ["random", "kmeans"])
 def test_levels_are_the_distances_to_other_things_that_patches_of_each_list_have(reduce, exact_most, monkeypatch):
     monkeypatch.setattr("patchad.memory.TABLE", 1000)  # a bank that is searched whole, in several parts
-    monkeypatch.setattr("patchad.lists.FIRST", 1000)  # where there are lists, all of them are looked into
+    monkeypatch.setattr("patchad.lists.SHARE", 1.0)  # where there are lists, all patches look into all of them
+    monkeypatch.setattr("patchad.lists.SECOND", 1000)
     max_vectors = None if reduce == "random" else 30
     bank = filled(baseline=0.5, things=THINGS, max_vectors=max_vectors, reduce=reduce, exact_most=exact_most)
     assert bank.levels.unique().numel() > 1

@@ -21,7 +21,7 @@ REFINED = 4
 AT_ONCE = 8192
 """Parts whose vectors are held at once for each image: as bytes 13 MB where 40 vectors of 40 numbers make a part."""
 CODES, QUERY_CODES, ZERO = 63, 127, 128
-"""Codes of how far a vector is from the centre of its part on an axis go from -63 to 63, those of a query from -127 to 127;
+"""Codes of how far a vector is from the centre of its part go from -63 to 63, those of a query from -127 to 127;
 products take the latter as bytes, of which 128 is 0. With one bit more, the sum of two products would pass 16 bits, in
 which CPUs without VNNI hold it."""
 SAMPLED, ITERATIONS, POWERS = 32, 5, 8

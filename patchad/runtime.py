@@ -45,8 +45,9 @@ class ExportedDetector:
         threads: of the CPU; by default one per core.
         providers: of ONNX Runtime, in order of preference.
         runtime: what runs the graph: `onnxruntime`; `openvino`, if it is installed; or `auto`, which takes the one that
-            is faster here. Their scores differ by rounding alone. Name one where every machine must say the same to the
-            last digit, also of a score within rounding of the threshold.
+            is faster here. Their scores differ by rounding, and where that leads the search of a large bank to another
+            vector, by about a thousandth. Name one where all machines must say the same of a score that near to the
+            threshold.
 
     Attributes:
         limits: where verdicts change; `threshold` may be set alone.

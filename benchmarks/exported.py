@@ -5,6 +5,7 @@ patchad export --ckpt_path runs/version_0/checkpoints/last.ckpt --output screw.p
 python -m benchmarks.exported --file screw.patchad --images screw/test
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import patchad
-from benchmarks.speed import SIZE, exported_ways, peer, quiet
+from benchmarks.speed import SIZE, peer, peer_ways, quiet, write_peer
 from patchad.folders import images_below
 from patchad.images import read_image
 from patchad.timing import CPU, Clock
@@ -40,7 +41,7 @@ def main(file: Path, images: Path, every: int = 6, warm: int = 3, beside: bool =
     detector = patchad.load(file)
     ways: dict[str, Way] = {file.name: lambda image: detector(image.permute(1, 2, 0).numpy())}
     if beside:
-        ways |= peer_ways()
+        ways |= ways_of_peer()
     pictures = [read_image(path) for path in images_below(images)[::every]]
     times = timed(ways, [*pictures[:1] * warm, *pictures])
     megabytes, vectors = file.stat().st_size / 1e6, detector.metadata["vectors"]
@@ -52,11 +53,12 @@ def main(file: Path, images: Path, every: int = 6, warm: int = 3, beside: bool =
         print(f"| {name} | {median:.1f} | {slow:.1f} | {slowest:.1f} |")
 
 
-def peer_ways() -> dict[str, Way]:
+def ways_of_peer() -> dict[str, Way]:
     """The peer's exported file in each runtime; the nearest pixels at its size are taken within its time."""
     image = torch.zeros(1, 3, SIZE, SIZE)
     array = image.numpy()
-    ways = exported_ways(peer(PEER), image)
+    with tempfile.TemporaryDirectory() as folder:
+        ways = peer_ways(write_peer(peer(PEER), image, Path(folder) / "peer.onnx"), image)
 
     def run(way: str) -> Way:
         def score(image: Tensor) -> object:

@@ -1,8 +1,8 @@
-"""Stage tables on a GPU, at each precision, with full banks of random vectors, as Markdown.
+"""Stage tables on a GPU, at each precision, with full banks, as Markdown.
 
 python -m benchmarks.gpu
 
-Weights are random, but for EfficientNet-Lite0: they do not change the time. Images are synthetic, 256 x 256.
+Weights are random, but for EfficientNet-Lite0: they do not change the time. Images are synthetic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ COMPILED: Mapping[str, Mapping[str, Any]] = {
 
 
 def main(
-    methods: Sequence[str] = ("learned VGG16, 3 sides", "learned Lite0, 3 sides"),
+    methods: Sequence[str] = ("default", "fast"),
     precisions: Sequence[str] = tuple(PRECISIONS),
     batch_sizes: Sequence[int] = (1, 8, 64),
     compiled: Sequence[str] = tuple(COMPILED),
@@ -57,9 +57,10 @@ def main(
     quiet()
     place = torch.device(device)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place
-    images = synthetic_images(max(batch_sizes))
     for method in methods:
         model = OURS[method]().to(place)
+        assert model.canvas is not None
+        images = synthetic_images(max(batch_sizes), model.canvas.image_size[0])
         for precision in precisions:
             dtype = PRECISIONS[precision]
             with torch.autocast(place.type, dtype, enabled=dtype is not None):

@@ -21,6 +21,7 @@ from patchad.arrivals import Arrivals
 from patchad.decoding import read_pixels
 from patchad.drawing import outlined
 from patchad.drift import Drift
+from patchad.engines import RUNTIMES
 from patchad.errors import PatchadError, check_range
 from patchad.files import check_writable, map_name, naming, write_whole
 from patchad.folders import images_below
@@ -90,6 +91,7 @@ def parser() -> Parser:
     for verb in models:
         verb.add_argument("model", type=Path, help=f"the file that patchad export wrote{models[verb]}")
         verb.add_argument("--threads", type=int, help="of the CPU; by default one per core")
+        verb.add_argument("--runtime", choices=RUNTIMES, default="auto", help="by default the one that is faster here")
     score.add_argument("images", help="a folder, an image, or - for one path a line from standard input")
     return made
 
@@ -126,6 +128,7 @@ class Line:
     Attributes:
         counts: images of each verdict.
         drift: see above.
+        runtime: what runs the graph.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class Line:
         product: str = "",
     ) -> None:
         self._detector, self._root, self._overlays = detector, root, overlays
-        self.drift, self._product = drift, product
+        self.drift, self._product, self.runtime = drift, product, detector.runtime
         checkpoint = detector.metadata["checkpoint"]
         self._model, self._version = checkpoint["sha256"] if checkpoint else "", installed_version()
         self.counts: Counter[str] = Counter()
@@ -263,7 +266,8 @@ def run_score(options: argparse.Namespace) -> int:
     else:
         write(sys.stdout, form, map(line, names))
     told = ", ".join(f"{line.counts[verdict]} {verdict}" for verdict in ("anomalous", "review", "normal", "unreadable"))
-    say(f"{line.counts.total()} images: {told}; {time.perf_counter() - begun:.1f} s")
+    runtimes = " and ".join(sorted({one.runtime for one in lines.values()}))
+    say(f"{line.counts.total()} images: {told}; {time.perf_counter() - begun:.1f} s by {runtimes}")
     for product, one in lines.items():
         if one.drift and not one.drift.full:
             told = f"drift: fewer than {options.drift} images were scored, and nothing can be said of them"
@@ -316,7 +320,7 @@ def files_of(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Pat
 
 def line_of(product: str, path: Path, options: argparse.Namespace) -> Line:
     """What scores by an exported file, of a product if there are several."""
-    detector = load(path, options.threads)
+    detector = load(path, options.threads, runtime=options.runtime)
     set_limits(detector, options, product)
     return Line(detector, root_of(options.images), options.overlays, drift_of(options, detector, product), product)
 
@@ -448,11 +452,11 @@ def run_benchmark(options: argparse.Namespace) -> int:
     if options.model.is_dir():
         files = ", ".join(map(str, exported_below(options.model)))
         raise PatchadError(f"patchad benchmark takes the file of one product; give one of {files}")
-    detector = load(options.model, options.threads)
+    detector = load(options.model, options.threads, runtime=options.runtime)
     size = detector.canvas.image_size
     noise = np.random.default_rng(0).random((3, *size), dtype=np.float32)
     threads = f"threads: {options.threads}" if options.threads else "one thread per core"
-    print(f"{options.model}: {size[0]} x {size[1]} pixels; {threads}")
+    print(f"{options.model}: {size[0]} x {size[1]} pixels; {detector.runtime}, {threads}")
     for count in options.batch_sizes:
         images = [paths[number * len(paths) // count] for number in range(count)] if paths else [noise] * count
         rows = measure_exported(detector, images, options.repeats)

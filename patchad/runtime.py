@@ -1,6 +1,6 @@
 """An exported file -> scores of images, from files or memory. Neither torch nor Lightning is imported here.
 
-ONNX Runtime runs the graph; see benchmarks/learned.md for why.
+ONNX Runtime runs the graph, or OpenVINO where it is installed and faster; see `patchad.engines`.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,10 @@ from PIL import Image
 from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.conformal import Limits, limits, p_values
 from patchad.decoding import read_pixels
+from patchad.engines import CPU, Arrays, Engine, open_engine
 from patchad.errors import PatchadError
 from patchad.region import blank, fitted, judged, within
 from patchad.results import Scored
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by the import; else it would report to its maker
-import onnxruntime
 
 AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 
@@ -45,6 +44,10 @@ class ExportedDetector:
         path: the file.
         threads: of the CPU; by default one per core.
         providers: of ONNX Runtime, in order of preference.
+        runtime: what runs the graph: `onnxruntime`; `openvino`, if it is installed; or `auto`, which takes the one that
+            is faster here. Their scores differ by rounding, and where that leads the search of a large bank to another
+            vector, by about a thousandth. Name one where all machines must say the same of a score that near to the
+            threshold.
 
     Attributes:
         limits: where verdicts change; `threshold` may be set alone.
@@ -54,29 +57,37 @@ class ExportedDetector:
         metadata: all that the file says of where it came from.
 
     Raises:
-        PatchadError: if the file is missing, damaged, or not one of patchad's, or there are no such threads.
+        PatchadError: if the file is missing, damaged, or not one of patchad's, or there are no such threads, providers
+            or runtime.
     """
 
     def __init__(
-        self, path: str | Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+        self,
+        path: str | Path,
+        threads: int | None = None,
+        providers: Sequence[str] = CPU,
+        runtime: str = "auto",
     ) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise PatchadError(f"a {type(path).__name__} is no path of a file that patchad export wrote")
         if threads is not None and not (isinstance(threads, int) and threads > 0):
             raise PatchadError(f"threads {threads!r} must be a number of at least 1, or None for one per core")
-        check_providers(providers)
-        self._opened = (Path(path).absolute(), threads, tuple(providers))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        self._session = open_session(Path(path), options, providers)
-        self.metadata = read_metadata(Path(path), self._session)
+        file = Path(path)
+        self._engine = open_engine(file, checksum_of(file), runtime, threads, providers, partial(trial, file))
+        self._opened = (file.absolute(), threads, tuple(providers), self.runtime)
+        self.metadata = read_metadata(file, self._engine)
         self.normals, self.peaks = (np.array(self.metadata[name], np.float32) for name in ("normals", "peaks"))
         self.limits = Limits(*self.metadata["limits"])
         self.canvas = Canvas.of(self.metadata["canvas"])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As the file's path: another process, such as of a pool, opens it anew, and keeps the threshold."""
+        """As the file's path: another process opens it anew, in the same runtime, and keeps the threshold."""
         return type(self), self._opened, {"limits": self.limits}
+
+    @property
+    def runtime(self) -> str:
+        """What runs the graph: `onnxruntime` or `openvino`."""
+        return self._engine.runtime
 
     @property
     def threshold(self) -> float:
@@ -164,56 +175,59 @@ class ExportedDetector:
         Raises:
             PatchadError: if an image has no score.
         """
-        content = np.array([size for _, size in placed], np.int64)  # NumPy 1 would take int32 on Windows
-        inputs = {"image": np.stack([image for image, _ in placed]), "content": content}
-        on_canvases = zip(masks, (size for _, size in placed), strict=True)
-        regions = [fitted(mask, size, self.canvas.image_size) for mask, size in on_canvases if mask is not None]
-        inputs |= {"region": np.stack(regions)} if regions else {}
-        scores, maps = (np.asarray(output) for output in self._session.run(["score", "map"], inputs))
+        scores, maps = self._engine.run(inputs_of(placed, masks, self.canvas))
         check_scores(scores)
         return scores, maps
 
 
 def load(
-    path: str | Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+    path: str | Path,
+    threads: int | None = None,
+    providers: Sequence[str] = CPU,
+    runtime: str = "auto",
 ) -> ExportedDetector:
     """The detector of a file that `patchad export` wrote, ready to score arrays; see `ExportedDetector`."""
-    return ExportedDetector(path, threads, providers)
+    return ExportedDetector(path, threads, providers, runtime)
 
 
-def open_session(
-    path: Path, options: onnxruntime.SessionOptions, providers: Sequence[str]
-) -> onnxruntime.InferenceSession:
-    """The graph of a file, ready to run.
+def inputs_of(
+    placed: Sequence[tuple[np.ndarray, Size]], masks: Sequence[np.ndarray | None], canvas: Canvas
+) -> dict[str, np.ndarray]:
+    """The inputs of the graph, by name, from what `on_canvas` and `judged` gave of each image."""
+    content = np.array([size for _, size in placed], np.int64)  # NumPy 1 would take int32 on Windows
+    on_canvases = zip(masks, (size for _, size in placed), strict=True)
+    regions = [fitted(mask, size, canvas.image_size) for mask, size in on_canvases if mask is not None]
+    region = {"region": np.stack(regions)} if regions else {}
+    return {"image": np.stack([image for image, _ in placed]), "content": content, **region}
+
+
+def trial(path: Path, engine: Engine) -> Arrays:
+    """The inputs of one image of noise, by which runtimes are timed.
 
     Raises:
-        PatchadError: if there is no file, or no graph in it.
+        PatchadError: if the file is none of patchad's, or of another format.
+    """
+    canvas = Canvas.of(read_metadata(path, engine)["canvas"])
+    noise = np.random.default_rng(0).random((3, *canvas.image_size), dtype=np.float32)
+    mask = None if canvas.region is None else np.ones(canvas.image_size, bool)
+    return inputs_of([(noise, canvas.image_size)], [mask], canvas)
+
+
+def checksum_of(path: Path) -> str:
+    """The checksum of a file, which fits it; none is in one of another program, or older, which its metadata tell.
+
+    Raises:
+        PatchadError: if there is no file, or it is damaged.
     """
     if path.is_dir():
         raise PatchadError(f"{path} is a folder; give the file that patchad export wrote")
     if not path.is_file():
         raise PatchadError(f"{path} does not exist; patchad export --ckpt_path ... --output {path} writes it")
-    if not is_whole(path):
-        raise PatchadError(f"{path} is damaged: its checksum does not fit; copy it again, or export again")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # ONNX Runtime's errors share no class
-        raise PatchadError(f"{path} is not a file that patchad export wrote: {error}") from error
-
-
-def check_providers(providers: Sequence[str]) -> None:
-    """Raises PatchadError unless all are there: ONNX Runtime would take the CPU, and not say so."""
-    there = onnxruntime.get_available_providers()
-    if isinstance(providers, str) or not isinstance(providers, Sequence) or not providers:
-        raise PatchadError(f"providers {providers!r} must be a list; there are {', '.join(there)}")
-    if missing := [name for name in providers if name not in there]:
-        raise PatchadError(f"providers {', '.join(map(str, missing))} are not there; there are {', '.join(there)}")
-
-
-def is_whole(path: Path) -> bool:
-    """Whether the checksum of a file fits; one without is none of patchad's, or older, which its metadata tell."""
     content = path.read_bytes()
-    return not (noted := CHECKSUM.search(content)) or digest(content, noted.span(1)) == noted[1]
+    noted = CHECKSUM.search(content)
+    if noted and digest(content, noted.span(1)) != noted[1]:
+        raise PatchadError(f"{path} is damaged: its checksum does not fit; copy it again, or export again")
+    return noted[1].decode() if noted else ""
 
 
 def digest(content: bytes, place: tuple[int, int]) -> bytes:
@@ -228,16 +242,15 @@ def check_scores(scores: np.ndarray) -> None:
         raise PatchadError("the score of an image is nan or infinite: weights or banks of the detector are; fit again")
 
 
-def read_metadata(path: Path, session: onnxruntime.InferenceSession) -> dict[str, Any]:
+def read_metadata(path: Path, engine: Engine) -> dict[str, Any]:
     """What patchad noted in the file.
 
     Raises:
         PatchadError: if it is a stranger's, or of another format.
     """
-    noted = session.get_modelmeta().custom_metadata_map.get("patchad")
-    if noted is None:
+    if engine.noted is None:
         raise PatchadError(f"{path} is an ONNX file, but not one that patchad export wrote")
-    metadata = json.loads(noted)
+    metadata = json.loads(engine.noted)
     fitted = metadata.get("format") if isinstance(metadata, dict) else None
     if fitted != EXPORT_FORMAT:
         raise PatchadError(f"{path} has format {fitted!r}; this patchad reads format {EXPORT_FORMAT}: export again")

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchad.memory import MemoryBank
 from patchad.model import PatchModel, ScoringModel
 from patchad.stages import Row, process_memory
 from patchad.types import Region
@@ -120,15 +121,24 @@ def floating_point_operations(
 ) -> dict[str, int]:
     """Floating-point operations that each stage cannot do without, for one batch; a multiply-add counts two.
 
-    Convolutions of the backbone and of the encoders as they are run, and 2 x queries x bank x numbers per embedding
-    for the search; fold and score count nothing.
+    Convolutions of the backbone and of the encoders as they are run, and the products of the search: those of a large
+    bank as they are run, of another 2 x queries x bank x numbers per embedding. Fold and score count nothing.
     """
     with FlopCounterMode(display=False) as counter:
         embeddings = model.embed(image)
     counted = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     backbone = sum(count for name, count in counted.items() if name.endswith(".backbone"))
-    search = sum(2 * queries.numel() * len(model.bank(side)) for side, queries in embeddings.items())
+    search = sum(search_operations(model.bank(side), queries) for side, queries in embeddings.items())
     return {"backbone": backbone, "encoders": counted["Global"] - backbone, "search": search}
+
+
+def search_operations(bank: MemoryBank, embeddings: Float[Tensor, "batch dim rows columns"]) -> int:
+    """Floating-point operations of the products of a search."""
+    if not len(bank.lists):
+        return 2 * embeddings.numel() * len(bank)
+    with FlopCounterMode(display=False) as counter:
+        bank.distances(embeddings.flatten(2).transpose(1, 2))
+    return counter.get_total_flops()
 
 
 @torch.inference_mode()

@@ -9,4 +9,5 @@ NEEDED = ("numpy", "onnxruntime", "pillow")
 
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 needed = [line for line in project["dependencies"] if line.rstrip("0123456789.>=") in NEEDED]
-setup(version=project["version"], install_requires=needed)
+extras = {"openvino": project["optional-dependencies"]["openvino"]}
+setup(version=project["version"], install_requires=needed, extras_require=extras)

@@ -32,6 +32,12 @@ def own_modules_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("patchad.trust._trusted", {"patchad"})
 
 
+@pytest.fixture(autouse=True)
+def one_runtime_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is installed: nothing is measured, and nothing is written into the home of who tests."""
+    monkeypatch.setattr("patchad.engines.installed", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data and weights, where the machine has them."""

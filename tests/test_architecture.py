@@ -22,6 +22,7 @@ ORDER = [
     "conformal",
     "results",
     "drawing",
+    "engines",
     "runtime",
     "journal",
     "arrivals",

@@ -13,10 +13,11 @@ import yaml
 from pytorch_lightning import Callback
 
 import patchad.models
-from benchmarks import compared, few_images, large_banks, paper, portions, products, soak, tables
+from benchmarks import compared, few_images, large_banks, paper, portions, products, soak, speed, tables
 from benchmarks.progress import Progress
 from patchad.callbacks import LastCheckpoint
 from patchad.cli import main
+from patchad.export import export
 from patchad.spec import digest
 from tests.test_learning import detector, images, same, state, trainer
 
@@ -360,6 +361,35 @@ def test_sets_have_means_over_seeds_and_seeds_have_means_over_sets_and_their_fal
     assert first.startswith("| mean of 2 sets | 0 | 77.5 / 50.0 |")
     assert "4 of 30: 13.3 % (3.8 to 30.7)" in first  # Clopper and Pearson
     assert second.startswith("| mean of 1 sets | 1 | 80.0 / 50.0 |") and "0 of 10: 0.0 % (0.0 to 30.8)" in second
+
+
+def test_ratios_are_of_the_fastest_form_with_right_scores_over_the_fastest_of_each_peer(capsys):
+    exact, other = speed.EXACT
+    times = {("ours", speed.EAGER): 1.0, ("ours", exact): 8.0, ("ours", other): 6.0, ("ours", speed.CHOSEN): 2.0}
+    times |= {("PaDiM", exact): 9.0, ("PaDiM", speed.CHOSEN): 4.0, ("PatchCore", speed.EAGER): 60.0}
+    runs = [{form: [value, value, 1e3] for form, value in times.items()}, {form: [1.0] for form in times}]
+    both = {"PaDiM": runs, "PatchCore": runs[:1]}
+    speed.print_ratios({(name, (2, 8)): found for name, found in both.items()}, ["ours"])
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith("| ours | 2 | 8 | 1.50, 1.00 (")
+    assert row.endswith(f" | 0.10 ({other} over {speed.EAGER}) |")
+    speed.print_times(runs, (2, 8))
+    assert f"| PaDiM | {exact} | 9.0, 1.0 | 900.9, 1.0 | 888.9, 8000.0 |" in capsys.readouterr().out
+
+
+def test_what_is_timed_holds_banks_as_a_fit_leaves_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "FITTED", 64)
+    monkeypatch.setattr(speed, "SHOWN", 4)
+    made = speed.fitted((128, 128))
+    counts = {side: 64 * rows**2 for side, rows in {64: 5, 32: 7, 16: 15}.items()}
+    assert {side: len(made.bank(side)) for side in made.sides} == counts
+    assert [bool(len(made.bank(side).lists)) for side in made.sides] == [False, False, True]
+    export(made, tmp_path / "made.patchad")
+    images = torch.rand(2, 3, 128, 128)
+    scores = made(images, speed.content(images)).score
+    found = patchad.load(tmp_path / "made.patchad").score(list(images.numpy()))
+    assert [one.score for one in found] == pytest.approx(scores.tolist(), rel=1e-4)
+    assert min(scores) > 0
 
 
 def test_what_a_process_holds_is_counted_with_what_its_children_hold():

@@ -228,8 +228,8 @@ def test_processes_of_a_pool_score_with_its_threads_and_threshold(path):
         for found, image in zip(pool.map(file, images), images, strict=True):
             assert found[:3] == file(image)[:3] and np.array_equal(found.map, file(image).map)
     copied = pickle.loads(pickle.dumps(file))
-    assert copied._session.get_session_options().intra_op_num_threads == 1
-    assert copied._session.get_providers() == file._session.get_providers()
+    assert copied._engine.session.get_session_options().intra_op_num_threads == 1
+    assert copied._engine.session.get_providers() == file._engine.session.get_providers()
 
 
 def test_a_batch_scores_each_image_as_alone(file):

@@ -64,9 +64,9 @@ def images(tmp_path) -> Path:
     return folder
 
 
-def run(line: list[str], *arguments: object, listed: str = "") -> subprocess.CompletedProcess:
+def run(line: list[str], *arguments: object, listed: str = "", **variables: str) -> subprocess.CompletedProcess:
     """One command of that environment, from a folder where nothing is."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     command = [*line, *map(str, arguments)]
     return subprocess.run(command, input=listed, capture_output=True, text=True, env=environment)
 
@@ -90,8 +90,8 @@ def test_a_folder_is_scored_as_load_scores_it_in_the_order_of_predict(line, imag
         assert (row["verdict"], float(row["p_value"])) == (scored.verdict, scored.p_value)
         assert float(row["threshold"]) == detector.threshold
     counts = {kind: sum(row["verdict"] == kind for row in rows) for kind in ("anomalous", "normal")}
-    told = rf"4 images: {counts['anomalous']} anomalous, 0 review, {counts['normal']} normal, 1 unreadable; [\d.]+ s\n"
-    assert re.fullmatch(told, finished.stderr)
+    told = rf"4 images: {counts['anomalous']} anomalous, 0 review, {counts['normal']} normal, 1 unreadable; [\d.]+ s"
+    assert re.fullmatch(rf"{told} by onnxruntime\n", finished.stderr)
 
 
 def test_paths_from_standard_input_as_json_say_what_a_folder_as_csv_says(line, images, tmp_path):
@@ -157,6 +157,17 @@ def test_other_commands_say_which_distribution_has_them(line):
     assert "score images" in run(line, "--help").stdout
 
 
+def test_where_openvino_is_not_installed_nothing_is_measured_and_asking_for_it_is_answered(line, images, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    finished = run(line, "score", KEPT, images / "a.png", HOME=str(home), XDG_CACHE_HOME=str(home))
+    assert finished.returncode == 0 and not list(home.iterdir())
+    finished = run(line, "score", KEPT, images / "a.png", "--runtime", "openvino")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    told = "patchad: error: runtime openvino is not installed (No module named 'openvino'): pip install openvino, or "
+    assert finished.stderr.startswith(told) and finished.stderr.count("\n") == 1
+
+
 def test_an_exported_file_is_timed_stage_by_stage(line, images):
     (images / "d.png").unlink()
     finished = run(line, "benchmark", KEPT, "--images", images, "--batch_sizes", 1, 2, "--repeats", 2)
@@ -181,6 +192,7 @@ def test_an_exported_file_is_timed_stage_by_stage(line, images):
         ([KEPT, "images", "--output", "empty"], "--output empty is a folder"),
         ([KEPT, "images", "--drift", "0"], "--drift 0 must be at least 1"),
         ([KEPT, "images", "--threads", "0"], "threads 0 must be"),
+        ([KEPT, "images", "--runtime", "x"], "argument --runtime: invalid choice: 'x'"),
         ([KEPT, "images", "--format", "xml"], "argument --format: invalid choice: 'xml'"),
         ([KEPT], "the following arguments are required: images"),
     ],

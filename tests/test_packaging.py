@@ -86,7 +86,8 @@ def test_both_distributions_are_of_one_version_and_fit_together(wheel, runtime_w
     version = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"]
     assert told.stdout.split() == [version, version], told.stderr
     needed = re.findall("^Requires-Dist: ([a-z]+)", part.read(metadata_of(part)).decode(), re.M)
-    assert sorted(needed) == ["numpy", "onnxruntime", "pillow"]
+    assert sorted(needed) == ["numpy", "onnxruntime", "openvino", "pillow"]
+    assert "Requires-Dist: openvino; extra ==" in part.read(metadata_of(part)).decode()
 
 
 def metadata_of(archive: zipfile.ZipFile) -> str:

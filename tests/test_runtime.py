@@ -68,7 +68,7 @@ def test_onnx_runtime_keeps_nothing_to_report(tmp_path):
     """It would, in the home of the user, from where it sends."""
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
     environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
-    program = "import sys, numpy, patchad; patchad.load(sys.argv[1])(numpy.zeros((48, 40)))"
+    program = "import sys, numpy, patchad; patchad.load(sys.argv[1], runtime='onnxruntime')(numpy.zeros((48, 40)))"
     subprocess.run([sys.executable, "-c", program, str(KEPT)], check=True, env=environment)
     assert not list(tmp_path.iterdir())
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from patchad import PatchModel
+from patchad.lists import divide
+from patchad.memory import MemoryBank
 from patchad.models import EfficientNetLite0, WindowEncoder
 from patchad.timing import (
     STAGES,
@@ -51,6 +53,20 @@ def test_operations_are_counted_as_the_closed_form_says():
     second = 48 * 48 * 16 * 96 + 24 * 24 * 96 * (9 + 24)
     third = 24 * 24 * 144 * (24 + 9 + 24)
     assert counted["backbone"] == 2 * 2 * (stem + first + second + third)
+
+
+def test_a_large_bank_is_not_counted_as_if_it_were_searched_whole():
+    made = PatchModel(EfficientNetLite0(weights="none"), sides=(16,), bank=partial(MemoryBank, exact_most=100)).eval()
+    bank, count = made.bank(16), 4000
+    bank._set(torch.zeros(count, 2, dtype=torch.int64), torch.rand(count, 40))
+    bank.lists = divide(bank.vectors)
+    one, two = (
+        floating_point_operations(made, torch.rand(images, 3, *SIZE), torch.tensor([SIZE] * images))["search"]
+        for images in (1, 2)
+    )
+    assert two == 2 * one
+    least, whole = (2 * 11 * 11 * 40 * vectors for vectors in (len(bank.lists), count))
+    assert least < one < whole / 4
 
 
 def test_the_floor_is_the_operations_over_the_rate():

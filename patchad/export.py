@@ -16,6 +16,7 @@ from patchad.checkpoint import checksum
 from patchad.errors import PatchadError
 from patchad.files import check_writable, write_whole
 from patchad.model import ScoringModel
+from patchad.precision import Precision
 from patchad.runtime import CHECKSUM, EXPORT_FORMAT, ExportedDetector, digest
 from patchad.spec import spec
 from patchad.types import Region
@@ -56,21 +57,22 @@ class ScoringGraph(nn.Module):
         return prediction.score, prediction.map
 
 
-def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None) -> None:
+def export(
+    model: ScoringModel, output: Path, ckpt_path: Path | None = None, precision: Precision = "float32"
+) -> None:
     """Writes a fitted model as one ONNX file: normalisation, backbone, encoders, banks, fold and score.
 
     Args:
         model: in eval mode, on the CPU; its canvas goes into the file.
         output: the file, which is replaced only when the new one is complete.
         ckpt_path: noted as provenance.
+        precision: noted, too: what `patchad.precision.in_int8` makes of a model has int8.
 
     Raises:
         PatchadError: if the model was never fitted, or the output is a folder.
         OSError: if the output cannot be written.
     """
-    if output.is_dir():
-        raise PatchadError(f"{output} is a folder; give a file, such as {output / 'model.patchad'}")
-    check_writable(output)
+    check_output(output)
     if model.canvas is None:
         raise PatchadError("the model knows no image_size: run patchad fit first, and export its checkpoint")
     graph = ScoringGraph(model).eval()
@@ -95,8 +97,16 @@ def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None) -> 
     proto = program.model_proto
     for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
         part.ClearField("metadata_props")  # stack traces, with folders of this machine
-    onnx.helper.set_model_props(proto, {"patchad": json.dumps({**metadata(model, ckpt_path), "checksum": "0" * 64})})
+    noted = {**metadata(model, ckpt_path), "precision": precision, "checksum": "0" * 64}
+    onnx.helper.set_model_props(proto, {"patchad": json.dumps(noted)})
     write_whole(output, lambda part: part.write_bytes(with_checksum(proto.SerializeToString())))
+
+
+def check_output(output: Path) -> None:
+    """Raises PatchadError if a file is a folder, OSError if it cannot be written."""
+    if output.is_dir():
+        raise PatchadError(f"{output} is a folder; give a file, such as {output / 'model.patchad'}")
+    check_writable(output)
 
 
 def with_checksum(content: bytes) -> bytes:

@@ -20,12 +20,12 @@ from patchad.export import MAP_TOLERANCE, TOLERANCE, Difference, check_output, c
 from patchad.files import check_writable
 from patchad.masks import read_region
 from patchad.model import ScoringModel
-from patchad.precision import Precision, in_int8
+from patchad.precision import in_int8
 from patchad.revision import Revision
 from patchad.runtime import ExportedDetector, load
 from patchad.stages import Row, stage_table
 from patchad.timing import alternate, best_rate, measure_stages, peak_memory, reset_peak_memory
-from patchad.types import Sample, given
+from patchad.types import Precision, Sample, given
 
 
 class DetectorTrainer(Trainer):
@@ -73,7 +73,9 @@ class DetectorTrainer(Trainer):
         check_output(output)
         scoring = restored(model, datamodule, ckpt_path)
         if precision == "int8":
-            scoring = in_int8(scoring, datamodule, model.fitted)
+            scoring, moves = in_int8(scoring, datamodule, model.fitted)
+            moves.check()
+            print(f"int8:     {moves}")
         export(scoring, output, ckpt_path, precision)
         megabytes = output.stat().st_size / 1e6
         print(f"exported: {output} ({megabytes:.1f} MB)\nnext:     patchad.load({str(output)!r})(image)")

@@ -1,10 +1,14 @@
 """A backbone in int8, a detector that is fitted anew to what it sees by it, and the proof that verdicts stay."""
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
+import onnxruntime
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -13,15 +17,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
+from patchad.canvas import Size
 from patchad.data.datamodule import PyramidDataModule
 from patchad.data.datasets import SyntheticDefects
 from patchad.errors import PatchadError
+from patchad.export import as_onnx
 from patchad.metrics import squash
 from patchad.model import PatchModel, ScoringModel
+from patchad.models.backbones import Backbone
 from patchad.revision import embeddings
 from patchad.types import FittedImages
 
-Precision = Literal["float32", "int8"]
 OBSERVED = 64
 """Normal images, at most, whose features say which range the 8 bits span."""
 JUDGED = 200
@@ -32,6 +38,7 @@ CHANGED = 0.005
 """Largest share of their verdicts that may change."""
 STEPS = 255
 """Of 8 bits without a sign."""
+COLOURS = 3
 RECTIFIERS = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_")
 """What a runtime does in one go with the convolution before."""
 
@@ -125,11 +132,12 @@ class RoundedConvolution(nn.Module):
         self.register_buffer("weight", (weight / scale[:, None, None, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = convolution.bias
-        self.settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+        names = ("stride", "padding", "dilation", "groups")
+        self.settings: dict[str, Any] = {name: getattr(convolution, name) for name in names}
 
     def forward(self, values: Float[Tensor, "batch channels rows columns"]) -> Tensor:
         """What the convolution gives."""
-        return self.given(F.conv2d(self.read(values), self._weights(), self.bias, *self.settings))
+        return self.given(F.conv2d(self.read(values), self._weights(), self.bias, **self.settings))
 
     def _weights(self) -> Tensor:
         if not torch.onnx.is_in_onnx_export():
@@ -155,16 +163,57 @@ def reduce_backbone(model: PatchModel, images: Iterable[Float[Tensor, "batch 3 h
     with Spans() as spans:
         for image in images:
             model.embed(image)
-    found = 0
-    for parent in list(backbone.modules()):
-        for name, layer in parent.named_children():
-            key = id(getattr(layer, "weight", None))
-            if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and key in spans.read and layer.in_channels > 3:
-                given = None if key in spans.rectified else spans.given[key]
-                setattr(parent, name, RoundedConvolution(layer, spans.read[key], given))
-                found += 1
+    layers = [(parent, name, layer) for parent in backbone.modules() for name, layer in parent.named_children()]
+    found = [(parent, name, layer) for parent, name, layer in layers if fits(layer) and id(layer.weight) in spans.read]
     if not found:
         raise PatchadError(f"--precision int8: {backbone.title} has no convolution that it fits; leave it out")
+    for parent, name, layer in found:
+        key = id(layer.weight)
+        given = None if key in spans.rectified else spans.given[key]
+        setattr(parent, name, RoundedConvolution(layer, spans.read[key], given))
+
+
+def fits(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a convolution that can be put into int8, and reads more than the colours of an image."""
+    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and layer.in_channels > COLOURS
+
+
+class Taps(nn.Module):
+    """The maps that a backbone has at some taps, in the order of their names."""
+
+    def __init__(self, backbone: Backbone, names: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone, self.names = backbone, names
+
+    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, ...]:
+        """The maps, by the backbone's own code, whatever its `forward` is replaced by."""
+        maps = type(self.backbone).forward(self.backbone, image, self.names)
+        return tuple(maps[name] for name in self.names)
+
+
+@contextmanager
+def run_by_runtime(model: PatchModel) -> Iterator[None]:
+    """Within it, ONNX Runtime runs the backbone of a model, as it does in an exported file.
+
+    Args:
+        model: in eval mode, on the CPU.
+    """
+    backbone, taps = model.encoder.backbone, sorted(set(model.encoder.tap_names.values()))
+
+    @functools.cache
+    def session(size: Size) -> onnxruntime.InferenceSession:
+        graph = as_onnx(Taps(backbone, taps).eval(), {"image": torch.zeros(2, 3, *size)}, taps)
+        return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def forward(image: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        maps = session((image.shape[2], image.shape[3])).run(taps, {"image": image.numpy()})
+        return {name: torch.from_numpy(values) for name, values in zip(taps, maps, strict=True) if name in names}
+
+    backbone.forward = forward
+    try:
+        yield
+    finally:
+        del backbone.forward
 
 
 def refit(model: PatchModel, data: PyramidDataModule, mirrors: Sequence[Sequence[int]]) -> None:
@@ -220,27 +269,61 @@ def verdicts(model: ScoringModel, data: PyramidDataModule) -> Verdicts:
     return Verdicts(*map(torch.cat, zip(*said, strict=True)))
 
 
+class Harm(NamedTuple):
+    """What another precision does to the verdicts on normal images and painted defects.
+
+    Attributes:
+        auroc: of detection in %.
+        exact_auroc: in float32.
+        changed: verdicts that differ.
+        images: of how many.
+    """
+
+    auroc: float
+    exact_auroc: float
+    changed: int
+    images: int
+
+    def __str__(self) -> str:
+        return (
+            f"AUROC {self.auroc:.2f} %, in float32 {self.exact_auroc:.2f} %; {self.changed} of {self.images} verdicts "
+            "differ, on normal images and painted defects"
+        )
+
+    def check(self) -> None:
+        """Raises PatchadError if that is more than `LOST_AUROC` or `CHANGED`."""
+        if self.exact_auroc - self.auroc > LOST_AUROC or self.changed > CHANGED * self.images:
+            allowed = f"allowed are {LOST_AUROC} points and {CHANGED:.1%}"
+            raise PatchadError(f"--precision int8 does harm: {self}; {allowed}: leave it out")
+
+
 @torch.no_grad()
-def in_int8(model: ScoringModel, data: PyramidDataModule, fitted: FittedImages) -> PatchModel:
+def in_int8(model: ScoringModel, data: PyramidDataModule, fitted: FittedImages) -> tuple[PatchModel, Harm]:
     """The same detector with its backbone in int8, and banks, scales and limits of what that sees.
+
+    Banks, scales and limits are of what ONNX Runtime makes of the backbone: torch rounds otherwise where a number lies
+    between two steps, which from layer to layer becomes a third of what int8 moves.
 
     Args:
         model: fitted, in eval mode, on the CPU; it stays as it is.
-        data: where the normal images of the fit are.
+        data: where the normal images of the fit are; it is set up for a fit.
         fitted: those.
 
     Raises:
-        PatchadError: if the model has no banks, the images are others, or it would tell defects worse, or otherwise.
+        PatchadError: if the model has no banks, its backbone no convolutions, or the images are others.
     """
     if not isinstance(model, PatchModel):
         raise PatchadError(f"--precision int8: {type(model).__name__} has no banks to fill anew; leave it out")
     find_normals(data, fitted)
     reduced = copy.deepcopy(model)
-    step = -(-len(data.normal_set) // OBSERVED)
+    step = math.ceil(len(data.normal_set) / OBSERVED)
     reduce_backbone(reduced, (data.normal_set[number].image[None] for number in range(0, len(data.normal_set), step)))
-    refit(reduced, data, fitted.mirrors)
-    check_harmless(verdicts(model, data), verdicts(reduced, data))
-    return reduced
+    with run_by_runtime(reduced):
+        refit(reduced, data, fitted.mirrors)
+        after = verdicts(reduced, data)
+    before = verdicts(model, data)
+    changed = int((before.anomalous != after.anomalous).sum())
+    return reduced, Harm(after.auroc, before.auroc, changed, len(before.label))
 
 
 def find_normals(data: PyramidDataModule, fitted: FittedImages) -> None:
@@ -258,21 +341,3 @@ def find_normals(data: PyramidDataModule, fitted: FittedImages) -> None:
         raise PatchadError(f"{wanted}, and {data.root} lacks {missing} of them: give theirs by --data.root")
     if len(digests) > len(fitted.digests):
         raise PatchadError(f"{wanted}, and {data.root} has {len(digests)} to train on: take the others out of it")
-
-
-def check_harmless(exact: Verdicts, reduced: Verdicts) -> None:
-    """Prints what int8 moves.
-
-    Raises:
-        PatchadError: if that is more than `LOST_AUROC` or `CHANGED`.
-    """
-    changed = int((exact.anomalous != reduced.anomalous).sum())
-    count = len(exact.label)
-    figures = (
-        f"AUROC {reduced.auroc:.2f} %, in float32 {exact.auroc:.2f} %; {changed} of {count} verdicts differ, on normal "
-        "images and painted defects"
-    )
-    if not (exact.auroc - reduced.auroc <= LOST_AUROC and changed <= CHANGED * count):
-        allowed = f"{LOST_AUROC} points and {CHANGED:.1%} are allowed"
-        raise PatchadError(f"--precision int8 does harm, {figures}; {allowed}: export in float32")
-    print(f"int8: {figures}")

@@ -51,7 +51,7 @@ class Span(NamedTuple):
 
     def with_numbers(self, values: Tensor) -> "Span":
         """The span of these numbers, too."""
-        low, high = values.aminmax()
+        low, high = values.detach().aminmax()
         return Span(min(self.low, float(low)), max(self.high, float(high)))
 
 

@@ -16,15 +16,16 @@ from patchad.data.datamodule import PyramidDataModule
 from patchad.data.datasets import ImageDataset
 from patchad.detector import Detector
 from patchad.errors import PatchadError, check_range
-from patchad.export import MAP_TOLERANCE, TOLERANCE, Difference, compare, export
+from patchad.export import MAP_TOLERANCE, TOLERANCE, Difference, check_output, compare, export
 from patchad.files import check_writable
 from patchad.masks import read_region
 from patchad.model import ScoringModel
+from patchad.precision import in_int8
 from patchad.revision import Revision
 from patchad.runtime import ExportedDetector, load
 from patchad.stages import Row, stage_table
 from patchad.timing import alternate, best_rate, measure_stages, peak_memory, reset_peak_memory
-from patchad.types import Sample, given
+from patchad.types import Precision, Sample, given
 
 
 class DetectorTrainer(Trainer):
@@ -58,16 +59,24 @@ class DetectorTrainer(Trainer):
         datamodule: PyramidDataModule,
         ckpt_path: Path | None = None,
         output: Path = Path("model.patchad"),
+        precision: Precision = "float32",
     ) -> None:
         """Write a fitted detector as one file that scores images without torch.
 
         Args:
             model: takes the weights.
-            datamodule: knows the size of images.
+            datamodule: knows the size of images; for int8 its root holds the normal images of the fit.
             ckpt_path: what patchad fit wrote.
             output: the file.
+            precision: of the backbone. int8 is faster on CPUs, and refused where it does harm.
         """
-        export(restored(model, datamodule, ckpt_path), output, ckpt_path)
+        check_output(output)
+        scoring = restored(model, datamodule, ckpt_path)
+        if precision == "int8":
+            scoring, moves = in_int8(scoring, datamodule, model.fitted)
+            moves.check()
+            print(f"int8:     {moves}")
+        export(scoring, output, ckpt_path, precision)
         megabytes = output.stat().st_size / 1e6
         print(f"exported: {output} ({megabytes:.1f} MB)\nnext:     patchad.load({str(output)!r})(image)")
 
@@ -89,7 +98,8 @@ class DetectorTrainer(Trainer):
             images: how many images of the folder, spread evenly.
 
         Raises:
-            PatchadError: if it says something else, holds another threshold, or images cannot be scored.
+            PatchadError: if a file of float32 says something else or holds another threshold, or images cannot be
+                scored.
         """
         if exported is None:
             raise PatchadError("nothing to verify: give patchad verify FILE, the file that patchad export wrote")
@@ -103,16 +113,11 @@ class DetectorTrainer(Trainer):
         for difference in differences:
             verdict = "same" if difference.same_verdict else "DIFFERENT"
             print(f"| {difference.path} | {difference.score:.1e} | {difference.map:.1e} | {verdict} |")
-        score = max((difference.score for difference in differences), default=0.0)
-        pixel = max((difference.map for difference in differences), default=0.0)
-        largest = f"largest relative difference of a score {score:.1e}, of a pixel over the highest {pixel:.1e}"
-        # nan is not within them
-        if not all(difference.score <= TOLERANCE and difference.map <= MAP_TOLERANCE for difference in differences):
-            raise PatchadError(f"{exported} differs from {ckpt_path}, {largest}; export it again")
-        if not np.isclose(runtime.threshold, float(scoring.scorer.threshold), rtol=TOLERANCE):
-            thresholds = f"{runtime.threshold:.4g}, not {float(scoring.scorer.threshold):.4g} as {ckpt_path}"
-            raise PatchadError(f"{exported} has the threshold {thresholds}; export it again")
-        print(f"{largest}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
+        if (precision := runtime.metadata.get("precision", "float32")) == "float32":
+            check_same(differences, exported, named(ckpt_path))
+            check_threshold(runtime.threshold, float(scoring.scorer.threshold), exported, named(ckpt_path))
+        else:
+            print(moved(differences, precision))
         check_origin(exported, runtime.metadata["checkpoint"], named(ckpt_path))
         if errors:
             raise PatchadError(f"{len(errors)} of {len(samples)} images could not be scored: {'; '.join(errors)}")
@@ -243,6 +248,34 @@ def revise(detector: Detector, datamodule: PyramidDataModule, ckpt_path: Path | 
     checkpoint = read_checkpoint(named(ckpt_path), "--ckpt_path")
     model = restore(detector, datamodule, checkpoint)
     return Revision(model, detector.fitted, datamodule, checkpoint, named(ckpt_path))
+
+
+def check_same(differences: Sequence[Difference], exported: Path, ckpt_path: Path) -> None:
+    """Prints the largest differences; raises PatchadError where one is more than rounding."""
+    score = max((difference.score for difference in differences), default=0.0)
+    pixel = max((difference.map for difference in differences), default=0.0)
+    largest = f"largest relative difference of a score {score:.1e}, of a pixel over the highest {pixel:.1e}"
+    # nan is not within them
+    if not all(difference.score <= TOLERANCE and difference.map <= MAP_TOLERANCE for difference in differences):
+        raise PatchadError(f"{exported} differs from {ckpt_path}, {largest}; export it again")
+    print(f"{largest}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
+
+
+def check_threshold(found: float, expected: float, exported: Path, ckpt_path: Path) -> None:
+    """Raises PatchadError if a file has another threshold than its checkpoint."""
+    if not np.isclose(found, expected, rtol=TOLERANCE):
+        thresholds = f"{found:.4g}, not {expected:.4g} as {ckpt_path}"
+        raise PatchadError(f"{exported} has the threshold {thresholds}; export it again")
+
+
+def moved(differences: Sequence[Difference], precision: str) -> str:
+    """What a file of less than float32 moves, in a sentence."""
+    changed = sum(not difference.same_verdict for difference in differences)
+    scores = [difference.score for difference in differences] or [0.0]
+    return (
+        f"{precision}: {changed} of {len(differences)} verdicts differ from float32; scores by {np.median(scores):.1%} "
+        f"(median) and {max(scores):.1%} (most), its threshold is its own"
+    )
 
 
 def check_origin(exported: Path, noted: Mapping[str, str] | None, ckpt_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from patchad.files import check_writable, write_whole
 from patchad.model import ScoringModel
 from patchad.runtime import CHECKSUM, EXPORT_FORMAT, ExportedDetector, digest
 from patchad.spec import spec
-from patchad.types import Region
+from patchad.types import Precision, Region
 
 TOLERANCE = 1e-4
 """Most that scores of an exported file may differ from the checkpoint's, relative."""
@@ -56,21 +57,20 @@ class ScoringGraph(nn.Module):
         return prediction.score, prediction.map
 
 
-def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None) -> None:
+def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None, precision: Precision = "float32") -> None:
     """Writes a fitted model as one ONNX file: normalisation, backbone, encoders, banks, fold and score.
 
     Args:
         model: in eval mode, on the CPU; its canvas goes into the file.
         output: the file, which is replaced only when the new one is complete.
         ckpt_path: noted as provenance.
+        precision: of its backbone, noted, too; `patchad.precision.in_int8` makes another.
 
     Raises:
         PatchadError: if the model was never fitted, or the output is a folder.
         OSError: if the output cannot be written.
     """
-    if output.is_dir():
-        raise PatchadError(f"{output} is a folder; give a file, such as {output / 'model.patchad'}")
-    check_writable(output)
+    check_output(output)
     if model.canvas is None:
         raise PatchadError("the model knows no image_size: run patchad fit first, and export its checkpoint")
     graph = ScoringGraph(model).eval()
@@ -78,6 +78,20 @@ def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None) -> 
     inputs = {"image": torch.zeros(2, 3, height, width), "content": torch.tensor([[height, width]] * 2)}
     if model.canvas.region is not None:
         inputs["region"] = torch.ones(2, height, width, dtype=torch.bool)
+    proto = as_onnx(graph, inputs, ("score", "map"))
+    noted = {**metadata(model, ckpt_path), "precision": precision, "checksum": "0" * 64}
+    onnx.helper.set_model_props(proto, {"patchad": json.dumps(noted)})
+    write_whole(output, lambda part: part.write_bytes(with_checksum(proto.SerializeToString())))
+
+
+def as_onnx(graph: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> onnx.ModelProto:
+    """What a module computes, as an ONNX graph for any number of images.
+
+    Args:
+        graph: in eval mode, on the CPU.
+        inputs: of two images, by the names that the graph has for them.
+        outputs: names of what the module returns.
+    """
     batch = {0: torch.export.Dim("batch")}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*axis name: batch will not be used")  # all inputs share it, as is meant
@@ -88,15 +102,21 @@ def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None) -> 
             dynamo=True,
             verbose=False,
             input_names=list(inputs),
-            output_names=["score", "map"],
+            output_names=list(outputs),
             dynamic_shapes=(batch,) * len(inputs),
         )
     assert program is not None
     proto = program.model_proto
     for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
         part.ClearField("metadata_props")  # stack traces, with folders of this machine
-    onnx.helper.set_model_props(proto, {"patchad": json.dumps({**metadata(model, ckpt_path), "checksum": "0" * 64})})
-    write_whole(output, lambda part: part.write_bytes(with_checksum(proto.SerializeToString())))
+    return proto
+
+
+def check_output(output: Path) -> None:
+    """Raises PatchadError if a file is a folder, OSError if it cannot be written."""
+    if output.is_dir():
+        raise PatchadError(f"{output} is a folder; give a file, such as {output / 'model.patchad'}")
+    check_writable(output)
 
 
 def with_checksum(content: bytes) -> bytes:

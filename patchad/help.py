@@ -98,7 +98,12 @@ VERBS = {
     "export": Verb(
         "--ckpt_path FILE",
         f"{FITTED} --output model.patchad",
-        {**SEVERAL, "--output FILE": "the file; of several products, the folder of the files.", **PRODUCT},
+        {
+            **SEVERAL,
+            "--output FILE": "the file; of several products, the folder of the files.",
+            "--precision KIND": "float32, or int8, which is faster; needs --data.root with the images of the fit.",
+            **PRODUCT,
+        },
         "Writes the file; patchad.load(FILE)(IMAGE) scores by it.",
     ),
     "verify": Verb(

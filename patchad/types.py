@@ -18,6 +18,8 @@ DIRECTIONS = 12
 """Directions in which a neighbour may lie, evenly spaced, unless another number is asked for."""
 Region: TypeAlias = Bool[Tensor, "batch image_height image_width"]
 """True on the pixels of images, as they are scored, that are judged."""
+Precision: TypeAlias = Literal["float32", "int8"]
+"""Of the backbone in an exported file."""
 
 
 class Sample(NamedTuple):

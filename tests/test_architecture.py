@@ -53,6 +53,7 @@ ORDER = [
     "callbacks",
     "export",
     "revision",
+    "precision",
     "timing",
     "commands",
     "help",

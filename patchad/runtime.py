@@ -18,7 +18,7 @@ from PIL import Image
 
 from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.conformal import Limits, limits, p_values
-from patchad.decoding import read_pixels
+from patchad.decoding import Picture, read_picture, read_pixels
 from patchad.errors import PatchadError
 from patchad.region import blank, fitted, judged, within
 from patchad.results import Scored
@@ -91,11 +91,11 @@ class ExportedDetector:
         review = min(self.limits.review_threshold, float(threshold))
         self.limits = Limits(float(threshold), review, self.limits.map_threshold)
 
-    def __call__(self, image: np.ndarray | str | Path, region: np.ndarray | None = None) -> Scored:
+    def __call__(self, image: np.ndarray | str | Path | Picture, region: np.ndarray | None = None) -> Scored:
         """Scores one image.
 
         Args:
-            image: what `to_rgb` takes.
+            image: what `to_rgb` takes, or what `read_picture` gave for the detector's canvas.
             region: True where this image is judged, bool `[height, width]`, where the fit had a mask for each image; in
                 place of the fit's mask, where that was one for all.
 
@@ -118,29 +118,29 @@ class ExportedDetector:
         return promised
 
     def score(
-        self, images: Iterable[np.ndarray | str | Path], regions: Iterable[np.ndarray] | None = None
+        self, images: Iterable[np.ndarray | str | Path | Picture], regions: Iterable[np.ndarray] | None = None
     ) -> list[Scored]:
         """Scores several images, which may differ in size, in one pass.
 
         Args:
-            images: what `to_rgb` takes.
+            images: what a call takes.
             regions: of each image, as a call takes it.
 
         Raises:
             PatchadError: if one is no image, or has no score, or a region does not fit its image.
         """
-        if isinstance(images, (np.ndarray, str, Path)) or not isinstance(images, Iterable):
+        if isinstance(images, (np.ndarray, str, Path, Picture)) or not isinstance(images, Iterable):
             raise PatchadError("score takes a list of images; call the detector with one image")
         images = list(images)
         if not images:
             return []
-        native = [to_rgb(image) for image in images]
+        native = [planes_of(image, self.canvas) for image in images]
         given = [None] * len(images) if regions is None else list(regions)
         if len(given) != len(images):
             raise PatchadError(f"score was given {len(images)} images, but {len(given)} regions")
-        sizes = [(image.shape[1], image.shape[2]) for image in native]
+        sizes = [size for _, size in native]
         masks = [judged(self.canvas, size, region) for size, region in zip(sizes, given, strict=True)]
-        placed = [on_canvas(blank(image, mask), self.canvas) for image, mask in zip(native, masks, strict=True)]
+        placed = [on_canvas(blank(image, mask), self.canvas) for (image, _), mask in zip(native, masks, strict=True)]
         scores, maps = self.run(placed, masks)
         shares = p_values(scores, self.normals)
         maps = [
@@ -271,7 +271,24 @@ def to_rgb(image: np.ndarray | str | Path) -> np.ndarray:
             f"an array of shape {pixels.shape} is no image; give [height, width], [height, width, channels] or "
             "[channels, height, width] of 1 or 3 channels, or 4 if they come last"
         )
-    values = to_unit(pixels)
+    return in_planes(to_unit(pixels))
+
+
+def planes_of(image: np.ndarray | str | Path | Picture, canvas: Canvas) -> Picture:
+    """An image as `to_rgb` gives it, of a file with as many pixels as a canvas needs, and the size of it.
+
+    Raises:
+        PatchadError: as `to_rgb` does.
+    """
+    picture = read_picture(Path(image), canvas) if isinstance(image, (str, Path)) else image
+    if isinstance(picture, Picture):
+        return picture._replace(pixels=in_planes(picture.pixels))
+    planes = to_rgb(picture)
+    return Picture(planes, (planes.shape[1], planes.shape[2]))
+
+
+def in_planes(values: np.ndarray) -> np.ndarray:
+    """`[height, width]` or `[height, width, channels]` as `[3, height, width]`; those of grey share their memory."""
     planes = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)[:3]
     return np.broadcast_to(planes, (3, *values.shape[:2]))
 
@@ -297,7 +314,8 @@ def on_canvas(image: np.ndarray, canvas: Canvas) -> tuple[np.ndarray, Size]:
     size = canvas.image_size
     content = content_size((image.shape[1], image.shape[2]), size, canvas.keep_aspect)
     if content != image.shape[1:]:
-        image = np.stack([resize(plane, content) for plane in image])
+        distinct = image if image.strides[0] else image[:1]  # planes of grey share their memory
+        image = np.broadcast_to(np.stack([resize(plane, content) for plane in distinct]), (3, *content))
     image = image * np.float32(gain(float(image.mean()), canvas.brightness))
     padding = ((0, 0), (0, size[0] - content[0]), (0, size[1] - content[1]))
     return np.pad(image, padding, mode="edge"), content
@@ -314,5 +332,7 @@ def off_canvas(values: np.ndarray, content: Size, size: Size) -> np.ndarray:
     cropped = np.ascontiguousarray(values[: content[0], : content[1]])
     if content == size:
         return cropped
+    if content[0] <= size[0] and content[1] <= size[1]:
+        return resize(cropped, size)  # the same numbers in a third of the time; where it shrinks, it would smooth
     scale = (content[1] / size[1], 0, 0, 0, content[0] / size[0], 0)
     return np.array(Image.fromarray(cropped).transform((size[1], size[0]), AFFINE, scale, BILINEAR))

@@ -27,7 +27,7 @@ from patchad.errors import PatchadError, check_range
 from patchad.files import check_writable, map_name, naming, write_whole
 from patchad.folders import images_below
 from patchad.journal import FORMATS, Format, add, opened, paths_so_far
-from patchad.results import Row, Scored, Source, installed_version, row_of, unreadable
+from patchad.results import Row, Source, installed_version, row_of, unreadable
 from patchad.runtime import ExportedDetector, load, to_rgb
 from patchad.stages import measure_exported, process_memory, stage_table
 
@@ -155,9 +155,9 @@ class Line:
             picture = read_picture(Path(name), self._detector.canvas)
         except PatchadError as error:
             return unreadable(name, str(error), limits, source)
-        scored = self._detector(picture)
-        self._show(Path(name), picture, scored)
-        return row_of(name, scored, limits, source)
+        scored, region = self._detector.find(picture)
+        self._show(Path(name), picture, region)
+        return row_of(name, scored, limits, source, region=region)
 
     def count(self, row: Row) -> None:
         """Counts a row, in the order of the images; says where drift begins or ends with it."""
@@ -165,11 +165,10 @@ class Line:
         if self.drift and row.p_value is not None and (change := self.drift.take(row.p_value)):
             say_of(self._product, change)
 
-    def _show(self, path: Path, picture: Picture, scored: Scored) -> None:
+    def _show(self, path: Path, picture: Picture, region: np.ndarray) -> None:
         """Draws what is above the threshold of the map."""
         if self._overlays is None:
             return
-        region = scored.map > self._detector.limits.map_threshold
         drawn, place = overlay(picture.pixels, region), self._overlays / place_below(self._root, path)
         name = map_name(place.name, ".overlay.png")
         try:

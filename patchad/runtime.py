@@ -21,7 +21,7 @@ from patchad.conformal import Limits, limits, p_values
 from patchad.decoding import Picture, read_picture, read_pixels
 from patchad.errors import PatchadError
 from patchad.region import blank, fitted, judged, within
-from patchad.results import Scored
+from patchad.results import Scored, box
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by the import; else it would report to its maker
 import onnxruntime
@@ -132,8 +132,29 @@ class ExportedDetector:
         if isinstance(images, (np.ndarray, str, Path, Picture)) or not isinstance(images, Iterable):
             raise PatchadError("score takes a list of images; call the detector with one image")
         images = list(images)
-        if not images:
-            return []
+        return [
+            scored._replace(map=within(off_canvas(scored.map, scored.map.shape, size), mask))
+            for scored, size, mask in (self._on_canvases(images, regions) if images else [])
+        ]
+
+    def find(self, image: np.ndarray | str | Path | Picture) -> tuple[Scored, np.ndarray]:
+        """Scores one image, and says what of it is to be outlined, bool `[height, width]`: where its map is too high.
+
+        Its map is left at the size of the canvas: to enlarge that of a photograph takes longer than all else.
+
+        Args:
+            image: what a call takes.
+
+        Raises:
+            PatchadError: as a call does.
+        """
+        [(scored, size, mask)] = self._on_canvases([image])
+        return scored, region_above(scored.map, size, self.limits.map_threshold, mask)
+
+    def _on_canvases(
+        self, images: list[np.ndarray | str | Path | Picture], regions: Iterable[np.ndarray] | None = None
+    ) -> list[tuple[Scored, Size, np.ndarray | None]]:
+        """What is said of images, with maps of their content on the canvas; their sizes, and what is judged of them."""
         native = [planes_of(image, self.canvas) for image in images]
         given = [None] * len(images) if regions is None else list(regions)
         if len(given) != len(images):
@@ -143,14 +164,12 @@ class ExportedDetector:
         placed = [on_canvas(blank(image, mask), self.canvas) for (image, _), mask in zip(native, masks, strict=True)]
         scores, maps = self.run(placed, masks)
         shares = p_values(scores, self.normals)
-        maps = [
-            within(off_canvas(values, content, size), mask)
-            for values, (_, content), size, mask in zip(maps, placed, sizes, masks, strict=True)
-        ]
-        return [
+        cropped = [values[:height, :width] for values, (_, (height, width)) in zip(maps, placed, strict=True)]
+        said = [
             Scored(score, score > self.limits.threshold, self.limits.verdict(score), float(share), values)
-            for score, share, values in zip(scores.tolist(), shares, maps, strict=True)
+            for score, share, values in zip(scores.tolist(), shares, cropped, strict=True)
         ]
+        return list(zip(said, sizes, masks, strict=True))
 
     def run(
         self, placed: Sequence[tuple[np.ndarray, Size]], masks: Sequence[np.ndarray | None]
@@ -332,7 +351,44 @@ def off_canvas(values: np.ndarray, content: Size, size: Size) -> np.ndarray:
     cropped = np.ascontiguousarray(values[: content[0], : content[1]])
     if content == size:
         return cropped
-    if content[0] <= size[0] and content[1] <= size[1]:
-        return resize(cropped, size)  # the same numbers in a third of the time; where it shrinks, it would smooth
+    if is_enlarged(content, size):
+        return np.array(resize(cropped, size))  # the same numbers, sooner
     scale = (content[1] / size[1], 0, 0, 0, content[0] / size[0], 0)
     return np.array(Image.fromarray(cropped).transform((size[1], size[0]), AFFINE, scale, BILINEAR))
+
+
+def is_enlarged(content: Size, size: Size) -> bool:
+    """Whether content becomes no smaller, so that to resize it smooths nothing."""
+    return content[0] <= size[0] and content[1] <= size[1]
+
+
+def region_above(values: np.ndarray, size: Size, threshold: float, mask: np.ndarray | None = None) -> np.ndarray:
+    """Where a map lies above a threshold at another size, bool `[height, width]`; only what may is enlarged.
+
+    Args:
+        values: of a map's content, float32 `[height, width]`.
+        size: height x width of the image in pixels.
+        threshold: of the map.
+        mask: what is judged of the image, of that size; None where that is all.
+
+    Example:
+        >>> region_above(np.array([[0, 3]], np.float32), (1, 4), 2.0)
+        array([[False, False,  True,  True]])
+    """
+    content, region = (values.shape[0], values.shape[1]), np.zeros(size, bool)
+    left, top, right, bottom = box(values > threshold)
+    if left is None or top is None or right is None or bottom is None:
+        return region
+    if is_enlarged(content, size):
+        rows, columns = (
+            slice(max(0, (first - 1) * long // short), min(long, -(-(last + 1) * long // short)))
+            for first, last, long, short in zip((top, left), (bottom, right), size, content, strict=True)
+        )
+        part = (columns.stop - columns.start, rows.stop - rows.start)
+        ends = (columns.start, rows.start, columns.stop, rows.stop)
+        source = [end * short / long for end, short, long in zip(ends, content[::-1] * 2, size[::-1] * 2, strict=True)]
+        image = Image.fromarray(np.ascontiguousarray(values))
+        region[rows, columns] = np.asarray(image.resize(part, BILINEAR, tuple(source))) > threshold
+    else:
+        region[:] = off_canvas(values, content, size) > threshold
+    return region if mask is None else region & mask

@@ -136,3 +136,27 @@ def test_a_map_at_another_size_is_that_of_torch(size):
     cropped = torch.from_numpy(values)[None, None, :36]
     expected = torch.nn.functional.interpolate(cropped, size, mode="bilinear", align_corners=False)[0, 0]
     np.testing.assert_allclose(runtime.off_canvas(values, (36, 48), size), expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(50, 90), (36, 48), (37, 480), (301, 997), (30, 90), (20, 30)])
+@pytest.mark.parametrize("threshold", [0.2, 0.9, 0.999, 2.0])
+def test_what_is_above_a_threshold_is_what_the_whole_map_says(size, threshold):
+    generator = np.random.default_rng(0)
+    for top, left, height, width in ((0, 0, 36, 48), (3, 7, 2, 5), (35, 47, 1, 1), (0, 20, 1, 28), (10, 0, 9, 1)):
+        values = np.zeros((36, 48), np.float32)
+        values[top : top + height, left : left + width] = generator.random((height, width), dtype=np.float32)
+        whole = runtime.off_canvas(values, (36, 48), size)
+        region = runtime.region_above(values, size, threshold)
+        assert region.shape == size
+        assert (region == (whole > threshold))[abs(whole - threshold) > 1e-5].all()
+    mask = generator.random(size) > 0.5
+    assert np.array_equal(runtime.region_above(values, size, threshold, mask), region & mask)
+
+
+def test_what_is_found_of_a_file_is_what_its_map_says(tmp_path):
+    detector, path = patchad.load(KEPT), saved(tmp_path / "a.jpg", scene((400, 600)))
+    whole, (found, region) = detector(path), detector.find(path)
+    assert found[:4] == whole[:4] and region.shape == whole.map.shape == (400, 600)
+    certain = abs(whole.map - detector.limits.map_threshold) > 1e-4
+    assert np.array_equal(region[certain], (whole.map > detector.limits.map_threshold)[certain])
+    whole.map[0, 0] = 1.0  # it belongs to the caller

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jsonargparse import auto_cli
-from PIL import Image
+from PIL import Image, ImageOps
 
 import patchad
 from patchad.canvas import Size
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
     suffix: str
 
 
-KINDS = (Kind("12 megapixel JPEG", (3024, 4032), ".jpg"), Kind("256 x 256 PNG", (256, 256), ".png"))
+KINDS = (Kind("12 megapixel JPEG", (3464, 3464), ".jpg"), Kind("256 x 256 PNG", (256, 256), ".png"))
 
 
 def main(file: Path, images: Path, checkpoint: Path | None = None, count: int = 2000, distinct: int = 8) -> None:
@@ -81,7 +81,8 @@ def filled(folder: Path, kind: Kind, sources: Sequence[Path], count: int) -> Non
     made = [folder / f"{number:05}{kind.suffix}" for number in range(min(count, len(sources)))]
     for path, source in zip(made, sources, strict=False):
         with Image.open(source) as image:
-            pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), np.float32)
+            fitted = ImageOps.fit(image.convert("RGB"), (width, height))  # cut, not distorted
+            pixels = np.asarray(fitted, np.float32)
         noisy = pixels + NOISE * generator.standard_normal((height, width, 1), dtype=np.float32)
         Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8)).save(path, quality=QUALITY)
     for number in range(len(made), count):

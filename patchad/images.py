@@ -10,11 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patchad.canvas import Canvas, Size, content_size, gain
-from patchad.decoding import MAX_MEGAPIXELS, decode, opened, read_pixels
+from patchad.decoding import MAX_MEGAPIXELS, decode, opened, read_picture, read_pixels, upright_size
 from patchad.region import fitted
-
-ORIENTATION = 0x0112
-"""The EXIF tag."""
 
 
 def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Float[Tensor, "3 height width"]:
@@ -23,7 +20,24 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Float[Tens
     Raises:
         PatchadError: as `read_pixels` does.
     """
-    values = torch.from_numpy(read_pixels(path, max_megapixels))
+    return in_channels(read_pixels(path, max_megapixels))
+
+
+def read_for_canvas(
+    path: Path, canvas: Canvas, max_megapixels: float = MAX_MEGAPIXELS
+) -> tuple[Float[Tensor, "3 height width"], Size]:
+    """The same, with as many pixels as a canvas needs, and height x width in pixels of the file: see `read_picture`.
+
+    Raises:
+        PatchadError: as `read_pixels` does.
+    """
+    picture = read_picture(path, canvas, max_megapixels)
+    return in_channels(picture.pixels), picture.size
+
+
+def in_channels(pixels: np.ndarray) -> Float[Tensor, "3 height width"]:
+    """What `read_pixels` gave, as three channels."""
+    values = torch.from_numpy(pixels)
     return values.expand(3, -1, -1).contiguous() if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
 
 
@@ -68,12 +82,9 @@ def native_size(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Size:
         PatchadError: if the file is missing, no image, or too large.
     """
     if path.suffix.lower() in (".tif", ".tiff"):
-        width, height = decode(path, max_megapixels).size
-        return height, width
+        return decode(path, max_megapixels)[1]
     with opened(path, max_megapixels) as image:
-        width, height = image.size
-        turned = image.getexif().get(ORIENTATION, 1) >= 5  # a quarter turn, mirrored or not
-    return (width, height) if turned else (height, width)
+        return upright_size(image)
 
 
 class Augmentations(NamedTuple):

@@ -11,14 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 import numpy as np
 from PIL import Image
 
+from patchad.ahead import in_order
 from patchad.arrivals import Arrivals
-from patchad.decoding import read_pixels
+from patchad.decoding import Picture, read_picture
 from patchad.drawing import outlined
 from patchad.drift import Drift
 from patchad.engines import RUNTIMES
@@ -26,7 +28,7 @@ from patchad.errors import PatchadError, check_range
 from patchad.files import check_writable, map_name, naming, write_whole
 from patchad.folders import images_below
 from patchad.journal import FORMATS, Format, add, opened, paths_so_far
-from patchad.results import Row, Scored, Source, installed_version, row_of, unreadable
+from patchad.results import Row, Source, installed_version, row_of, unreadable
 from patchad.runtime import ExportedDetector, load, to_rgb
 from patchad.stages import measure_exported, process_memory, stage_table
 
@@ -116,13 +118,13 @@ class Stop:
 
 
 class Line:
-    """Scores image files one after the other, and keeps count.
+    """Scores image files, on several threads if these call it, and keeps count.
 
     Args:
         detector: the exported file.
         root: of the images, whose folders overlays have, too; without it those below the current one, or the disk's.
         overlays: the folder for them; None draws none.
-        drift: told of each p-value.
+        drift: told of each p-value, in the order in which rows are counted.
         product: is named where drift is told; empty where there is one alone.
 
     Attributes:
@@ -146,40 +148,40 @@ class Line:
         self.counts: Counter[str] = Counter()
 
     def __call__(self, name: str) -> Row:
-        """The row of an image, which is counted.
+        """The row of an image.
 
         Args:
             name: the path of its file.
         """
         limits, source = self._detector.limits, Source(self._model, self._version, time_now())
         try:
-            pixels = read_pixels(Path(name))
+            picture = read_picture(Path(name), self._detector.canvas)
         except PatchadError as error:
-            row = unreadable(name, str(error), limits, source)
-        else:
-            scored = self._detector(pixels)
-            self._show(Path(name), pixels, scored)
-            row = row_of(name, scored, limits, source)
-            if self.drift and (change := self.drift.take(scored.p_value)):
-                say_of(self._product, change)
-        self.counts[row.verdict] += 1
-        return row
+            return unreadable(name, str(error), limits, source)
+        scored, region = self._detector.find(picture)
+        self._show(Path(name), picture, region)
+        return row_of(name, scored, limits, source, region=region)
 
-    def _show(self, path: Path, pixels: np.ndarray, scored: Scored) -> None:
+    def count(self, row: Row) -> None:
+        """Counts a row, in the order of the images; says where drift begins or ends with it."""
+        self.counts[row.verdict] += 1
+        if self.drift and row.p_value is not None and (change := self.drift.take(row.p_value)):
+            say_of(self._product, change)
+
+    def _show(self, path: Path, picture: Picture, region: np.ndarray) -> None:
         """Draws what is above the threshold of the map."""
         if self._overlays is None:
             return
-        region = scored.map > self._detector.limits.map_threshold
-        picture, place = overlay(pixels, region), self._overlays / place_below(self._root, path)
+        drawn, place = overlay(picture.pixels, region), self._overlays / place_below(self._root, path)
         name = map_name(place.name, ".overlay.png")
         try:
-            write_whole(place.with_name(name), lambda part: picture.save(part, format="PNG"))
+            write_whole(place.with_name(name), lambda part: drawn.save(part, format="PNG"))
         except OSError as error:
             raise PatchadError(str(error)) from error  # else it would seem to be of the file of rows
 
 
 class Lines:
-    """The lines of several products, which count together.
+    """The lines of several products, which count together; as `Line` it may be called on several threads.
 
     Args:
         lines: by product.
@@ -196,7 +198,7 @@ class Lines:
             line.counts = self.counts
 
     def __call__(self, name: str) -> Row:
-        """The row of an image, which is counted; of one of no known product, there is no score.
+        """The row of an image; of one of no known product, there is no score.
 
         Args:
             name: the path of its file, below the root.
@@ -207,12 +209,18 @@ class Lines:
         reason = f"{self._root / product} is of no product: there is no {product}{SUFFIX}"
         if not product:
             reason = f"{name} lies in no folder of a product"
-        elif product not in self._unknown:
-            self._unknown.add(product)
-            say(reason)
-        row = Row(name, reason=reason, version=installed_version(), time=time_now())
+        return Row(name, reason=reason, version=installed_version(), time=time_now())
+
+    def count(self, row: Row) -> None:
+        """Counts a row, in the order of the images; says once of each product that it is not known."""
+        product = product_of(self._root, row.path)
+        if line := self._lines.get(product):
+            line.count(row)
+            return
         self.counts[row.verdict] += 1
-        return row
+        if product and product not in self._unknown:
+            self._unknown.add(product)
+            say(row.reason)
 
 
 def product_of(root: Path, name: str) -> str:
@@ -224,14 +232,15 @@ def overlay(pixels: np.ndarray, region: np.ndarray) -> Image.Image:
     """An image with the outline of a region, no larger than can be looked at.
 
     Args:
-        pixels: as `to_rgb` takes them.
+        pixels: as `to_rgb` takes them; of an image that was reduced, fewer than the region has.
         region: bool `[height, width]`; of it, no pixel is lost.
     """
+    height, width = region.shape
+    share = min(1.0, LONGEST_SIDE / max(height, width))
+    size = (max(1, round(width * share)), max(1, round(height * share)))
     image = Image.fromarray((to_rgb(pixels).transpose(1, 2, 0) * 255).round().astype(np.uint8))
-    share = LONGEST_SIDE / max(image.size)
+    image = image.resize(size, Image.Resampling.BOX if image.width > size[0] else Image.Resampling.BILINEAR)
     if share < 1:
-        size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
-        image = image.resize(size, Image.Resampling.BOX)
         region = np.asarray(Image.fromarray(region.astype(np.float32)).resize(size, Image.Resampling.BOX)) > 0
     return Image.fromarray(outlined(np.asarray(image), region))
 
@@ -260,11 +269,11 @@ def run_score(options: argparse.Namespace) -> int:
     line = Lines(lines, Path(options.images)) if options.model.is_dir() else lines[""]
     form = FORMATS[options.format]
     if stop:
-        watch(line, Path(options.images), options.output, form, stop)
+        watch(line, options, form, stop)
     elif options.output:
-        write_whole(options.output, lambda part: write_file(part, form, map(line, names)))
+        write_whole(options.output, lambda part: write_file(part, form, line, names, options.threads))
     else:
-        write(sys.stdout, form, map(line, names))
+        write(sys.stdout, form, line, names, options.threads)
     told = ", ".join(f"{line.counts[verdict]} {verdict}" for verdict in ("anomalous", "review", "normal", "unreadable"))
     runtimes = " and ".join(sorted({one.runtime for one in lines.values()}))
     say(f"{line.counts.total()} images: {told}; {time.perf_counter() - begun:.1f} s by {runtimes}")
@@ -384,45 +393,53 @@ def drift_of(options: argparse.Namespace, detector: ExportedDetector, product: s
         return None
 
 
-def write(file: TextIO, form: Format, rows: Iterable[Row]) -> None:
-    """Writes rows, each as it comes."""
-    add(file, form.head)
-    for row in rows:
+def write(file: TextIO, form: Format, line: Line | Lines, names: Iterable[str], threads: int | None) -> None:
+    """Writes the rows of images in their order, each as soon as it can be."""
+
+    def take(row: Row) -> None:
+        line.count(row)
         add(file, form.line(row))
 
+    add(file, form.head)
+    in_order(line, take, names, threads)
 
-def write_file(path: Path, form: Format, rows: Iterable[Row]) -> None:
-    """Writes rows into a file, each as it comes."""
+
+def write_file(path: Path, form: Format, line: Line | Lines, names: Iterable[str], threads: int | None) -> None:
+    """Writes them into a file."""
     with opened(path, "w") as file:
-        write(file, form, rows)
+        write(file, form, line, names, threads)
 
 
-def watch(line: Line | Lines, folder: Path, output: Path, form: Format, stop: Stop) -> None:
+def watch(line: Line | Lines, options: argparse.Namespace, form: Format, stop: Stop) -> None:
     """Adds a row for each image that arrives in a folder, until a signal asks for the end.
+
+    Images in work then still get their rows.
 
     Args:
         line: scores them.
-        folder: where they arrive.
-        output: what is in it is done, and is not scored again.
+        options: the folder where they arrive, and the file: what is in it is done, and is not scored again.
         form: of the rows.
         stop: of the signals.
     """
-    done = paths_so_far(output, form)
-    with opened(output, "a") as file, naming(output):
+    done = paths_so_far(options.output, form)
+    with opened(options.output, "a") as file, naming(options.output):
+
+        def take(row: Row) -> None:
+            if row.score is None and not os.path.exists(row.path):
+                say_gone(row.path)
+                return
+            line.count(row)
+            add(file, form.line(row))
+            done.add(row.path)
+
         if not file.tell():
             add(file, form.head)
-        for name in arriving(Arrivals(folder, done), stop):
-            row = line(name)
-            if row.score is None and not os.path.exists(name):
-                line.counts[row.verdict] -= 1
-                say_gone(name)
-                continue
-            add(file, form.line(row))
-            done.add(name)
+        for names in arriving(Arrivals(Path(options.images), done), stop):
+            in_order(line, take, takewhile(lambda _: not stop.asked, names), options.threads)
 
 
-def arriving(arrivals: Arrivals, stop: Stop) -> Iterator[str]:
-    """Paths of images as they arrive."""
+def arriving(arrivals: Arrivals, stop: Stop) -> Iterator[list[str]]:
+    """Paths of images as they arrive, those of one look together."""
     next_look = 0.0
     while not stop.asked:
         begun = time.monotonic()
@@ -431,10 +448,7 @@ def arriving(arrivals: Arrivals, stop: Stop) -> Iterator[str]:
             next_look = begun + (time.monotonic() - begun) / SHARE
             for name in gone:
                 say_gone(name)
-            for name in whole:
-                yield name
-                if stop.asked:
-                    return
+            yield whole
         time.sleep(PAUSE)
 
 

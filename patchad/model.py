@@ -27,7 +27,7 @@ from patchad.models.patches import PatchEncoderFactory, WindowEncoder
 from patchad.pyramid import at_pixels, crop_resize, fold, mirror
 from patchad.region import blank, judged, within
 from patchad.results import Scored
-from patchad.runtime import check_scores, to_rgb
+from patchad.runtime import check_scores, planes_of
 from patchad.scoring import Scorer, ScorerFactory, content_pixels
 from patchad.spec import Configurable
 from patchad.trust import made
@@ -130,8 +130,7 @@ class ScoringModel(Configurable, nn.Module):
         """
         if self.canvas is None:
             raise PatchadError("the model knows no image_size: run patchad fit first, and load its checkpoint")
-        pixels = to_rgb(image)
-        size = (pixels.shape[1], pixels.shape[2])
+        pixels, size = planes_of(image, self.canvas)
         mask = judged(self.canvas, size, region)
         fitted, extent = on_canvas(torch.tensor(blank(pixels, mask)), self.canvas)
         content, device = torch.tensor([extent]), self.scorer.scale.device

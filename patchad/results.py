@@ -111,7 +111,15 @@ class Row(NamedTuple):
         return 2 if self.correct == "wrong" else 3, -self.score, self.path
 
 
-def row_of(path: str, scored: Scored, limits: Limits, source: Source, label: Label = "", defect: str = "") -> Row:
+def row_of(
+    path: str,
+    scored: Scored,
+    limits: Limits,
+    source: Source,
+    label: Label = "",
+    defect: str = "",
+    region: np.ndarray | None = None,
+) -> Row:
     """The row of an image.
 
     Args:
@@ -121,9 +129,10 @@ def row_of(path: str, scored: Scored, limits: Limits, source: Source, label: Lab
         source: what scored it, and when.
         label: what is true of it.
         defect: its defect type.
+        region: where its map lies above the threshold, bool `[height, width]`; by default that is looked up.
     """
-    region = scored.map > limits.map_threshold
-    area, (left, top, right, bottom) = int(region.sum()), box(region)
+    region = scored.map > limits.map_threshold if region is None else region
+    area, (left, top, right, bottom) = int(np.count_nonzero(region)), box(region)
     known = label and scored.verdict != "review"
     return Row(
         path=path,

@@ -19,11 +19,11 @@ from PIL import Image
 
 from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.conformal import Limits, limits, p_values
-from patchad.decoding import read_pixels
+from patchad.decoding import Picture, read_picture, read_pixels
 from patchad.engines import CPU, Arrays, Engine, open_engine
 from patchad.errors import PatchadError
 from patchad.region import blank, fitted, judged, within
-from patchad.results import Scored
+from patchad.results import Scored, box
 
 AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 
@@ -102,11 +102,11 @@ class ExportedDetector:
         review = min(self.limits.review_threshold, float(threshold))
         self.limits = Limits(float(threshold), review, self.limits.map_threshold)
 
-    def __call__(self, image: np.ndarray | str | Path, region: np.ndarray | None = None) -> Scored:
+    def __call__(self, image: np.ndarray | str | Path | Picture, region: np.ndarray | None = None) -> Scored:
         """Scores one image.
 
         Args:
-            image: what `to_rgb` takes.
+            image: what `to_rgb` takes, or what `read_picture` gave for the detector's canvas.
             region: True where this image is judged, bool `[height, width]`, where the fit had a mask for each image; in
                 place of the fit's mask, where that was one for all.
 
@@ -129,39 +129,58 @@ class ExportedDetector:
         return promised
 
     def score(
-        self, images: Iterable[np.ndarray | str | Path], regions: Iterable[np.ndarray] | None = None
+        self, images: Iterable[np.ndarray | str | Path | Picture], regions: Iterable[np.ndarray] | None = None
     ) -> list[Scored]:
         """Scores several images, which may differ in size, in one pass.
 
         Args:
-            images: what `to_rgb` takes.
+            images: what a call takes.
             regions: of each image, as a call takes it.
 
         Raises:
             PatchadError: if one is no image, or has no score, or a region does not fit its image.
         """
-        if isinstance(images, (np.ndarray, str, Path)) or not isinstance(images, Iterable):
+        if isinstance(images, (np.ndarray, str, Path, Picture)) or not isinstance(images, Iterable):
             raise PatchadError("score takes a list of images; call the detector with one image")
         images = list(images)
-        if not images:
-            return []
-        native = [to_rgb(image) for image in images]
+        return [
+            scored._replace(map=within(off_canvas(scored.map, scored.map.shape, size), mask))
+            for scored, size, mask in (self._on_canvases(images, regions) if images else [])
+        ]
+
+    def find(self, image: np.ndarray | str | Path | Picture) -> tuple[Scored, np.ndarray]:
+        """Scores one image, and says what of it is to be outlined, bool `[height, width]`: where its map is too high.
+
+        Its map is left at the size of the canvas: to enlarge that of a photograph takes longer than all else.
+
+        Args:
+            image: what a call takes.
+
+        Raises:
+            PatchadError: as a call does.
+        """
+        [(scored, size, mask)] = self._on_canvases([image])
+        return scored, region_above(scored.map, size, self.limits.map_threshold, mask)
+
+    def _on_canvases(
+        self, images: list[np.ndarray | str | Path | Picture], regions: Iterable[np.ndarray] | None = None
+    ) -> list[tuple[Scored, Size, np.ndarray | None]]:
+        """What is said of images, with maps of their content on the canvas; their sizes, and what is judged of them."""
+        native = [planes_of(image, self.canvas) for image in images]
         given = [None] * len(images) if regions is None else list(regions)
         if len(given) != len(images):
             raise PatchadError(f"score was given {len(images)} images, but {len(given)} regions")
-        sizes = [(image.shape[1], image.shape[2]) for image in native]
+        sizes = [size for _, size in native]
         masks = [judged(self.canvas, size, region) for size, region in zip(sizes, given, strict=True)]
-        placed = [on_canvas(blank(image, mask), self.canvas) for image, mask in zip(native, masks, strict=True)]
+        placed = [on_canvas(blank(image, mask), self.canvas) for (image, _), mask in zip(native, masks, strict=True)]
         scores, maps = self.run(placed, masks)
         shares = p_values(scores, self.normals)
-        maps = [
-            within(off_canvas(values, content, size), mask)
-            for values, (_, content), size, mask in zip(maps, placed, sizes, masks, strict=True)
-        ]
-        return [
+        cropped = [values[:height, :width] for values, (_, (height, width)) in zip(maps, placed, strict=True)]
+        said = [
             Scored(score, score > self.limits.threshold, self.limits.verdict(score), float(share), values)
-            for score, share, values in zip(scores.tolist(), shares, maps, strict=True)
+            for score, share, values in zip(scores.tolist(), shares, cropped, strict=True)
         ]
+        return list(zip(said, sizes, masks, strict=True))
 
     def run(
         self, placed: Sequence[tuple[np.ndarray, Size]], masks: Sequence[np.ndarray | None]
@@ -284,7 +303,24 @@ def to_rgb(image: np.ndarray | str | Path) -> np.ndarray:
             f"an array of shape {pixels.shape} is no image; give [height, width], [height, width, channels] or "
             "[channels, height, width] of 1 or 3 channels, or 4 if they come last"
         )
-    values = to_unit(pixels)
+    return in_planes(to_unit(pixels))
+
+
+def planes_of(image: np.ndarray | str | Path | Picture, canvas: Canvas) -> Picture:
+    """An image as `to_rgb` gives it, of a file with as many pixels as a canvas needs, and the size of it.
+
+    Raises:
+        PatchadError: as `to_rgb` does.
+    """
+    picture = read_picture(Path(image), canvas) if isinstance(image, (str, Path)) else image
+    if isinstance(picture, Picture):
+        return picture._replace(pixels=in_planes(picture.pixels))
+    planes = to_rgb(picture)
+    return Picture(planes, (planes.shape[1], planes.shape[2]))
+
+
+def in_planes(values: np.ndarray) -> np.ndarray:
+    """`[height, width]` or `[height, width, channels]` as `[3, height, width]`; those of grey share their memory."""
     planes = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)[:3]
     return np.broadcast_to(planes, (3, *values.shape[:2]))
 
@@ -310,7 +346,8 @@ def on_canvas(image: np.ndarray, canvas: Canvas) -> tuple[np.ndarray, Size]:
     size = canvas.image_size
     content = content_size((image.shape[1], image.shape[2]), size, canvas.keep_aspect)
     if content != image.shape[1:]:
-        image = np.stack([resize(plane, content) for plane in image])
+        distinct = image if image.strides[0] else image[:1]  # planes of grey share their memory
+        image = np.broadcast_to(np.stack([resize(plane, content) for plane in distinct]), (3, *content))
     image = image * np.float32(gain(float(image.mean()), canvas.brightness))
     padding = ((0, 0), (0, size[0] - content[0]), (0, size[1] - content[1]))
     return np.pad(image, padding, mode="edge"), content
@@ -327,5 +364,44 @@ def off_canvas(values: np.ndarray, content: Size, size: Size) -> np.ndarray:
     cropped = np.ascontiguousarray(values[: content[0], : content[1]])
     if content == size:
         return cropped
+    if is_enlarged(content, size):
+        return np.array(resize(cropped, size))  # the same numbers, sooner
     scale = (content[1] / size[1], 0, 0, 0, content[0] / size[0], 0)
     return np.array(Image.fromarray(cropped).transform((size[1], size[0]), AFFINE, scale, BILINEAR))
+
+
+def is_enlarged(content: Size, size: Size) -> bool:
+    """Whether content becomes no smaller, so that to resize it smooths nothing."""
+    return content[0] <= size[0] and content[1] <= size[1]
+
+
+def region_above(values: np.ndarray, size: Size, threshold: float, mask: np.ndarray | None = None) -> np.ndarray:
+    """Where a map lies above a threshold at another size, bool `[height, width]`; only what may is enlarged.
+
+    Args:
+        values: of a map's content, float32 `[height, width]`.
+        size: height x width of the image in pixels.
+        threshold: of the map.
+        mask: what is judged of the image, of that size; None where that is all.
+
+    Example:
+        >>> region_above(np.array([[0, 3]], np.float32), (1, 4), 2.0)
+        array([[False, False,  True,  True]])
+    """
+    content, region = (values.shape[0], values.shape[1]), np.zeros(size, bool)
+    left, top, right, bottom = box(values > threshold)
+    if left is None or top is None or right is None or bottom is None:
+        return region
+    if is_enlarged(content, size):
+        rows, columns = (
+            slice(max(0, (first - 1) * long // short), min(long, -(-(last + 1) * long // short)))
+            for first, last, long, short in zip((top, left), (bottom, right), size, content, strict=True)
+        )
+        part = (columns.stop - columns.start, rows.stop - rows.start)
+        ends = (columns.start, rows.start, columns.stop, rows.stop)
+        source = [end * short / long for end, short, long in zip(ends, content[::-1] * 2, size[::-1] * 2, strict=True)]
+        image = Image.fromarray(np.ascontiguousarray(values))
+        region[rows, columns] = np.asarray(image.resize(part, BILINEAR, tuple(source))) > threshold
+    else:
+        region[:] = off_canvas(values, content, size) > threshold
+    return region if mask is None else region & mask

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from patchad.region import blank, judged
-from patchad.runtime import ExportedDetector, off_canvas, on_canvas, to_rgb
+from patchad.runtime import ExportedDetector, off_canvas, on_canvas, planes_of
 
 
 class Row(NamedTuple):
@@ -64,17 +64,19 @@ def exported_stages(detector: ExportedDetector, images: Sequence[Path | np.ndarr
     """Milliseconds of each stage of one run."""
     times: dict[str, float] = {}
     with timed(times, "decode"):
-        native = [to_rgb(image) if isinstance(image, Path) else image for image in images]
+        native = [planes_of(image, detector.canvas) for image in images]
     if not any(isinstance(image, Path) for image in images):
         del times["decode"]
     with timed(times, "canvas"):
-        masks = [judged(detector.canvas, (image.shape[1], image.shape[2])) for image in native]
-        fitted = [on_canvas(blank(image, mask), detector.canvas) for image, mask in zip(native, masks, strict=True)]
+        masks = [judged(detector.canvas, size) for _, size in native]
+        fitted = [
+            on_canvas(blank(image, mask), detector.canvas) for (image, _), mask in zip(native, masks, strict=True)
+        ]
     with timed(times, "graph"):
         _, maps = detector.run(fitted, masks)
     with timed(times, "map to size"):
-        for values, (_, content), image in zip(maps, fitted, native, strict=True):
-            off_canvas(values, content, image.shape[1:])
+        for values, (_, content), (_, size) in zip(maps, fitted, native, strict=True):
+            off_canvas(values, content, size)
     return times
 
 

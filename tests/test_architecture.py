@@ -12,6 +12,7 @@ from patchad import PatchDetector
 CHECKOUT = Path(__file__).parent.parent
 ORDER = [
     "errors",
+    "ahead",
     "canvas",
     "decoding",
     "region",

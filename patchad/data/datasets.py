@@ -23,7 +23,7 @@ from patchad.images import (
     draw_view,
     native_size,
     on_canvas,
-    read_image,
+    read_for_canvas,
     region_on_canvas,
 )
 from patchad.masks import HALF, mask_doubts, read_mask, read_region, resize_mask
@@ -85,8 +85,7 @@ class ImageDataset(Dataset[ImageBatch]):
             PatchadError: if its files cannot be read.
         """
         sample = self.samples[index]
-        native = read_image(sample.path, self.max_megapixels)
-        size = (native.shape[1], native.shape[2])
+        native, size = read_for_canvas(sample.path, self.canvas, self.max_megapixels)
         where = self.judged(index, size)
         native = torch.from_numpy(blank(native.numpy(), where))
         image, content = on_canvas(native, self.canvas)

@@ -23,6 +23,7 @@ from patchad.images import on_canvas, region_on_canvas
 from patchad.memory import BankFactory, MemoryBank
 from patchad.models.backbones import Backbone, EfficientNetLite0
 from patchad.models.encoders import MODES
+from patchad.models.features import in_float32
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
 from patchad.pyramid import at_pixels, crop_resize, fold, mirror
 from patchad.region import blank, judged, within
@@ -319,8 +320,7 @@ class PatchModel(ScoringModel):
         Args:
             image: RGB in [0, 1].
         """
-        # at reduced precision, distances would lose digits
-        return {side: values.float() for side, values in self.encoder(image).items()}
+        return in_float32(self.encoder(image))
 
     def nearest(
         self,

@@ -259,9 +259,13 @@ class DenseEncoder(PyramidEncoder):
         """Embeddings at every scoring position; a larger image than `tile` is embedded tile by tile."""
         self.check_size(image)
         prepared = pad_to_multiple(self.prepare(image), self.multiple)
-        if self.tile is None or max(prepared.shape[2:]) <= self.tile:
+        if self.tile is None or self.takes_whole((image.shape[2], image.shape[3])):
             return self._embed(prepared)
         return self._embed_tiles(prepared, self.tile)
+
+    def takes_whole(self, size: Size) -> bool:
+        """Whether images of that height x width in pixels pass the backbone in one piece, not in tiles."""
+        return self.tile is None or max(self.padded(size)) <= self.tile
 
     def _embed(self, prepared: Tensor) -> dict[int, Tensor]:
         return self.embed_features(self._features(prepared))

@@ -22,8 +22,7 @@ from patchad.errors import PatchadError
 from patchad.images import on_canvas, region_on_canvas
 from patchad.memory import BankFactory, MemoryBank
 from patchad.models.backbones import Backbone, EfficientNetLite0
-from patchad.models.encoders import MODES
-from patchad.models.features import in_float32
+from patchad.models.encoders import MODES, in_float32
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
 from patchad.pyramid import at_pixels, crop_resize, fold, mirror
 from patchad.region import blank, judged, within

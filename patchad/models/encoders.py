@@ -383,6 +383,11 @@ class SlidingEncoder(PyramidEncoder):
 MODES: Mapping[str, type[PyramidEncoder]] = {"dense": DenseEncoder, "sliding": SlidingEncoder}
 
 
+def in_float32(embeddings: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Embeddings of each side at full precision: at a reduced one, distances would lose digits."""
+    return {side: values.float() for side, values in embeddings.items()}
+
+
 def tap_name(backbone: Backbone, side: int, taps: Mapping[int, str]) -> str:
     """The tap of a side: the caller's, or else the backbone's.
 

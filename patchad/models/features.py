@@ -13,7 +13,7 @@ from patchad.data.datasets import PLAIN
 from patchad.errors import PatchadError
 from patchad.images import Augmentations
 from patchad.models.cache import FeatureCache
-from patchad.models.encoders import DenseEncoder, PyramidEncoder, SlidingEncoder
+from patchad.models.encoders import DenseEncoder, PyramidEncoder, SlidingEncoder, in_float32
 from patchad.pyramid import cut_patches
 from patchad.types import ImageBatch, Pyramid, PyramidBatch
 
@@ -313,11 +313,6 @@ class NormalFeatures:
             return ((batch, in_float32(self.encoder(batch.image))) for batch in self._read(title, 0))
         embed = self._keeping.embed_features
         return ((batch, in_float32(embed(features))) for batch, features in self.observed(title))
-
-
-def in_float32(embeddings: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Embeddings of each side at full precision: at a reduced one, distances would lose digits."""
-    return {side: values.float() for side, values in embeddings.items()}
 
 
 def embedded(

@@ -278,8 +278,9 @@ class NormalFeatures:
         self, encoder: PyramidEncoder, read: Callable[[str, int], Iterable[ImageBatch]], size: Size, changing: bool
     ) -> None:
         self.encoder, self._read = encoder, read
-        whole = isinstance(encoder, DenseEncoder) and encoder.takes_whole(size)
-        self._keeping = encoder if whole and not changing else None
+        self._keeping: DenseEncoder | None = None
+        if isinstance(encoder, DenseEncoder) and encoder.takes_whole(size) and not changing:
+            self._keeping = encoder
         self.forget()
 
     def forget(self) -> None:

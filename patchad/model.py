@@ -259,9 +259,9 @@ class PatchModel(ScoringModel):
         taps: name of the backbone's layer for each side; by default the backbone's own choice.
         scoring_strides: distance between scored patches for each side in pixels.
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
-        tile: a larger image (height or width in pixels) that is scored passes the backbone in tiles of that size, in
-            dense mode, so that memory stays bounded; the result is the same. None passes every image whole. Training
-            takes whole images: there a smaller `data.batch_size` saves memory.
+        tile: a larger image (height or width in pixels) passes the backbone in tiles of that size, in dense mode, so
+            that memory stays bounded where the backbone does not learn; the result is the same. None passes every image
+            whole.
         bank: makes the memory of one side: `MemoryBank`, a subclass, or a `functools.partial` of one.
         scorer: combines the maps and holds the threshold: `Scorer`, a subclass, or a `functools.partial` of one.
 

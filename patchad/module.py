@@ -44,7 +44,7 @@ class PatchDetector(Detector[PatchModel]):
         taps: name of the backbone's layer for each side.
         scoring_strides: distance between scored patches for each side in pixels.
         subtract_mean_image: subtract the mean training image, as in the paper.
-        tile: height or width in pixels above which a scored image passes the backbone in tiles.
+        tile: height or width in pixels above which an image passes the backbone in tiles.
         bank: makes the memory of one side.
         scorer: makes what combines the maps and holds the threshold.
         learning: makes what trains the encoders: `Learning`, a subclass, or a `functools.partial` of one; None trains
@@ -140,7 +140,7 @@ class PatchDetector(Detector[PatchModel]):
         if self.learning is not None:
             self.learning.forget()
             self._keep_features(self.learning)
-        self._normals = NormalFeatures(self.model.encoder, self._read_normals, self._data.image_size, self.learns)
+        self._normals = NormalFeatures(self.model.encoder, self._read_normals, self.learns)
         with self.trainer.precision_plugin.forward_context():  # as banks are filled
             self._standardize()
 

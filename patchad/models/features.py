@@ -270,17 +270,14 @@ class NormalFeatures:
     Args:
         encoder: embeds.
         read: gives the batches of this process, under a title, from the one of some number on.
-        size: height x width of the images in pixels.
         changing: whether the backbone may change.
     """
 
     def __init__(
-        self, encoder: PyramidEncoder, read: Callable[[str, int], Iterable[ImageBatch]], size: Size, changing: bool
+        self, encoder: PyramidEncoder, read: Callable[[str, int], Iterable[ImageBatch]], changing: bool
     ) -> None:
         self.encoder, self._read = encoder, read
-        self._keeping: DenseEncoder | None = None
-        if isinstance(encoder, DenseEncoder) and encoder.takes_whole(size) and not changing:
-            self._keeping = encoder
+        self._keeping = encoder if isinstance(encoder, DenseEncoder) and not changing else None
         self.forget()
 
     def forget(self) -> None:

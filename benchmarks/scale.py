@@ -112,7 +112,7 @@ def images(counts: tuple[int, ...] = (1000, 3000, 10_000), size: int = 128, opti
     for count in counts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            write_rolled(folder / "images", count, size)
+            write_rolled(folder / "images/train/good", count, size)
             ran = in_process(patchad_command("fit", folder / "images", folder, size, options))
             (checkpoint,) = folder.glob("*/checkpoints/last.ckpt")
             length = checkpoint.stat().st_size / 1e6

@@ -293,11 +293,11 @@ class PatchDetector(Detector[PatchModel]):
         for batch, embeddings in self._normals.embedded("Calibrating"):
             judged = batch.content, self._data.image_size, batch.thing, given(batch.region)
             results.append((batch.number, self.model.nearest(embeddings, *judged)))
-        numbers, parts = torch.cat([number for number, _ in results]), [distances for _, distances in results]
+        numbers, parts = [number for number, _ in results], [distances for _, distances in results]
         sides = {side: self._everywhere(numbers, [part.sides[side] for part in parts]) for side in self.model.sides}
         content = self._everywhere(numbers, [part.content for part in parts])
-        regions = [part.region.byte() for part in parts if part.region is not None]
-        region = self._everywhere(numbers, regions).bool() if regions else None
+        regions = [part.region.view(torch.uint8) for part in parts if part.region is not None]
+        region = self._everywhere(numbers, regions).view(torch.bool) if regions else None
         return parts[0]._replace(sides=sides, content=content, region=region)
 
     # checkpoints

@@ -362,7 +362,17 @@ def timed(*arguments: str) -> Ran:
     Raises:
         NoWeightsError: if it ends with an error about weights.
     """
-    command, start = [sys.executable, "-m", "patchad", *arguments], time.perf_counter()
+    return in_process([sys.executable, "-m", "patchad", *arguments])
+
+
+def in_process(command: Sequence[str]) -> Ran:
+    """What a command takes.
+
+    Raises:
+        NoWeightsError: if it ends with an error about weights.
+        RuntimeError: if it ends with another one.
+    """
+    start = time.perf_counter()
     ended = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True)
     if ended.returncode:
         if NO_WEIGHTS in ended.stderr:

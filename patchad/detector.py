@@ -202,13 +202,13 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
         """What is computed of each normal image, one row for each, whichever process saw it."""
         batches = self._batches(self._data.normal_dataloader(), title)
         results = [(batch.number, compute(batch)) for batch in batches]
-        return self._everywhere(torch.cat([number for number, _ in results]), [rows for _, rows in results])
+        return self._everywhere([number for number, _ in results], [rows for _, rows in results])
 
-    def _everywhere(self, numbers: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """One row for each normal image, whichever process saw it."""
-        values = torch.cat(list(parts))
-        rows = values.new_zeros(len(self._data.normal_set), *values.shape[1:])
-        rows[numbers] = values
+    def _everywhere(self, numbers: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+        """One row for each normal image, whichever process saw it, of the rows of batches and their numbers."""
+        rows = parts[0].new_zeros(len(self._data.normal_set), *parts[0].shape[1:])
+        for places, values in zip(numbers, parts, strict=True):
+            rows[places] = values
         return torch.as_tensor(self.trainer.strategy.reduce(rows, reduce_op="sum"))
 
     def _total(self, moments: Tensor) -> Tensor:

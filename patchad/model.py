@@ -22,7 +22,7 @@ from patchad.errors import PatchadError
 from patchad.images import on_canvas, region_on_canvas
 from patchad.memory import BankFactory, MemoryBank
 from patchad.models.backbones import Backbone, EfficientNetLite0
-from patchad.models.encoders import MODES
+from patchad.models.encoders import MODES, in_float32
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
 from patchad.pyramid import at_pixels, crop_resize, fold, mirror
 from patchad.region import blank, judged, within
@@ -258,9 +258,9 @@ class PatchModel(ScoringModel):
         taps: name of the backbone's layer for each side; by default the backbone's own choice.
         scoring_strides: distance between scored patches for each side in pixels.
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
-        tile: a larger image (height or width in pixels) that is scored passes the backbone in tiles of that size, in
-            dense mode, so that memory stays bounded; the result is the same. None passes every image whole. Training
-            takes whole images: there a smaller `data.batch_size` saves memory.
+        tile: a larger image (height or width in pixels) passes the backbone in tiles of that size, in dense mode, so
+            that memory stays bounded where the backbone does not learn; the result is the same. None passes every image
+            whole.
         bank: makes the memory of one side: `MemoryBank`, a subclass, or a `functools.partial` of one.
         scorer: combines the maps and holds the threshold: `Scorer`, a subclass, or a `functools.partial` of one.
 
@@ -318,8 +318,7 @@ class PatchModel(ScoringModel):
         Args:
             image: RGB in [0, 1].
         """
-        # at reduced precision, distances would lose digits
-        return {side: values.float() for side, values in self.encoder(image).items()}
+        return in_float32(self.encoder(image))
 
     def nearest(
         self,

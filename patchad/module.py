@@ -1,7 +1,7 @@
 """The Lightning side of the method, in the order in which it happens. The file to read first."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from patchad.learning import Learning, LearningFactory
 from patchad.memory import BankFactory, MemoryBank
 from patchad.model import Distances, PatchModel, mirrored
 from patchad.models.backbones import Backbone
-from patchad.models.features import Features
+from patchad.models.features import NormalFeatures
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
 from patchad.pyramid import positions, window_size
 from patchad.scoring import Scorer, ScorerFactory
@@ -44,7 +44,7 @@ class PatchDetector(Detector[PatchModel]):
         taps: name of the backbone's layer for each side.
         scoring_strides: distance between scored patches for each side in pixels.
         subtract_mean_image: subtract the mean training image, as in the paper.
-        tile: height or width in pixels above which a scored image passes the backbone in tiles.
+        tile: height or width in pixels above which an image passes the backbone in tiles.
         bank: makes the memory of one side.
         scorer: makes what combines the maps and holds the threshold.
         learning: makes what trains the encoders: `Learning`, a subclass, or a `functools.partial` of one; None trains
@@ -114,20 +114,12 @@ class PatchDetector(Detector[PatchModel]):
         size = self._data.image_size
         for side, grid in self.model.encoder.grids.items():
             positions(window_size(size, side, grid), side, grid)  # or an error that says so
-        self._announce_padding(size)
+        announce_padding(self.model, size)
         if self.learning is not None:
             self._data.plan = self.learning.plan
             self.learning.prepare(size, self._data.batch_size)
         elif self.model.learns:
             rank_zero_warn(f"nothing trains {self._encoder_name}, which learns: give --config learned")
-
-    def _announce_padding(self, size: Size) -> None:
-        padded = self.model.encoder.padded(size)
-        if padded != tuple(size):
-            rank_zero_info(
-                f"images of {size[0]} x {size[1]} pixels (height x width) are padded to {padded[0]} x {padded[1]} by "
-                f"their edge: strides of backbone and patches divide multiples of {self.model.encoder.multiple}"
-            )
 
     # learning
 
@@ -148,12 +140,17 @@ class PatchDetector(Detector[PatchModel]):
         if self.learning is not None:
             self.learning.forget()
             self._keep_features(self.learning)
-        self._standardize()
+        self._normals = NormalFeatures(self.model.encoder, self._read_normals, self.learns)
+        with self.trainer.precision_plugin.forward_context():  # as banks are filled
+            self._standardize()
+
+    def _read_normals(self, title: str, first: int = 0) -> Iterable[ImageBatch]:
+        return self._batches(self._data.normal_dataloader(first), title)
 
     def _measure_mean_image(self) -> None:
         mean_image = self.model.encoder.mean_image
         if mean_image is not None and not mean_image.ready:
-            for batch in self._batches(self._data.normal_dataloader(), "Averaging images"):
+            for batch in self._read_normals("Averaging images"):
                 mean_image.observe(batch.image)
             mean_image.finish(self._total)
 
@@ -176,10 +173,12 @@ class PatchDetector(Detector[PatchModel]):
         encoder = self.model.encoder
         if all(standardize.ready for standardize in encoder.standardizers.values()):
             return
-        batches = self._batches(self._data.normal_dataloader(), "Measuring features")
-        features = Features(encoder) if self.learning is None else self.learning.features
-        for observed in features.observed(batch.image for batch in batches):
-            encoder.observe(observed)
+        title = "Measuring features"
+        measured = (features for _, features in self._normals.observed(title))
+        if self.learning is not None:
+            measured = self.learning.features.observed(batch.image for batch in self._read_normals(title))
+        for features in measured:
+            encoder.observe(features)
         for standardize in encoder.standardizers.values():
             standardize.finish(self._total)
 
@@ -245,6 +244,7 @@ class PatchDetector(Detector[PatchModel]):
             self.fill_banks(mirrors)
             promised = self.calibrate()
             self.fitted = self.fitted._replace(mirrors=[list(axes) for axes in mirrors])
+        self._normals.forget()
         announce_threshold(self.scorer, *promised)
 
     def _normal_mirrors(self) -> list[tuple[int, ...]]:
@@ -266,19 +266,19 @@ class PatchDetector(Detector[PatchModel]):
         Args:
             mirrors: axes of an image `[3, height, width]` along which it is reversed and taken in once more.
         """
-        copies = [(), *mirrors]
-        things = self._data.normal_set.things.repeat(len(copies))
-        self.model.remember(self._embedded_normals(copies), things, progress=self._shows_bars)
+        things = self._data.normal_set.things.repeat(1 + len(mirrors))
+        self.model.remember(self._embedded_normals(mirrors), things, progress=self._shows_bars)
 
-    def _embedded_normals(self, mirrors: Sequence[tuple[int, ...]]) -> Iterable[tuple[ImageBatch, dict[int, Tensor]]]:
-        count = len(self._data.normal_set)
-        for place, batch in enumerate(self._batches(self._data.normal_dataloader(), "Filling the memory bank")):
-            for copy_number, axes in enumerate(mirrors):
+    def _embedded_normals(self, mirrors: Sequence[tuple[int, ...]]) -> Iterator[tuple[ImageBatch, dict[int, Tensor]]]:
+        count, title = len(self._data.normal_set), "Filling the memory bank"
+        for place, (batch, embeddings) in enumerate(self._normals.embedded(title)):
+            if not place:
+                announce_banks(self.model, batch, embeddings, count * (1 + len(mirrors)))
+            yield batch, embeddings
+        for batch in self._read_normals(title) if mirrors else ():
+            for number, axes in enumerate(mirrors, 1):
                 copy = mirrored(batch, axes)
-                embeddings = self.model.embed(copy.image)
-                if place == copy_number == 0:
-                    announce_banks(self.model, copy, embeddings, count * len(mirrors))
-                yield copy._replace(number=batch.number + copy_number * count), embeddings
+                yield copy._replace(number=batch.number + number * count), self.model.embed(copy.image)
 
     def calibrate(self) -> tuple[float, float]:
         """Sets the scale of each side and the limits from the normal images, each compared with the others.
@@ -289,13 +289,15 @@ class PatchDetector(Detector[PatchModel]):
         return self.model.calibrate(self._normal_distances(), self._unseen)
 
     def _normal_distances(self) -> Distances:
-        batches = self._batches(self._data.normal_dataloader(), "Calibrating")
-        results = [(batch.number, self.model.distances(*batch.inputs)) for batch in batches]
-        numbers, parts = torch.cat([number for number, _ in results]), [distances for _, distances in results]
+        results = []
+        for batch, embeddings in self._normals.embedded("Calibrating"):
+            judged = batch.content, self._data.image_size, batch.thing, given(batch.region)
+            results.append((batch.number, self.model.nearest(embeddings, *judged)))
+        numbers, parts = [number for number, _ in results], [distances for _, distances in results]
         sides = {side: self._everywhere(numbers, [part.sides[side] for part in parts]) for side in self.model.sides}
         content = self._everywhere(numbers, [part.content for part in parts])
-        regions = [part.region.byte() for part in parts if part.region is not None]
-        region = self._everywhere(numbers, regions).bool() if regions else None
+        regions = [part.region.view(torch.uint8) for part in parts if part.region is not None]
+        region = self._everywhere(numbers, regions).view(torch.bool) if regions else None
         return parts[0]._replace(sides=sides, content=content, region=region)
 
     # checkpoints
@@ -340,6 +342,16 @@ def means_of_steps(watched: Iterable[tuple[Sequence[str], Tensor]]) -> dict[str,
     for name, value in (pair for names, row in watched for pair in zip(names, row, strict=True)):
         values.setdefault(name, []).append(value)
     return {name: torch.stack(of_name).mean() for name, of_name in values.items()}
+
+
+def announce_padding(model: PatchModel, size: Size) -> None:
+    """Says how far images of that height x width in pixels are padded, where they are."""
+    padded = model.encoder.padded(size)
+    if padded != tuple(size):
+        rank_zero_info(
+            f"images of {size[0]} x {size[1]} pixels (height x width) are padded to {padded[0]} x {padded[1]} by "
+            f"their edge: strides of backbone and patches divide multiples of {model.encoder.multiple}"
+        )
 
 
 def announce_banks(model: PatchModel, batch: ImageBatch, embeddings: Mapping[int, Tensor], images: int) -> None:

@@ -327,5 +327,5 @@ def test_tiles_give_the_embeddings_of_the_whole_image(backbone, size):
 
 def test_an_image_that_fits_a_tile_is_not_cut(monkeypatch):
     encoder = DenseEncoder(EfficientNetLite0(weights="none"), LearnedEncoder, (32, 16), tile=96).eval()
-    monkeypatch.setattr(encoder, "_embed_tiles", None)
+    monkeypatch.setattr(encoder, "_features_in_tiles", None)
     encoder(torch.rand(1, 3, 96, 90))

@@ -1,6 +1,7 @@
 import functools
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from pytorch_lightning.callbacks import Callback
 from patchad import Learning, PatchadError, PatchDetector, PyramidDataModule
 from patchad.callbacks import LastCheckpoint, Predictions, Report
 from patchad.checkpoint import save
+from patchad.data.datasets import ImageDataset
 from patchad.data.synthetic import write_synthetic
 from patchad.detector import OTHER_PRECISIONS
 from patchad.losses import RelativeSimilarity
 from patchad.memory import MemoryBank
-from patchad.models import AlexNet, EfficientNetLite0, LearnedEncoder, WindowEncoder
+from patchad.models import AlexNet, EfficientNetLite0, LearnedEncoder, WindowEncoder, features
 from patchad.scoring import Scorer, gaussian
 
 UNSCALED = functools.partial(WindowEncoder, standardized=False)
@@ -537,3 +539,32 @@ def test_a_few_real_bottles_are_told_apart(shared, tmp_path):
     metrics = run.test(model, data, verbose=False)[0]
     assert metrics["test/detection_auroc"] == 1.0
     assert metrics["test/segmentation_auroc"] > 0.95
+
+
+@pytest.mark.parametrize(("kept", "decoded", "passes"), [(0, 48, 18), (200_000, 40, 14), (10**9, 24, 6)])
+def test_a_fit_reads_each_normal_image_once_where_feature_maps_can_be_kept_and_finds_the_same(
+    kept, decoded, passes, product, tmp_path
+):
+    def fit(most: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+        counts, model = [0, 0], detector(patch_encoder=WindowEncoder)
+        model.model.encoder.backbone.register_forward_hook(counted(lambda *_: None, counts, 1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(features, "KEPT", most)
+            patch.setattr(ImageDataset, "read", counted(ImageDataset.read, counts, 0))
+            trainer(tmp_path / str(most), num_sanity_val_steps=0).fit(model, images(product, batch_size=2))
+        return counts, model.state_dict()
+
+    (counts, found), (_, expected) = fit(kept), fit(1)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    assert counts == [decoded, passes]
+
+
+def counted(function: Callable, counts: list[int], place: int) -> Callable:
+    """The function, which counts its calls in that place."""
+
+    def call(*arguments: object) -> object:
+        counts[place] += 1
+        return function(*arguments)
+
+    return call

@@ -287,9 +287,13 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         dataset = ViewDataset(self.pyramids, views[rank::world])  # where few are missing, none for some processes
         return self._loader(dataset, SequentialSampler(dataset))
 
-    def normal_dataloader(self) -> DataLoader:
-        """All training normals, each once, as the bank and the threshold need them."""
-        return self._each_once(self.normal_set)
+    def normal_dataloader(self, first: int = 0) -> DataLoader:
+        """All training normals, each once, as the bank and the threshold need them.
+
+        Args:
+            first: the batch of this process that they begin with.
+        """
+        return self._each_once(self.normal_set, first)
 
     def reading_dataloader(self) -> DataLoader:
         """All images that a fit reads, each once, those that cannot be read with their error."""
@@ -327,12 +331,11 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
             raise PatchadError(f"{count} images cannot be shared by {world} processes; give --trainer.devices {count}")
         return kind(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=self.seed)
 
-    def _each_once(self, dataset: Dataset) -> DataLoader:
-        return self._loader(dataset, self._sampler(UnrepeatedDistributedSampler, dataset, shuffle=False))
+    def _each_once(self, dataset: Dataset, first: int = 0) -> DataLoader:
+        numbers = list(self._sampler(UnrepeatedDistributedSampler, dataset, shuffle=False))
+        return self._loader(dataset, numbers[first * self.batch_size :])
 
-    def _loader(
-        self, dataset: Dataset, sampler: Sampler | Sequence[tuple[int, int]], keep_workers: bool = False
-    ) -> DataLoader:
+    def _loader(self, dataset: Dataset, sampler: Sampler | Sequence[Any], keep_workers: bool = False) -> DataLoader:
         return EpochLoader(
             dataset,
             batch_size=self.batch_size,

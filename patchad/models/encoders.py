@@ -89,8 +89,7 @@ class PyramidEncoder(nn.Module, ABC):
             default the largest multiple of the tap's stride up to 8 and half a side that divides the side, or else the
             tap's stride.
         subtract_mean_image: subtract the mean training image, as in the paper, instead of the backbone's normalisation.
-        tile: a larger image (height or width in pixels) that is scored passes the backbone in tiles of that size; None
-            never.
+        tile: a larger image (height or width in pixels) passes the backbone in tiles of that size; None never.
 
     Raises:
         PatchadError: if a tap is unknown, a stride does not fit, or no side reads a layer that is to be trained.
@@ -246,51 +245,51 @@ class DenseEncoder(PyramidEncoder):
         return {side: tap.stride for side, tap in self.taps.items()}
 
     def features(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
-        """The feature map of each side's tap, `[batch, channels, rows, columns]`."""
-        return self._features(pad_to_multiple(self.prepare(image), self.multiple))
+        """The feature map of each side's tap, `[batch, channels, rows, columns]`; of a larger image tile by tile."""
+        prepared = pad_to_multiple(self.prepare(image), self.multiple)
+        if self.tile is None or max(prepared.shape[2:]) <= self.tile:
+            return self._by_side(self._features(prepared))
+        return self._by_side(self._features_in_tiles(prepared, self.tile))
 
     observable = features
 
-    def _features(self, prepared: Tensor) -> dict[int, Tensor]:
-        maps = self.backbone(prepared, set(self.tap_names.values()))
+    def _features(self, prepared: Tensor) -> dict[str, Tensor]:
+        return self.backbone(prepared, set(self.tap_names.values()))
+
+    def _by_side(self, maps: Mapping[str, Tensor]) -> dict[int, Tensor]:
         return {side: maps[name] for side, name in self.tap_names.items()}
 
-    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
-        """Embeddings at every scoring position; a larger image than `tile` is embedded tile by tile."""
-        self.check_size(image)
-        prepared = pad_to_multiple(self.prepare(image), self.multiple)
-        if self.tile is None or max(prepared.shape[2:]) <= self.tile:
-            return self._embed(prepared)
-        return self._embed_tiles(prepared, self.tile)
+    def _features_in_tiles(self, prepared: Tensor, tile: int) -> dict[str, Tensor]:
+        rows, columns = (spans(length, round_up(tile, self.multiple), self.margin) for length in prepared.shape[2:])
+        found: dict[str, Tensor] = {}
+        for row, column in itertools.product(rows, columns):
+            part = prepared[:, :, row.outer_start : row.outer_stop, column.outer_start : column.outer_stop]
+            for name, values in self._features(part).items():
+                stride = self.backbone.taps[name].stride
+                shape = *values.shape[:2], prepared.shape[2] // stride, prepared.shape[3] // stride
+                whole = found.setdefault(name, values.new_empty(shape))
+                inner = whole[:, :, row.start // stride : row.stop // stride]
+                inner = inner[:, :, :, column.start // stride : column.stop // stride]
+                top, left = (row.start - row.outer_start) // stride, (column.start - column.outer_start) // stride
+                inner.copy_(values[:, :, top : top + inner.shape[2], left : left + inner.shape[3]])
+        return found
 
-    def _embed(self, prepared: Tensor) -> dict[int, Tensor]:
-        return self.embed_features(self._features(prepared))
+    def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
+        """Embeddings at every scoring position."""
+        self.check_size(image)
+        return self.embed_features(self.features(image))
 
     def embed_features(self, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Embeddings at every scoring position, `[batch, dim, rows, columns]` by side, from what `features` gave."""
         steps = {side: self.strides[side] // self.taps[side].stride for side in self.sides}
         return {side: self.patch_encoder(side)(features[side], steps[side]) for side in self.sides}
 
-    def _embed_tiles(self, prepared: Tensor, tile: int) -> dict[int, Tensor]:
-        size, embedded = (prepared.shape[2], prepared.shape[3]), {}
-        rows, columns = (spans(length, round_up(tile, self.multiple), self.margin) for length in size)
-        for row, column in itertools.product(rows, columns):
-            part = prepared[:, :, row.outer_start : row.outer_stop, column.outer_start : column.outer_stop]
-            for side, embeddings in self._embed(part).items():
-                grid, stride = self.grid(size, side), self.strides[side]
-                whole = embedded.setdefault(side, embeddings.new_empty(*embeddings.shape[:2], *grid))
-                inner = whole[:, :, row.start // stride : row.stop // stride]
-                inner = inner[:, :, :, column.start // stride : column.stop // stride]
-                top, left = (row.start - row.outer_start) // stride, (column.start - column.outer_start) // stride
-                inner.copy_(embeddings[:, :, top : top + inner.shape[2], left : left + inner.shape[3]])
-        return embedded
-
     @functools.cached_property
     def margin(self) -> int:
-        """Pixels around a tile that its patches see: the receptive field's radius and the widest side, on the grid.
+        """Pixels around a tile that its features see: the receptive field's radius, on the grid.
 
         Raises:
-            PatchadError: if there is no such margin, since a patch sees all of the image.
+            PatchadError: if there is no such margin, since a feature sees all of the image.
         """
         radius = receptive_radius(self.backbone, set(self.tap_names.values()))
         if radius is None:
@@ -298,7 +297,7 @@ class DenseEncoder(PyramidEncoder):
                 f"tile {self.tile} is smaller than the image, and {self.backbone.title} sees the whole image at once "
                 "(attention, or squeeze-and-excitation): give --model.tile null, or a smaller data.image_size"
             )
-        return round_up(radius + max(self.sides), self.multiple)
+        return round_up(radius, self.multiple)
 
     def windows(
         self, image: Float[Tensor, "batch 3 height width"], corners: Mapping[int, Int[Tensor, "batch 2"]]
@@ -377,6 +376,11 @@ class SlidingEncoder(PyramidEncoder):
 
 
 MODES: Mapping[str, type[PyramidEncoder]] = {"dense": DenseEncoder, "sliding": SlidingEncoder}
+
+
+def in_float32(embeddings: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Embeddings of each side at full precision: at a reduced one, distances would lose digits."""
+    return {side: values.float() for side, values in embeddings.items()}
 
 
 def tap_name(backbone: Backbone, side: int, taps: Mapping[int, str]) -> str:

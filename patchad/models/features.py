@@ -1,6 +1,6 @@
 """One door to what encoders read of training views: computed from images in each step, kept on disk, or at hand."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +13,12 @@ from patchad.data.datasets import PLAIN
 from patchad.errors import PatchadError
 from patchad.images import Augmentations
 from patchad.models.cache import FeatureCache
-from patchad.models.encoders import DenseEncoder, PyramidEncoder, SlidingEncoder
+from patchad.models.encoders import DenseEncoder, PyramidEncoder, SlidingEncoder, in_float32
 from patchad.pyramid import cut_patches
-from patchad.types import Pyramid, PyramidBatch
+from patchad.types import ImageBatch, Pyramid, PyramidBatch
+
+KEPT = 500_000_000
+"""Bytes of feature maps of normal images that a process keeps at most, about 800 images of 384 x 384 pixels."""
 
 
 class EmbeddedPyramids(NamedTuple):
@@ -256,6 +259,58 @@ class ResidentImages(Features):
                 fixed = None if held is None else embedded(held, side, patches[0])
             anchor, near, far, neighbour = embedded(self.encoder, side, patches)
             yield EmbeddedPyramids(side, anchor, near, far, neighbour, fixed)
+
+
+class NormalFeatures:
+    """Embeddings of normal images, whose features a fit needs to measure its encoders, to fill banks and to calibrate.
+
+    Where the backbone does not change, feature maps of the first images are kept, up to `KEPT` bytes, so that these
+    are decoded and pass the backbone once.
+
+    Args:
+        encoder: embeds.
+        read: gives the batches of this process, under a title, from the one of some number on.
+        changing: whether the backbone may change.
+    """
+
+    def __init__(
+        self, encoder: PyramidEncoder, read: Callable[[str, int], Iterable[ImageBatch]], changing: bool
+    ) -> None:
+        self.encoder, self._read = encoder, read
+        self._keeping = encoder if isinstance(encoder, DenseEncoder) and not changing else None
+        self.forget()
+
+    def forget(self) -> None:
+        """Keeps nothing."""
+        self._kept: list[tuple[ImageBatch, dict[int, Tensor]]] = []
+        self._bytes, self._all = 0, False
+
+    def observed(self, title: str) -> Iterator[tuple[ImageBatch, dict[int, Tensor]]]:
+        """Batches, without the images of those that are kept, and what the encoders of each side read."""
+        yield from self._kept
+        if self._all:
+            return
+        first = count = len(self._kept)
+        for count, batch in enumerate(self._read(title, first), first + 1):
+            features = self.encoder.observable(batch.image)
+            self._keep(count, batch, features)
+            yield batch, features
+        self._all = len(self._kept) == count
+
+    def _keep(self, count: int, batch: ImageBatch, features: dict[int, Tensor]) -> None:
+        kept = batch._replace(image=batch.image[:, :0].clone(), mask=batch.mask[:, :0].clone())
+        sizes = {values.data_ptr(): values.nbytes for values in (*features.values(), kept.region)}  # sides share taps
+        total = self._bytes + sum(sizes.values())
+        if self._keeping is not None and total <= KEPT and len(self._kept) == count - 1:
+            self._kept.append((kept, features))
+            self._bytes = total
+
+    def embedded(self, title: str) -> Iterator[tuple[ImageBatch, dict[int, Float[Tensor, "batch dim rows columns"]]]]:
+        """Batches, as `observed` gives them, and the embeddings of their patches by side."""
+        if self._keeping is None:
+            return ((batch, in_float32(self.encoder(batch.image))) for batch in self._read(title, 0))
+        embed = self._keeping.embed_features
+        return ((batch, in_float32(embed(features))) for batch, features in self.observed(title))
 
 
 def embedded(

@@ -1,3 +1,4 @@
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from test_export import DEEP_SIDE, ONE_SIDE, Tiny, model, unchecked  # noqa: F40
 from torch import nn
 
 import patchad
+from benchmarks import precisions
 from patchad import PatchadError, PatchModel, PyramidDataModule, precision
 from patchad.checkpoint import read_checkpoint
 from patchad.cli import main
@@ -203,6 +205,19 @@ def test_the_model_itself_stays_in_float32(fitted, product):
     in_int8(made, data, digests)
     assert before.keys() == made.state_dict().keys()
     assert all(torch.equal(values, made.state_dict()[name]) for name, values in before.items())
+
+
+def test_the_table_of_precisions_has_what_is_refused_and_goes_on_where_it_ended(fitted, here, capsys, monkeypatch):
+    monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)
+    precisions.main({"product": fitted / "last.ckpt"}, Path("files"), repeats=1, results=Path("precisions.csv"))
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| product")]
+    assert [row[1] for row in table] == ["float32", "int8"]
+    assert [row[4] for row in table] == ["0 of 11", table[1][4]] and table[1][4].endswith(" of 11")
+    assert table[0][-1] == "written |" and table[1][-1] in ("written |", "refused |")
+    assert list(Path("files").iterdir()) == []
+    monkeypatch.setattr(precisions, "measured", lambda *_: pytest.fail("it was measured already"))
+    precisions.main({"product": fitted / "last.ckpt"}, results=Path("precisions.csv"))
+    assert [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]] == table
 
 
 def test_a_model_without_banks_is_refused(product):

@@ -144,8 +144,8 @@ def residuals(values: Float[Tensor, "groups length numbers"], centres: Float[Ten
     """
     exact = (values - centres[:, None])[..., :-1]
     codes, steps = encode(exact, CODES, (1, 2))
-    rounding = (exact - codes * steps) @ centres[:, :-1, None]
-    offsets = weigh(values)[..., -1] - weigh(centres)[:, None, -1] - 2 * rounding.squeeze(2)
+    rounding = ((exact - codes * steps) * centres[:, None, :-1]).sum(2)
+    offsets = weigh(values)[..., -1] - weigh(centres)[:, None, -1] - 2 * rounding
     return Codes(codes.mT.to(torch.int8), -2 * steps.flatten(1), offsets)
 
 

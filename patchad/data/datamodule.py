@@ -332,8 +332,9 @@ class PyramidDataModule(Checkpointed, LightningDataModule):
         return kind(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=self.seed)
 
     def _each_once(self, dataset: Dataset, first: int = 0) -> DataLoader:
-        numbers = list(self._sampler(UnrepeatedDistributedSampler, dataset, shuffle=False))
-        return self._loader(dataset, numbers[first * self.batch_size :])
+        sampler = self._sampler(UnrepeatedDistributedSampler, dataset, shuffle=False)
+        # Lightning would share out what is no sampler of its own once more
+        return self._loader(dataset, list(sampler)[first * self.batch_size :] if first else sampler)
 
     def _loader(self, dataset: Dataset, sampler: Sampler | Sequence[Any], keep_workers: bool = False) -> DataLoader:
         return EpochLoader(

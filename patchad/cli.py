@@ -1,6 +1,5 @@
 """The command line: `patchad fit`, `test`, `predict` and what else there is."""
 
-import ctypes
 import errno
 import io
 import json
@@ -9,7 +8,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,10 +216,6 @@ class PatchadCLI(LightningCLI):
             print(f"checkpoint: {checkpoint}\nnext:       patchad {verb} --ckpt_path {checkpoint}{options}")
 
 
-MALLOC = {-3: 2**28, -1: 2**29}
-"""glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD (malloc.h), bytes: larger tensors, and more that is free, go back."""
-
-
 class Ended(NamedTuple):
     """How a command ended.
 
@@ -246,7 +240,6 @@ def run(command: Sequence[str]) -> Ended:
     """Runs one command; what the user can mend is printed as one line."""
     # else `deterministic` fills all that torch allocates with nan; we read only what was written
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    keep_freed_memory()
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", expected)
     for stream in (sys.stdout, sys.stderr):
@@ -262,16 +255,6 @@ def run(command: Sequence[str]) -> Ended:
         print(f"patchad: error: {mistake}", file=sys.stderr)
         return Ended(2, mistake=mistake)
     return Ended(1 if command_line.model.doubts.errors else 0, command_line)
-
-
-def keep_freed_memory() -> None:
-    """Has glibc use memory again, which else it gives back after each tensor of some megabytes and takes page by page.
-
-    That is a third of what the processor does in a fit. Other C libraries are left as they are.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        for option, value in MALLOC.items():
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 def parse_and_run(command: Sequence[str]) -> PatchadCLI:

@@ -7,6 +7,7 @@ python -m benchmarks.scale pixels
 Each row is a process of its own, with its peak memory. Images are synthetic; of those of a fit, each is another.
 """
 
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +34,6 @@ from patchad.timing import alternate, peak_memory
 SIZE, PATCHES, RANK, NOISE = 384, 2209, 12, 0.1
 """Pixels of an image of the default, how many patches of the smallest side it has, and what embeddings are made of:
 tanh of so many random numbers, mixed to as many as there are, and noise of that deviation."""
-GIGABYTE = 1e9
 
 
 def banks(
@@ -89,7 +89,7 @@ def timed(model: PatchModel, repeats: int, size: int) -> list[str]:
         score = partial(patchad.load(path).score, [image[0].permute(1, 2, 0).numpy()])
         tasks = {"search": partial(model.nearest, queries, content, (size, size)), "score": score}
         search, score = (float(np.median(runs)) for runs in alternate(tasks, repeats).values())
-    return [f"{search:.1f} ms", f"{seconds:.0f} s", f"{length / GIGABYTE:.2f} GB", f"{score:.1f} ms"]
+    return [f"{search:.1f} ms", f"{seconds:.0f} s", f"{length / 1e6:.0f} MB", f"{score:.1f} ms"]
 
 
 def embeddings(count: int, dim: int, seed: int) -> torch.Tensor:
@@ -162,8 +162,6 @@ def patchad_command(verb: str, data: Path, folder: Path, size: int, options: Seq
 
 def output_of(*arguments: str) -> str:
     """What this benchmark prints, in a process of its own."""
-    import subprocess
-
     command = [sys.executable, "-m", "benchmarks.scale", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

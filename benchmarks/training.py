@@ -68,6 +68,7 @@ def main(
     for _ in range(rounds):
         for name in known:
             fits[name].append(fitted(name, data, options))
+            print(f"{name}: {fits[name][-1].seconds:.1f} s", file=sys.stderr, flush=True)
     print(f"{data.name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; the fastest of {rounds} fits\n")
     print(*table(fits), sep="\n")
     if STEPPED in methods:

@@ -1,14 +1,9 @@
 """`patchad`, and `python -m patchad`."""
 
-import ctypes
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
-
-MALLOC = {-3: 2**28, -1: 2**29}
-"""glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD (malloc.h), bytes: larger tensors, and more that is free, go back."""
 
 
 def main() -> None:
@@ -17,21 +12,10 @@ def main() -> None:
     What is imported stays until the end, so that no garbage collection has to walk it: not on the way, and not at exit.
     """
     gc.disable()
-    keep_freed_memory()
     run = command(sys.argv[1:])
     gc.freeze()
     gc.enable()
     run()
-
-
-def keep_freed_memory() -> None:
-    """Has glibc use memory again, which else it gives back after each tensor of some megabytes and takes page by page.
-
-    That is a third of what the processor does in a fit. Other C libraries are left as they are.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        for option, value in MALLOC.items():
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 def command(arguments: Sequence[str]) -> Callable[[], None]:

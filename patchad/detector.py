@@ -201,7 +201,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
     def _of_normals(self, title: str, compute: Callable[[ImageBatch], Tensor]) -> Tensor:
         """What is computed of each normal image, one row for each, whichever process saw it."""
         batches = self._batches(self._data.normal_dataloader(), title)
-        results = [(batch.number, compute(batch)) for batch in batches]
+        results = [(batch.number.clone(), compute(batch)) for batch in batches]  # a worker's memory holds a file open
         return self._everywhere([number for number, _ in results], [rows for _, rows in results])
 
     def _everywhere(self, numbers: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:

@@ -26,6 +26,8 @@ TOLERANCE = 1e-4
 MAP_TOLERANCE = 1e-2
 """Most that a pixel may differ, over the highest pixel. Usually below 1e-4, too; but near 0 the roots that make
 distances, and products of maps, magnify rounding (benchmarks/learned.md)."""
+LARGEST = 2**31 - 2**24
+"""Bytes of what a model holds, above which protobuf takes no file: 2 GB, less what the graph itself may need."""
 TINY = 1e-12
 """A score or a map that is nothing; differences are not divided by less."""
 
@@ -67,12 +69,18 @@ def export(model: ScoringModel, output: Path, ckpt_path: Path | None = None, pre
         precision: of its backbone, noted, too; `patchad.precision.in_int8` makes another.
 
     Raises:
-        PatchadError: if the model was never fitted, or the output is a folder.
+        PatchadError: if the model was never fitted or is too large for a file, or the output is a folder.
         OSError: if the output cannot be written.
     """
     check_output(output)
     if model.canvas is None:
         raise PatchadError("the model knows no image_size: run patchad fit first, and export its checkpoint")
+    as_bytes = sum(bank.lists.numel() * bank.vectors.shape[1] for bank in model.memory_banks.values())
+    if (size := as_bytes + sum(values.nbytes for values in model.state_dict().values())) > LARGEST:
+        raise PatchadError(
+            f"the file would take {size / 1e9:.1f} GB, and ONNX allows {LARGEST / 1e9:.1f}: fit with a smaller "
+            "--model.bank.max_vectors"
+        )
     graph = ScoringGraph(model).eval()
     height, width = model.canvas.image_size
     inputs = {"image": torch.zeros(2, 3, height, width), "content": torch.tensor([[height, width]] * 2)}

@@ -1,8 +1,9 @@
 """Normal embeddings -> distance to the nearest of them, on faiss."""
 
 import copy
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 import numpy as np
@@ -317,7 +318,9 @@ class MemoryBank(nn.Module):
             return nearest_in_lists(images, lists)
         with torch.autocast(queries.device.type, enabled=False):  # distances would lose digits
             excluded = None if own is None else own[:, None] == self.things
-            nearest = nearest_in_lists(images.float(), self._prepared[key], excluded)
+            at_once = len(images) if key.type == "cuda" else 1  # a CPU uses the memory of one image again for the next
+            parts = zip(images.float().split(at_once), split(excluded, at_once), strict=False)
+            nearest = torch.cat([nearest_in_lists(part, self._prepared[key], mask) for part, mask in parts])
         if own is not None:  # where the lists hold nothing else
             for number, wrong in enumerate(self.things[nearest] == own[:, None]):
                 if wrong.any():
@@ -328,6 +331,11 @@ class MemoryBank(nn.Module):
         take_sizes(self, state_dict, prefix, ("vectors", "keys", "things", "levels", "lists"))
         self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def split(values: Tensor | None, length: int) -> Iterable[Tensor | None]:
+    """Parts of that length; of None, None over and over."""
+    return itertools.repeat(None) if values is None else values.split(length)
 
 
 def snapshot(bank: MemoryBank) -> MemoryBank:

@@ -13,7 +13,19 @@ import yaml
 from pytorch_lightning import Callback
 
 import patchad.models
-from benchmarks import compared, few_images, large_banks, paper, portions, products, soak, speed, tables
+from benchmarks import (
+    compared,
+    few_images,
+    large_banks,
+    paper,
+    portions,
+    products,
+    scale,
+    soak,
+    speed,
+    tables,
+    training,
+)
 from benchmarks.progress import Progress
 from patchad.callbacks import LastCheckpoint
 from patchad.cli import main
@@ -428,3 +440,41 @@ def test_the_halves_share_no_set_and_are_all_there_is(shared):
     for folder in ("mvtec_ad_256", "development"):
         there |= {f"{folder}/{path.name}" for path in (shared / "data" / folder).iterdir()}
     assert set.union(*sets) == there
+
+
+def cells(line: str) -> list[float]:
+    return [float(re.match(r"[\d.]+", cell.strip())[0]) for cell in line.strip("| \n").split("|")]
+
+
+def test_a_bank_is_divided_searched_and_exported_to_a_file_of_its_size(capsys):
+    small = [(scale.bank(count, repeats=1, size=64), cells(capsys.readouterr().out))[1] for count in (300, 11_000)]
+    assert [row[0] for row in small] == [300, 11_000]
+    assert small[0][1] == 0 < small[1][1]  # few vectors are searched whole
+    per_vector = 1e6 * (small[1][6] - small[0][6]) / 10_700
+    assert per_vector == pytest.approx(4 * (112 + 112 + 40), rel=0.15)  # and what their lists take
+
+
+@pytest.mark.slow
+def test_many_images_and_large_ones_are_fitted_with_their_memory(capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ("--data.num_workers=0", "--model.bank.max_vectors=500")
+    scale.images(counts=(6,), size=96, options=options)
+    scale.pixels(sizes=(96,), count=8, options=options)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line[2:3].isdigit()]
+    assert cells(rows[0])[0] == 6 and 100 < cells(rows[0])[2] < 20_000
+    assert cells(rows[1])[:2] == [96, 8]
+    fit, each = cells(rows[1])[2], cells(rows[1])[4]
+    assert each == pytest.approx(fit / (8 * 96**2 / 1e6), rel=0.5 / fit + 0.01)  # seconds are printed whole
+
+
+@pytest.mark.slow
+def test_a_fit_is_timed_with_its_processes(product, capsys):
+    options = (
+        "--data.image_size=64",
+        "--data.num_workers=1",
+        "--model.bank.max_vectors=500",
+        "--trainer.accelerator=cpu",
+    )
+    training.main(data=product, methods=("default",), rounds=1, options=options)
+    seconds, processors, megabytes, over = cells(capsys.readouterr().out.splitlines()[-1].partition("default |")[2])
+    assert 1 < seconds and 1 < processors < seconds * (os.cpu_count() or 1) and megabytes > 100 and over == 1

@@ -395,6 +395,15 @@ def test_an_empty_detector_is_not_exported_and_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_bank_that_no_file_can_hold_is_refused_at_once(tmp_path):
+    large = PatchModel(EfficientNetLite0(weights="none"), sides=(16,)).eval()
+    large.canvas = Canvas((96, 96))
+    large.bank(16).vectors = torch.zeros(1, 1).expand(20_000_000, 40)  # which takes no memory
+    with pytest.raises(PatchadError, match=r"would take 3.2 GB, and ONNX allows 2.1: .* --model.bank.max_vectors"):
+        exported(large, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_is_no_file_to_export_to(tmp_path):
     with pytest.raises(PatchadError, match=r"is a folder; give a file, such as .*model\.patchad"):
         export(model(Tiny), tmp_path)

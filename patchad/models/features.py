@@ -283,7 +283,7 @@ class NormalFeatures:
     def forget(self) -> None:
         """Keeps nothing."""
         self._kept: list[tuple[ImageBatch, dict[int, Tensor]]] = []
-        self._bytes, self._all = 0, False
+        self._room, self._all = torch.empty(0), False
 
     def observed(self, title: str) -> Iterator[tuple[ImageBatch, dict[int, Tensor]]]:
         """Batches, without the images of those that are kept, and what the encoders of each side read."""
@@ -298,19 +298,36 @@ class NormalFeatures:
         self._all = len(self._kept) == count
 
     def _keep(self, count: int, batch: ImageBatch, features: dict[int, Tensor]) -> None:
-        kept = batch._replace(image=batch.image[:, :0].clone(), mask=batch.mask[:, :0].clone())
-        sizes = {values.data_ptr(): values.nbytes for values in (*features.values(), kept.region)}  # sides share taps
-        total = self._bytes + sum(sizes.values())
-        if self._keeping is not None and total <= KEPT and len(self._kept) == count - 1:
-            self._kept.append((kept, features))
-            self._bytes = total
+        """Keeps a batch where all before it are kept and there is room, in one piece: the heap would have holes."""
+        if self._keeping is None or len(self._kept) < count - 1:
+            return
+        maps = {values.data_ptr(): values for values in features.values()}  # sides share taps
+        if count == 1:
+            first = next(iter(maps.values()))
+            self._room = first.new_empty(KEPT // first.itemsize)
+        sizes = [values.numel() for values in maps.values()]
+        if sum(sizes) > len(self._room):
+            return
+        *parts, self._room = self._room.split([*sizes, len(self._room) - sum(sizes)])
+        for part, (place, values) in zip(parts, list(maps.items()), strict=True):
+            maps[place] = part.as_strided_(values.shape, values.stride()).copy_(values)
+        kept = {side: maps[values.data_ptr()] for side, values in features.items()}
+        self._kept.append((without_images(batch), kept))
 
     def embedded(self, title: str) -> Iterator[tuple[ImageBatch, dict[int, Float[Tensor, "batch dim rows columns"]]]]:
-        """Batches, as `observed` gives them, and the embeddings of their patches by side."""
+        """Batches without their images, and the embeddings of their patches by side."""
         if self._keeping is None:
-            return ((batch, in_float32(self.encoder(batch.image))) for batch in self._read(title, 0))
-        embed = self._keeping.embed_features
-        return ((batch, in_float32(embed(features))) for batch, features in self.observed(title))
+            pairs = ((batch, self.encoder(batch.image)) for batch in self._read(title, 0))
+        else:
+            embed = self._keeping.embed_features
+            pairs = ((batch, embed(features)) for batch, features in self.observed(title))
+        return ((without_images(batch), in_float32(embeddings)) for batch, embeddings in pairs)
+
+
+def without_images(batch: ImageBatch) -> ImageBatch:
+    """A batch without images and masks, to be kept: not in the shared memory of a worker, which holds files open."""
+    bare = batch._replace(image=batch.image[:, :0], mask=batch.mask[:, :0])._asdict()
+    return batch._replace(**{name: values.clone() for name, values in bare.items() if isinstance(values, Tensor)})
 
 
 def embedded(

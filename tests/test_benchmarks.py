@@ -451,7 +451,7 @@ def test_a_bank_is_divided_searched_and_exported_to_a_file_of_its_size(capsys):
     assert [row[0] for row in small] == [300, 11_000]
     assert small[0][1] == 0 < small[1][1]  # few vectors are searched whole
     per_vector = 1e6 * (small[1][6] - small[0][6]) / 10_700
-    assert 5 < per_vector / (112 + 112 + 40) < 7  # four bytes of each number, one or, where lists repeat members, two more
+    assert 5 < per_vector / (112 + 112 + 40) < 7  # 4 bytes of each number, and 1 or 2 more
 
 
 @pytest.mark.slow

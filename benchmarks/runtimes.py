@@ -53,14 +53,14 @@ def main(files: Mapping[str, Path], threads: int | None = None) -> None:
     differing = []
     for file, checkpoint in files.items():
         pairs = list(scored(Path(file), checkpoint, threads))
-        others = [pair for pair in pairs if len({*pair.verdicts}) > 1]
+        differing_here = [pair for pair in pairs if len({*pair.verdicts}) > 1]
         score, pixel = (max(getattr(pair, part) for pair in pairs) for part in ("score", "map"))
-        print(f"| {Path(file).stem} | {len(pairs)} | {len(others)} | {score:.1e} | {pixel:.1e} |", flush=True)
-        differing += [(file, pair) for pair in others]
+        print(f"| {Path(file).stem} | {len(pairs)} | {len(differing_here)} | {score:.1e} | {pixel:.1e} |", flush=True)
+        differing += [(file, pair) for pair in differing_here]
     print()
     for file, pair in differing:
-        told = (f"{verdict}, {score:.9g}" for verdict, score in zip(pair.verdicts, pair.scores, strict=True))
-        print(f"* {pair.path}, {file}: {'; '.join(told)}")
+        verdicts = (f"{verdict}, {score:.9g}" for verdict, score in zip(pair.verdicts, pair.scores, strict=True))
+        print(f"* {pair.path}, {file}: {'; '.join(verdicts)}")
 
 
 def scored(file: Path, checkpoint: Path, threads: int | None) -> Iterator[Pair]:

@@ -43,13 +43,14 @@ def in_order(
         begun: deque[Future[None]] = deque()
 
         def hand_on(before: Future[None] | None, result: Future[Result]) -> None:
+            """Takes a result when it is there, unless taking the one before ended in an error."""
             if before is not None:
-                before.result()  # or its error: what follows one is not taken
+                before.result()
             take(result.result())
 
         for item in items:
             begun.append(taker.submit(hand_on, begun[-1] if begun else None, workers.submit(work, item)))
             while begun and (len(begun) == 2 * count or begun[0].done()):
                 begun.popleft().result()
-        for one in begun:
-            one.result()
+        for future in begun:
+            future.result()

@@ -104,7 +104,8 @@ class DetectorTrainer(Trainer):
         if exported is None:
             raise PatchadError("nothing to verify: give patchad verify FILE, the file that patchad export wrote")
         check_range({"--images": images}, 1)
-        scoring, runtime = restored(model, datamodule, ckpt_path), load(exported)
+        # OpenVINO rounds otherwise, which says nothing of the file
+        scoring, runtime = restored(model, datamodule, ckpt_path), load(exported, runtime="onnxruntime")
         datamodule.setup("predict")
         print("| image | score | map | verdict |\n|---|---|---|---|")
         dataset = datamodule.predict_set
@@ -261,10 +262,10 @@ def check_same(differences: Sequence[Difference], exported: Path, ckpt_path: Pat
     print(f"{largest}; allowed {TOLERANCE:.0e} and {MAP_TOLERANCE:.0e}")
 
 
-def check_threshold(found: float, expected: float, exported: Path, ckpt_path: Path) -> None:
+def check_threshold(threshold: float, expected: float, exported: Path, ckpt_path: Path) -> None:
     """Raises PatchadError if a file has another threshold than its checkpoint."""
-    if not np.isclose(found, expected, rtol=TOLERANCE):
-        thresholds = f"{found:.4g}, not {expected:.4g} as {ckpt_path}"
+    if not np.isclose(threshold, expected, rtol=TOLERANCE):
+        thresholds = f"{threshold:.4g}, not {expected:.4g} as {ckpt_path}"
         raise PatchadError(f"{exported} has the threshold {thresholds}; export it again")
 
 

@@ -22,7 +22,7 @@ from patchad.data.doubts import Doubts
 from patchad.errors import PatchadError
 from patchad.learning import Learning
 from patchad.metrics import AnomalyMetrics
-from patchad.model import ScoringModel, load_state, summary, without_weights
+from patchad.model import ScoringModel, load_state, summary, unseen, without_weights
 from patchad.pyramid import crop_resize
 from patchad.runtime import check_scores
 from patchad.scoring import Scorer
@@ -187,9 +187,7 @@ class Detector(Checkpointed, LightningModule, Generic[Model]):
 
     @property
     def _unseen(self) -> Bool[Tensor, " images"]:
-        """Of each normal image, whether nothing learned from it; where none is held out, they are taken as if so."""
-        held_out = self._data.held_out
-        return (held_out | (not self.model.learns or not held_out.any())).to(self.device)
+        return unseen(self.model, self._data.held_out).to(self.device)
 
     def on_test_start(self) -> None:
         """Says where the normal images are too few for the rate that was asked for."""

@@ -133,9 +133,9 @@ class OpenVino(Engine):
             request = self._idle.pop()
         except IndexError:
             request = self.compiled.create_infer_request()
-        found = request.infer(dict(inputs))
+        outputs = request.infer(dict(inputs))
         self._idle.append(request)
-        return [found[name] for name in OUTPUTS]
+        return [outputs[name] for name in OUTPUTS]
 
 
 ENGINES: Mapping[str, Callable[[Path, int | None], Engine]] = {
@@ -221,8 +221,8 @@ def faster(path: Path, threads: int | None, trial: Callable[[Engine], Arrays]) -
         second = OpenVino(path, threads)
     except PatchadError:  # there are graphs that only one of them runs
         return first, {}
-    expected, found = (engine.run(inputs)[0] for engine in (first, second))
-    if not np.allclose(found, expected, rtol=AGREEMENT, atol=0):
+    expected, actual = (engine.run(inputs)[0] for engine in (first, second))
+    if not np.allclose(actual, expected, rtol=AGREEMENT, atol=0):
         return first, {}
     times = measured({engine.runtime: partial(engine.run, inputs) for engine in (first, second)}, end)
     return second if times[second.runtime] < GAIN * times[first.runtime] else first, times
@@ -244,9 +244,9 @@ def measured(tasks: Mapping[str, Callable[[], object]], end: float) -> dict[str,
 
 def processor() -> dict[str, str]:
     """What the system tells of the processor: its name, and what tells it from others."""
-    told = Path("/proc/cpuinfo")
-    if told.is_file():
-        return dict(PROCESSOR.findall(told.read_text().partition("\n\n")[0]))
+    description = Path("/proc/cpuinfo")
+    if description.is_file():
+        return dict(PROCESSOR.findall(description.read_text().partition("\n\n")[0]))
     return {"model name": platform.processor() or platform.machine()}
 
 

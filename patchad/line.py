@@ -275,7 +275,7 @@ def run_score(options: argparse.Namespace) -> int:
     else:
         write(sys.stdout, form, line, names, options.threads)
     told = ", ".join(f"{line.counts[verdict]} {verdict}" for verdict in ("anomalous", "review", "normal", "unreadable"))
-    runtimes = " and ".join(sorted({one.runtime for one in lines.values()}))
+    runtimes = " and ".join(sorted({each.runtime for each in lines.values()}))
     say(f"{line.counts.total()} images: {told}; {time.perf_counter() - begun:.1f} s by {runtimes}")
     for product, one in lines.items():
         if one.drift and not one.drift.full:
@@ -397,6 +397,7 @@ def write(file: TextIO, form: Format, line: Line | Lines, names: Iterable[str], 
     """Writes the rows of images in their order, each as soon as it can be."""
 
     def take(row: Row) -> None:
+        """Counts and writes a row."""
         line.count(row)
         add(file, form.line(row))
 
@@ -425,6 +426,7 @@ def watch(line: Line | Lines, options: argparse.Namespace, form: Format, stop: S
     with opened(options.output, "a") as file, naming(options.output):
 
         def take(row: Row) -> None:
+            """Counts and writes a row, and remembers its image; tells of one that is gone."""
             if row.score is None and not os.path.exists(row.path):
                 say_gone(row.path)
                 return

@@ -485,6 +485,30 @@ def mirrored(batch: ImageBatch, axes: tuple[int, ...]) -> ImageBatch:
     return batch._replace(image=image, region=region)
 
 
+def embed_mirrors(
+    model: PatchModel, batches: Iterable[ImageBatch], mirrors: Iterable[Sequence[int]], first: int, count: int
+) -> Iterator[tuple[ImageBatch, dict[int, Tensor]]]:
+    """Batches reversed along the axes of each mirror, with the embeddings of their patches.
+
+    Args:
+        model: embeds.
+        batches: of images whose numbers begin at 0.
+        mirrors: axes of an image `[3, height, width]`; none of them leaves images as they are.
+        first: number of the first image of the first mirror.
+        count: of images, by which the numbers of one mirror lie behind those of the one before.
+    """
+    mirrors = [tuple(axes) for axes in mirrors]
+    for batch in batches:
+        for place, axes in enumerate(mirrors):
+            copy = mirrored(batch, axes)
+            yield copy._replace(number=first + place * count + batch.number), model.embed(copy.image)
+
+
+def unseen(model: ScoringModel, held_out: Bool[Tensor, " images"]) -> Bool[Tensor, " images"]:
+    """Of each normal image, whether nothing learned from it; where none is held out, they are taken as if so."""
+    return held_out | (not model.learns or not held_out.any())
+
+
 def load_state(module: nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
     """Gives a module the tensors of a checkpoint, as torch does it.
 

@@ -13,7 +13,7 @@ from patchad.canvas import Size
 from patchad.detector import Detector, announce_threshold
 from patchad.learning import Learning, LearningFactory
 from patchad.memory import BankFactory, MemoryBank
-from patchad.model import Distances, PatchModel, mirrored
+from patchad.model import Distances, PatchModel, embed_mirrors, mirrored
 from patchad.models.backbones import Backbone
 from patchad.models.features import NormalFeatures
 from patchad.models.patches import PatchEncoderFactory, WindowEncoder
@@ -275,10 +275,8 @@ class PatchDetector(Detector[PatchModel]):
             if not place:
                 announce_banks(self.model, batch, embeddings, count * (1 + len(mirrors)))
             yield batch, embeddings
-        for batch in self._read_normals(title) if mirrors else ():
-            for number, axes in enumerate(mirrors, 1):
-                copy = mirrored(batch, axes)
-                yield copy._replace(number=batch.number + number * count), self.model.embed(copy.image)
+        if mirrors:
+            yield from embed_mirrors(self.model, self._read_normals(title), mirrors, first=count, count=count)
 
     def calibrate(self) -> tuple[float, float]:
         """Sets the scale of each side and the limits from the normal images, each compared with the others.

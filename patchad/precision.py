@@ -23,9 +23,8 @@ from patchad.data.datasets import SyntheticDefects
 from patchad.errors import PatchadError
 from patchad.export import as_onnx
 from patchad.metrics import squash
-from patchad.model import PatchModel, ScoringModel
+from patchad.model import PatchModel, ScoringModel, embed_mirrors, unseen
 from patchad.models.backbones import Backbone
-from patchad.revision import embeddings
 from patchad.types import FittedImages
 
 OBSERVED = 64
@@ -164,10 +163,12 @@ def reduce_backbone(model: PatchModel, images: Iterable[Float[Tensor, "batch 3 h
         for image in images:
             model.embed(image)
     layers = [(parent, name, layer) for parent in backbone.modules() for name, layer in parent.named_children()]
-    found = [(parent, name, layer) for parent, name, layer in layers if fits(layer) and id(layer.weight) in spans.read]
-    if not found:
+    fitting = [
+        (parent, name, layer) for parent, name, layer in layers if fits(layer) and id(layer.weight) in spans.read
+    ]
+    if not fitting:
         raise PatchadError(f"--precision int8: {backbone.title} has no convolution that it fits; leave it out")
-    for parent, name, layer in found:
+    for parent, name, layer in fitting:
         key = id(layer.weight)
         given = None if key in spans.rectified else spans.given[key]
         setattr(parent, name, RoundedConvolution(layer, spans.read[key], given))
@@ -202,10 +203,12 @@ def run_by_runtime(model: PatchModel) -> Iterator[None]:
 
     @functools.cache
     def session(size: Size) -> onnxruntime.InferenceSession:
+        """The backbone, for images of one height x width in pixels."""
         graph = as_onnx(Taps(backbone, taps).eval(), {"image": torch.zeros(2, 3, *size)}, taps)
         return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
 
     def forward(image: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """As the backbone's."""
         maps = session((image.shape[2], image.shape[3])).run(taps, {"image": image.numpy()})
         return {name: torch.from_numpy(values) for name, values in zip(taps, maps, strict=True) if name in names}
 
@@ -226,15 +229,15 @@ def refit(model: PatchModel, data: PyramidDataModule, mirrors: Sequence[Sequence
         data: after its setup for a fit.
         mirrors: axes along which images are reversed and taken in once more.
     """
-    axes, count = [(), *map(tuple, mirrors)], len(data.normal_set)
+    axes, count = [(), *mirrors], len(data.normal_set)
     things = data.normal_set.things.repeat(len(axes))
-    model.remember(embeddings(model, data.normal_dataloader(), axes, 0, count), things)
+    model.remember(embed_mirrors(model, data.normal_dataloader(), axes, first=0, count=count), things)
     parts = [model.distances(*batch.inputs) for batch in data.normal_dataloader()]
     sides = {side: torch.cat([part.sides[side] for part in parts]) for side in model.sides}
     region = torch.cat([part.region for part in parts if part.region is not None] or [torch.empty(0)])
     content = torch.cat([part.content for part in parts])
     whole = parts[0]._replace(sides=sides, content=content, region=region if len(region) else None)
-    model.calibrate(whole, data.held_out | (not model.learns or not data.held_out.any()))
+    model.calibrate(whole, unseen(model, data.held_out))
 
 
 class Verdicts(NamedTuple):

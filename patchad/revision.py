@@ -1,6 +1,6 @@
 """What is changed after a fit: the limits, and which images are normal. No encoder learns or forgets anything."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from patchad.data.doubts import Doubts
 from patchad.data.layouts import images_below
 from patchad.errors import PatchadError
 from patchad.files import write_whole
-from patchad.model import PatchModel, ScoringModel, mirrored, summary
+from patchad.model import PatchModel, ScoringModel, embed_mirrors, summary
 from patchad.scoring import Scorer
 from patchad.types import UNKNOWN, FittedImages, ImageBatch, Sample, given
 
@@ -109,7 +109,7 @@ def add_normals(model: PatchModel, images: Images, fitted: FittedImages) -> Fitt
     count, mirrors = len(images.paths), [(), *map(tuple, fitted.mirrors)]
     things = 1 + max(fitted.things) + torch.arange(count)
     numbered = things_by_number(model)
-    embedded = embeddings(model, images.batches, mirrors, first=len(numbered), count=count)
+    embedded = embed_mirrors(model, images.batches, mirrors, first=len(numbered), count=count)
     model.remember(embedded, torch.cat([numbered, things.repeat(len(mirrors))]), more=True)
     scores, peaks = score(model, images, things).T
     scorer = model.scorer
@@ -119,16 +119,6 @@ def add_normals(model: PatchModel, images: Images, fitted: FittedImages) -> Fitt
         things=[*fitted.things, *things.tolist()],
         added=[*fitted.added, *[True] * count],
     )
-
-
-def embeddings(
-    model: PatchModel, batches: Iterable[ImageBatch], mirrors: Sequence[tuple[int, ...]], first: int, count: int
-) -> Iterator[tuple[ImageBatch, dict[int, Tensor]]]:
-    """Batches and their mirrors with the embeddings of their patches, numbered from `first` on."""
-    for batch in batches:
-        for copy, axes in enumerate(mirrors):
-            copied = mirrored(batch, axes)
-            yield copied._replace(number=first + copy * count + batch.number), model.embed(copied.image)
 
 
 def things_by_number(model: PatchModel) -> Int[Tensor, " images"]:

@@ -261,18 +261,18 @@ class DenseEncoder(PyramidEncoder):
 
     def _features_in_tiles(self, prepared: Tensor, tile: int) -> dict[str, Tensor]:
         rows, columns = (spans(length, round_up(tile, self.multiple), self.margin) for length in prepared.shape[2:])
-        found: dict[str, Tensor] = {}
+        maps: dict[str, Tensor] = {}
         for row, column in itertools.product(rows, columns):
             part = prepared[:, :, row.outer_start : row.outer_stop, column.outer_start : column.outer_stop]
             for name, values in self._features(part).items():
                 stride = self.backbone.taps[name].stride
                 shape = *values.shape[:2], prepared.shape[2] // stride, prepared.shape[3] // stride
-                whole = found.setdefault(name, values.new_empty(shape))
+                whole = maps.setdefault(name, values.new_empty(shape))
                 inner = whole[:, :, row.start // stride : row.stop // stride]
                 inner = inner[:, :, :, column.start // stride : column.stop // stride]
                 top, left = (row.start - row.outer_start) // stride, (column.start - column.outer_start) // stride
                 inner.copy_(values[:, :, top : top + inner.shape[2], left : left + inner.shape[3]])
-        return found
+        return maps
 
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> dict[int, Tensor]:
         """Embeddings at every scoring position."""

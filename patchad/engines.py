@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,21 @@ PROCESSOR = re.compile(r"^(vendor_id|cpu family|model|model name|stepping|flags|
 """Lines of /proc/cpuinfo that tell processors apart, on x86 and ARM."""
 
 
+class Resources(NamedTuple):
+    """What runs a graph.
+
+    Attributes:
+        threads: of the CPU; None for one per core.
+        providers: of ONNX Runtime, in order of preference.
+        spinning: whether threads of ONNX Runtime wait for their next piece of work without a pause. One image is then
+            scored sooner, but what runs beside it has less of the CPU.
+    """
+
+    threads: int | None = None
+    providers: Sequence[str] = CPU
+    spinning: bool = True
+
+
 class Engine(ABC):
     """A graph, ready to run; several threads may call it at once.
 
@@ -68,8 +83,7 @@ class OnnxRuntime(Engine):
 
     Args:
         path: the file.
-        threads: of the CPU; None for one per core.
-        providers: in order of preference.
+        resources: what runs it.
 
     Raises:
         PatchadError: if there is no graph in the file.
@@ -77,11 +91,12 @@ class OnnxRuntime(Engine):
 
     runtime = "onnxruntime"
 
-    def __init__(self, path: Path, threads: int | None, providers: Sequence[str] = CPU) -> None:
+    def __init__(self, path: Path, resources: Resources) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = resources.threads or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(resources.spinning)))
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(resources.providers))
         except Exception as error:  # ONNX Runtime's errors share no class
             raise PatchadError(f"{path} is not a file that patchad export wrote: {error}") from error
         self.noted = self.session.get_modelmeta().custom_metadata_map.get("patchad")
@@ -96,7 +111,7 @@ class OpenVino(Engine):
 
     Args:
         path: the file.
-        threads: of the CPU; None for one per core.
+        resources: what runs it; its threads pause by themselves.
 
     Raises:
         PatchadError: if OpenVINO is not installed, or opens no graph in the file.
@@ -104,7 +119,7 @@ class OpenVino(Engine):
 
     runtime = "openvino"
 
-    def __init__(self, path: Path, threads: int | None) -> None:
+    def __init__(self, path: Path, resources: Resources) -> None:
         try:
             from openvino import Core  # type: ignore[reportMissingImports]  # of the extra openvino
             from openvino.frontend import FrontEndManager  # type: ignore[reportMissingImports]
@@ -114,8 +129,8 @@ class OpenVino(Engine):
             ) from error
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         settings["ENABLE_CPU_PINNING"] = False  # processes of one thread each would share the first core
-        if threads:
-            settings["INFERENCE_NUM_THREADS"] = threads
+        if resources.threads:
+            settings["INFERENCE_NUM_THREADS"] = resources.threads
         try:
             reader = FrontEndManager().load_by_framework("onnx")  # by itself, it would try those of other files, too
             graph = reader.convert(reader.load(str(path)))
@@ -138,18 +153,13 @@ class OpenVino(Engine):
         return [outputs[name] for name in OUTPUTS]
 
 
-ENGINES: Mapping[str, Callable[[Path, int | None], Engine]] = {
+ENGINES: Mapping[str, Callable[[Path, Resources], Engine]] = {
     engine.runtime: engine for engine in (OnnxRuntime, OpenVino)
 }
 
 
 def open_engine(
-    path: Path,
-    checksum: str,
-    runtime: str,
-    threads: int | None,
-    providers: Sequence[str],
-    trial: Callable[[Engine], Arrays],
+    path: Path, checksum: str, runtime: str, resources: Resources, trial: Callable[[Engine], Arrays]
 ) -> Engine:
     """A file's graph, in the runtime that is asked for or, by `auto`, in the one that is faster here.
 
@@ -160,8 +170,7 @@ def open_engine(
         path: the file.
         checksum: of it.
         runtime: one of `RUNTIMES`.
-        threads: of the CPU; None for one per core.
-        providers: of ONNX Runtime.
+        resources: what runs it.
         trial: the inputs of one image, for whichever engine it is given; it may refuse the file.
 
     Raises:
@@ -169,13 +178,14 @@ def open_engine(
     """
     if runtime not in RUNTIMES:
         raise PatchadError(f"runtime {runtime!r} must be one of {', '.join(RUNTIMES)}")
-    check_providers(providers)
-    on_cpu = tuple(providers) == CPU
+    check_providers(resources.providers)
+    on_cpu = tuple(resources.providers) == CPU
     if runtime == "openvino" and not on_cpu:
-        raise PatchadError(f"runtime openvino has no providers {', '.join(providers)}: leave them out, or the runtime")
+        named = ", ".join(resources.providers)
+        raise PatchadError(f"runtime openvino has no providers {named}: leave them out, or the runtime")
     if runtime == "auto" and on_cpu and installed("openvino"):
-        return open_faster(path, checksum, threads, trial)
-    return OpenVino(path, threads) if runtime == "openvino" else OnnxRuntime(path, threads, providers)
+        return open_faster(path, checksum, resources, trial)
+    return (OpenVino if runtime == "openvino" else OnnxRuntime)(path, resources)
 
 
 def check_providers(providers: Sequence[str]) -> None:
@@ -195,7 +205,7 @@ def installed(distribution: str) -> str | None:
         return None
 
 
-def open_faster(path: Path, checksum: str, threads: int | None, trial: Callable[[Engine], Arrays]) -> Engine:
+def open_faster(path: Path, checksum: str, resources: Resources, trial: Callable[[Engine], Arrays]) -> Engine:
     """The graph in the runtime that was, or is now measured to be, faster here."""
     key = {
         "file": checksum,
@@ -203,22 +213,22 @@ def open_faster(path: Path, checksum: str, threads: int | None, trial: Callable[
         "openvino": installed("openvino"),
         "processor": processor(),
         "cores": os.cpu_count(),
-        "threads": threads,
+        "threads": resources.threads,
     }
     place = cache_file(key)
     if known := remembered(place):
-        return ENGINES[known](path, threads)
-    engine, milliseconds = faster(path, threads, trial)
+        return ENGINES[known](path, resources)
+    engine, milliseconds = faster(path, resources, trial)
     remember(place, {"runtime": engine.runtime, "milliseconds": milliseconds, **key})
     return engine
 
 
-def faster(path: Path, threads: int | None, trial: Callable[[Engine], Arrays]) -> tuple[Engine, dict[str, float]]:
+def faster(path: Path, resources: Resources, trial: Callable[[Engine], Arrays]) -> tuple[Engine, dict[str, float]]:
     """The graph in the faster runtime, and the milliseconds of those that run it as they should."""
-    first = OnnxRuntime(path, threads)
+    first = OnnxRuntime(path, resources)
     inputs, end = trial(first), time.monotonic() + SECONDS
     try:
-        second = OpenVino(path, threads)
+        second = OpenVino(path, resources)
     except PatchadError:  # there are graphs that only one of them runs
         return first, {}
     expected, actual = (engine.run(inputs)[0] for engine in (first, second))

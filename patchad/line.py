@@ -25,7 +25,7 @@ from patchad.drawing import outlined
 from patchad.drift import Drift
 from patchad.engines import RUNTIMES
 from patchad.errors import PatchadError, check_range
-from patchad.files import check_writable, map_name, naming, write_whole
+from patchad.files import check_writable, map_name, naming, write_picture, write_whole
 from patchad.folders import images_below
 from patchad.journal import FORMATS, Format, add, opened, paths_so_far
 from patchad.results import Row, Source, installed_version, row_of, unreadable
@@ -175,7 +175,7 @@ class Line:
         drawn, place = overlay(picture.pixels, region), self._overlays / place_below(self._root, path)
         name = map_name(place.name, ".overlay.png")
         try:
-            write_whole(place.with_name(name), lambda part: drawn.save(part, format="PNG"))
+            write_picture(place.with_name(name), drawn)
         except OSError as error:
             raise PatchadError(str(error)) from error  # else it would seem to be of the file of rows
 
@@ -329,7 +329,7 @@ def files_of(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Pat
 
 def line_of(product: str, path: Path, options: argparse.Namespace) -> Line:
     """What scores by an exported file, of a product if there are several."""
-    detector = load(path, options.threads, runtime=options.runtime)
+    detector = load(path, options.threads, runtime=options.runtime, spinning=False)  # images are decoded beside it
     set_limits(detector, options, product)
     return Line(detector, root_of(options.images), options.overlays, drift_of(options, detector, product), product)
 

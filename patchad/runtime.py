@@ -20,7 +20,7 @@ from PIL import Image
 from patchad.canvas import Canvas, Size, content_size, gain
 from patchad.conformal import Limits, limits, p_values
 from patchad.decoding import Picture, read_picture, read_pixels
-from patchad.engines import CPU, Arrays, Engine, open_engine
+from patchad.engines import CPU, Arrays, Engine, Resources, open_engine
 from patchad.errors import PatchadError
 from patchad.region import blank, fitted, judged, within
 from patchad.results import Scored, box
@@ -48,6 +48,8 @@ class ExportedDetector:
             is faster here. Their scores differ by rounding, and where that leads the search of a large bank to another
             vector, by about a thousandth. Name one where all machines must say the same of a score that near to the
             threshold.
+        spinning: whether threads of ONNX Runtime wait for their next piece of work without a pause. False is faster
+            where several threads of Python score at once, or decode beside it; one image alone takes a little longer.
 
     Attributes:
         limits: where verdicts change; `threshold` may be set alone.
@@ -67,14 +69,16 @@ class ExportedDetector:
         threads: int | None = None,
         providers: Sequence[str] = CPU,
         runtime: str = "auto",
+        spinning: bool = True,
     ) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise PatchadError(f"a {type(path).__name__} is no path of a file that patchad export wrote")
         if threads is not None and not (isinstance(threads, int) and threads > 0):
             raise PatchadError(f"threads {threads!r} must be a number of at least 1, or None for one per core")
         file = Path(path)
-        self._engine = open_engine(file, checksum_of(file), runtime, threads, providers, partial(trial, file))
-        self._opened = (file.absolute(), threads, tuple(providers), self.runtime)
+        resources = Resources(threads, providers, spinning)
+        self._engine = open_engine(file, checksum_of(file), runtime, resources, partial(trial, file))
+        self._opened = (file.absolute(), threads, tuple(providers), self.runtime, spinning)
         self.metadata = read_metadata(file, self._engine)
         self.normals, self.peaks = (np.array(self.metadata[name], np.float32) for name in ("normals", "peaks"))
         self.limits = Limits(*self.metadata["limits"])
@@ -204,9 +208,10 @@ def load(
     threads: int | None = None,
     providers: Sequence[str] = CPU,
     runtime: str = "auto",
+    spinning: bool = True,
 ) -> ExportedDetector:
     """The detector of a file that `patchad export` wrote, ready to score arrays; see `ExportedDetector`."""
-    return ExportedDetector(path, threads, providers, runtime)
+    return ExportedDetector(path, threads, providers, runtime, spinning)
 
 
 def inputs_of(

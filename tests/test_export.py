@@ -219,7 +219,7 @@ def test_grey_16_bit_float_and_alpha_are_read_as_from_files(file, tmp_path):
 
 
 def test_processes_of_a_pool_score_with_its_threads_and_threshold(path):
-    file = patchad.load(path, threads=1)
+    file = patchad.load(path, threads=1, spinning=False)
     images = list(np.random.default_rng(0).random((3, 60, 90), dtype=np.float32))
     expected = file.score(images)
     file.threshold = expected[1].score
@@ -228,7 +228,9 @@ def test_processes_of_a_pool_score_with_its_threads_and_threshold(path):
         for found, image in zip(pool.map(file, images), images, strict=True):
             assert found[:3] == file(image)[:3] and np.array_equal(found.map, file(image).map)
     copied = pickle.loads(pickle.dumps(file))
-    assert copied._engine.session.get_session_options().intra_op_num_threads == 1
+    options = copied._engine.session.get_session_options()
+    assert options.intra_op_num_threads == 1
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert copied._engine.session.get_providers() == file._engine.session.get_providers()
 
 

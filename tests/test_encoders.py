@@ -135,6 +135,19 @@ def test_one_backbone_pass_feeds_all_sides():
     assert len(passes) == 1
 
 
+def test_a_frozen_backbone_sees_image_by_image_on_a_cpu_and_a_trained_one_the_batch():
+    """A batch norm that is trained takes its mean over the batch."""
+    images = torch.rand(3, 3, 64, 64)
+    for trainable, passes in (("none", 3), ("all", 1)):
+        encoder, seen = DenseEncoder(EfficientNetLite0(weights="none", trainable=trainable), LearnedEncoder, (16,)), []
+        encoder.backbone.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        with torch.inference_mode():
+            found = encoder.features(images)[16]
+            whole = encoder.backbone(images, set(encoder.tap_names.values()))
+        assert len(seen) == passes + 1
+        torch.testing.assert_close(found, whole[encoder.tap_names[16]], rtol=1e-5, atol=1e-5)
+
+
 def test_every_layer_that_is_trained_gets_a_gradient():
     """DistributedDataParallel waits for each of them; layers behind the deepest tap are never run."""
     encoder = DenseEncoder(EfficientNetLite0(weights="none", trainable="all"), LearnedEncoder, (64, 16))
@@ -302,7 +315,7 @@ def test_the_mean_image_is_subtracted_instead_of_the_backbones_normalisation():
     seen = []
     encoder.backbone.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     encoder(images)
-    torch.testing.assert_close(seen[0], images - images.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(seen), images - images.mean(0), rtol=1e-4, atol=1e-5)
     fresh = learned(DenseEncoder, subtract_mean_image=True)
     fresh.load_state_dict(encoder.state_dict())
     assert torch.equal(fresh.mean_image.mean, encoder.mean_image.mean)

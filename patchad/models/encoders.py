@@ -254,7 +254,11 @@ class DenseEncoder(PyramidEncoder):
     observable = features
 
     def _features(self, prepared: Tensor) -> dict[str, Tensor]:
-        return self.backbone(prepared, set(self.tap_names.values()))
+        names = set(self.tap_names.values())
+        if prepared.device.type != "cpu" or torch.compiler.is_exporting() or not self.backbone.frozen:
+            return self.backbone(prepared, names)
+        maps = [self.backbone(image, names) for image in prepared.split(1)]  # the next one uses the same memory again
+        return {name: torch.cat([features[name] for features in maps]) for name in names}
 
     def _by_side(self, maps: Mapping[str, Tensor]) -> dict[int, Tensor]:
         return {side: maps[name] for side, name in self.tap_names.items()}

@@ -15,7 +15,7 @@ from patchad.conformal import Limits
 from patchad.detector import Detector
 from patchad.drawing import heat, outlined
 from patchad.errors import PatchadError
-from patchad.files import map_name, write_array, write_whole
+from patchad.files import map_name, write_array, write_picture
 from patchad.results import Row
 from patchad.types import ImageBatch, Prediction
 
@@ -65,12 +65,11 @@ class Predictions(Rows):
             values = entry.map.clip(max=float(np.finfo(np.float16).max)).astype(np.float16)
             write_array(path.with_name(map_name(path.name, ".npy")), values)
         elif self.maps != "none":
-            drawn = heat(entry.map, limits.map_threshold)
             if self.maps == "overlay":
                 drawn = outlined(entry.image, entry.map > limits.map_threshold)
-            picture = Image.fromarray(drawn)
-            name = map_name(path.name, f".{self.maps}.png")
-            write_whole(path.with_name(name), lambda part: picture.save(part, format="PNG"))
+            else:
+                drawn = heat(entry.map, limits.map_threshold)
+            write_picture(path.with_name(map_name(path.name, f".{self.maps}.png")), Image.fromarray(drawn))
 
     def on_predict_end(self, trainer: Trainer, pl_module: Detector) -> None:
         """Writes `scores.csv`, and says how many images have which verdict."""

@@ -11,7 +11,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from patchad.callbacks.thumbnails import Thumbnails
-from patchad.files import write_whole
+from patchad.files import write_picture
 from patchad.results import Row
 
 MOST_PICTURES = 200
@@ -37,7 +37,7 @@ def publish_picture(trainer: Trainer, path: Path, picture: Image.Image, key: str
         picture: what to write.
         key: its name on dashboards.
     """
-    write_whole(path, lambda part: picture.save(part, format="PNG"))
+    write_picture(path, picture)
     for logger in dashboards(trainer):
         if isinstance(logger, WandbLogger):
             logger.log_image(key, [picture])

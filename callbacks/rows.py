@@ -3,9 +3,11 @@
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from pytorch_lightning import Callback, Trainer
 
 from patchad.callbacks.pictures import SheetEntry, sheet_entry
@@ -49,7 +51,8 @@ class Rows(Callback):
             folder: below that of the run.
         """
         self.folder, self.rows = run_folder(trainer) / folder, []
-        self._writer, self._written = ThreadPoolExecutor(1), None
+        # of two pools of OpenMP threads, which are more than cores, none waits without a pause: the model were slower
+        self._writer, self._written = ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, 1)), None
         self._kept = self.folder / f".{trainer.global_rank}.csv.part"
         self._kept.unlink(missing_ok=True)
         model = checksum(Path(trainer.ckpt_path)) if trainer.ckpt_path else ""

@@ -13,24 +13,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jsonargparse import auto_cli
 from PIL import Image, ImageOps
 
 import patchad
+from patchad import PatchModel
 from patchad.canvas import Size
 from patchad.decoding import read_picture
 from patchad.folders import images_below
 from patchad.results import Scored, Source, row_of
 from patchad.runtime import ExportedDetector, on_canvas, planes_of, region_above
 from patchad.stages import timed
+from patchad.timing import alternate
 
 NOISE = 3
 """Deviation of the sensor's noise, of 255."""
 QUALITY = 92
+
+
+BATCH = 8
+"""Images that `patchad predict` scores at once, by default."""
 
 
 class Kind(NamedTuple):
@@ -53,7 +61,7 @@ KINDS = (Kind("12 megapixel JPEG", (3464, 3464), ".jpg"), Kind("256 x 256 PNG", 
 def main(file: Path, images: Path, checkpoint: Path | None = None, count: int = 2000, distinct: int = 8) -> None:
     """Prints milliseconds of each stage of one image, and images/s of whole commands over those of the slowest stage.
 
-    What a command takes for one image, such as its start, is taken off what it takes for all.
+    What a command takes for a few images, such as its start, is taken off what it takes for all.
 
     Args:
         file: what `patchad export` wrote.
@@ -68,10 +76,14 @@ def main(file: Path, images: Path, checkpoint: Path | None = None, count: int = 
             folder = Path(place) / kind.suffix
             sources = images_below(images)
             filled(folder / "all", kind, sources[:: -(-len(sources) // distinct)], count)
-            filled(folder / "one", kind, sources[:1], 1)
+            filled(folder / "few", kind, sources[:BATCH], BATCH)
             print(f"\n{count} files, {kind.name}, {os.cpu_count()} cores\n", flush=True)
             stages = stage_times(detector, images_below(folder / "all")[: 3 * distinct])
-            print(table(stages, command_rates(file, checkpoint, folder, count)), flush=True)
+            print(table("score", stages, score_rate(file, folder, count)), flush=True)
+            if checkpoint is not None:
+                model = PatchModel.load(checkpoint).eval()
+                stages = {"decode": stages["decode"], "canvas": stages["canvas"], "model, eager": eager_time(model)}
+                print(table("predict", stages, predict_rate(checkpoint, folder, count)), flush=True)
 
 
 def filled(folder: Path, kind: Kind, sources: Sequence[Path], count: int) -> None:
@@ -113,38 +125,48 @@ def stages_of(detector: ExportedDetector, path: Path) -> dict[str, float]:
     return times
 
 
-def command_rates(file: Path, checkpoint: Path | None, folder: Path, count: int) -> dict[str, float]:
-    """Images/s of each command on so many images in a folder `all`, beside one in a folder `one`."""
-    commands: dict[str, Callable[[Path], list[object]]] = {
-        "score": lambda images: [file, images, "--output", folder / "rows.csv"]
-    }
-    if checkpoint is not None:
-        plain = ["--trainer.enable_progress_bar=false", f"--trainer.logger.save_dir={folder / 'runs'}"]
-        commands["predict"] = lambda images: [f"--ckpt_path={checkpoint}", f"--data.root={images}", *plain]
-    rates = {}
-    for name, arguments in commands.items():
-        one, many = (seconds(name, arguments(folder / images)) for images in ("one", "all"))
-        rates[f"patchad {name}"] = (count - 1) / (many - one)
-    return rates
+@torch.inference_mode()
+def eager_time(model: PatchModel) -> float:
+    """Median milliseconds of one image of a batch in the model as `patchad predict` runs it."""
+    assert model.canvas is not None
+    size = model.canvas.image_size
+    images, content = torch.rand(BATCH, 3, *size), torch.tensor([size] * BATCH)
+    return float(np.median(alternate({"model": partial(model, images, content)}, 5)["model"])) / BATCH
 
 
-def seconds(name: str, arguments: Sequence[object]) -> float:
+def score_rate(file: Path, folder: Path, count: int) -> float:
+    """Images/s of `patchad score`."""
+    return rate(lambda images: ["score", file, images, "--output", folder / "rows.csv"], folder, count)
+
+
+def predict_rate(checkpoint: Path, folder: Path, count: int) -> float:
+    """Images/s of `patchad predict`."""
+    plain = [f"--ckpt_path={checkpoint}", "--trainer.enable_progress_bar=false"]
+    runs = f"--trainer.logger.save_dir={folder / 'runs'}"
+    return rate(lambda images: ["predict", *plain, runs, f"--data.root={images}"], folder, count)
+
+
+def rate(command: Callable[[Path], Sequence[object]], folder: Path, count: int) -> float:
+    """Images/s of a command on so many images in a folder `all`, less what it takes for those in a folder `few`."""
+    few, many = (seconds(command(folder / images)) for images in ("few", "all"))
+    return (count - BATCH) / (many - few)
+
+
+def seconds(arguments: Sequence[object]) -> float:
     """How long a command takes."""
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "patchad", name, *map(str, arguments)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "patchad", *map(str, arguments)], check=True, capture_output=True)
     return time.perf_counter() - begun
 
 
-def table(stages: Mapping[str, float], rates: Mapping[str, float]) -> str:
-    """Stages, their sum, the slowest, and commands, in Markdown."""
+def table(command: str, stages: Mapping[str, float], rate: float) -> str:
+    """Stages, their sum, and a command of so many images/s, beside the slowest of them and their sum, in Markdown."""
     slowest, total = max(stages.values()), sum(stages.values())
-    alone = {**stages, "all, one after the other": total}
+    times = {**stages, "all, one after the other": total, f"patchad {command}": 1e3 / rate}
     lines = ["| | ms | images/s | over the slowest stage | over the sum |", "|---|---|---|---|---|"]
-    for name, rate in [*((name, 1e3 / ms) for name, ms in alone.items()), *rates.items()]:
-        lines.append(
-            f"| {name} | {1e3 / rate:.1f} | {rate:.1f} | {rate * slowest / 1e3:.2f} | {rate * total / 1e3:.2f} |"
-        )
-    return "\n".join(lines)
+    for name, ms in times.items():
+        lines.append(f"| {name} | {ms:.1f} | {1e3 / ms:.1f} | {slowest / ms:.2f} | {total / ms:.2f} |")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

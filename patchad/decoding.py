@@ -25,8 +25,7 @@ REDUCTIONS = (8, 4, 2)
 MARGIN = 2
 """Rows and columns that a reduced image keeps for each of the canvas, at least.
 
-With 1 edges are so much softer that scores of enlarged test images (bottle, screw) moved by up to 0.7 of the threshold,
-with 2 by up to 0.3, at the median by 0.05; rounding the canvas to 8 bits moves them as far.
+With 1 edges are softer, which moves scores further (benchmarks/tried.md, "Folders of many files").
 """
 
 

@@ -25,6 +25,7 @@ PEER = "PaDiM ResNet18"
 Way = Callable[[Tensor], object]
 
 
+@quiet()
 def main(file: Path, images: Path, every: int = 6, warm: int = 3, beside: bool = True) -> None:
     """Prints what the file holds and the milliseconds of one score, from an image in memory.
 
@@ -37,7 +38,6 @@ def main(file: Path, images: Path, every: int = 6, warm: int = 3, beside: bool =
         warm: runs before the first that counts.
         beside: whether PaDiM with ResNet18 runs in turns with it, on the images at its own 256 x 256.
     """
-    quiet()
     detector = patchad.load(file)
     ways: dict[str, Way] = {file.name: lambda image: detector(image.permute(1, 2, 0).numpy())}
     if beside:

@@ -36,6 +36,7 @@ COMPILED: Mapping[str, Mapping[str, Any]] = {
 """Arguments of torch.compile."""
 
 
+@quiet()
 def main(
     methods: Sequence[str] = ("default", "fast"),
     precisions: Sequence[str] = tuple(PRECISIONS),
@@ -54,7 +55,6 @@ def main(
         repeats: timed runs.
         device: where it runs.
     """
-    quiet()
     place = torch.device(device)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place
     for method in methods:

@@ -8,10 +8,7 @@ Images are enlarged to 12 megapixels as JPEG files, and brought to 256 x 256 pix
 """
 
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +20,7 @@ from jsonargparse import auto_cli
 from PIL import Image, ImageOps
 
 import patchad
+from benchmarks import tables
 from patchad import PatchModel
 from patchad.canvas import Size
 from patchad.decoding import read_picture
@@ -35,8 +33,6 @@ from patchad.timing import alternate
 NOISE = 3
 """Deviation of the sensor's noise, of 255."""
 QUALITY = 92
-
-
 BATCH = 8
 """Images that `patchad predict` scores at once, by default."""
 
@@ -71,6 +67,7 @@ def main(file: Path, images: Path, checkpoint: Path | None = None, count: int = 
         distinct: how many of them differ; the others are hard links.
     """
     detector = patchad.load(file)
+    eager = 0.0 if checkpoint is None else eager_time(PatchModel.load(checkpoint).eval())
     with tempfile.TemporaryDirectory() as place:
         for kind in KINDS:
             folder = Path(place) / kind.suffix
@@ -81,8 +78,7 @@ def main(file: Path, images: Path, checkpoint: Path | None = None, count: int = 
             stages = stage_times(detector, images_below(folder / "all")[: 3 * distinct])
             print(table("score", stages, score_rate(file, folder, count)), flush=True)
             if checkpoint is not None:
-                model = PatchModel.load(checkpoint).eval()
-                stages = {"decode": stages["decode"], "canvas": stages["canvas"], "model, eager": eager_time(model)}
+                stages = {"decode": stages["decode"], "canvas": stages["canvas"], "model, eager": eager}
                 print(table("predict", stages, predict_rate(checkpoint, folder, count)), flush=True)
 
 
@@ -148,15 +144,8 @@ def predict_rate(checkpoint: Path, folder: Path, count: int) -> float:
 
 def rate(command: Callable[[Path], Sequence[object]], folder: Path, count: int) -> float:
     """Images/s of a command on so many images in a folder `all`, less what it takes for those in a folder `few`."""
-    few, many = (seconds(command(folder / images)) for images in ("few", "all"))
+    few, many = (tables.timed(*map(str, command(folder / images))).seconds for images in ("few", "all"))
     return (count - BATCH) / (many - few)
-
-
-def seconds(arguments: Sequence[object]) -> float:
-    """How long a command takes."""
-    begun = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "patchad", *map(str, arguments)], check=True, capture_output=True)
-    return time.perf_counter() - begun
 
 
 def table(command: str, stages: Mapping[str, float], rate: float) -> str:

@@ -107,6 +107,7 @@ class Tested(NamedTuple):
     label: torch.Tensor
 
 
+@quiet()
 def main(
     checkpoints: dict[str, Path],
     folder: Path = Path("runs/precisions"),
@@ -121,7 +122,6 @@ def main(
         repeats: timed runs of each file.
         results: the CSV.
     """
-    quiet()
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in checkpoints.items():
         if name not in {row.name for row in read_rows(results, Row)}:

@@ -52,9 +52,9 @@ def banks(
         print(output_of("bank", f"--count={count}", f"--repeats={repeats}", f"--size={size}"), flush=True)
 
 
+@quiet()
 def bank(count: int, repeats: int, size: int) -> None:
     """One row of `banks`."""
-    quiet()
     model = PatchModel(bank=partial(MemoryBank, max_vectors=None)).eval()
     model.canvas = Canvas((size, size))
     seconds = {"divided": 0.0, "finished": 0.0}

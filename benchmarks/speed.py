@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -70,6 +71,19 @@ Runs = list[dict[Form, list[float]]]
 """Milliseconds of each form, of each round."""
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings of exporters would drown the tables; as a decorator, too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
+
+
+@quiet()
 @torch.inference_mode()
 def main(
     repeats: int = 20,
@@ -93,7 +107,6 @@ def main(
         threads: of the CPU.
         memory_of: only score a batch of 8 with this method and print the peak memory of the process in MB.
     """
-    quiet()
     if memory_of is not None:
         return print(memory(memory_of))
     print(f"{machine()}\n")
@@ -139,12 +152,6 @@ def beside(
                 tasks |= {(file.name, way): run for file in files for way, run in file.ways(batch).items()}
                 yield (threads, batch), [alternate(tasks, repeats) for _ in range(rounds)]
                 tasks.clear()  # before the next are opened
-
-
-def quiet() -> None:
-    """Warnings of exporters would drown the tables."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
 
 
 def machine() -> str:

@@ -52,6 +52,7 @@ FORMS: Mapping[str, Form] = {
 }
 
 
+@quiet()
 def main(
     device: str = "cpu", forms: tuple[str, ...] = tuple(FORMS), pyramids: int = 64, repeats: int = 10, workers: int = 0
 ) -> None:
@@ -64,7 +65,6 @@ def main(
         repeats: timed steps.
         workers: processes that draw pyramids.
     """
-    quiet()
     place = torch.device(device)
     where = (
         torch.cuda.get_device_name(place) if place.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"

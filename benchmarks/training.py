@@ -107,13 +107,13 @@ def table(fits: dict[str, list[Fit]]) -> list[str]:
     return lines
 
 
+@quiet()
 def fit_peer(name: str, data: Path) -> None:
     """Fits a peer as anomalib does."""
     from anomalib import models  # type: ignore[reportMissingImports]  # of the extra bench
     from anomalib.data import MVTecAD  # type: ignore[reportMissingImports]  # the same
     from anomalib.engine import Engine  # type: ignore[reportMissingImports]  # the same
 
-    quiet()
     kind, settings = PEERS[name]
     images: Any = MVTecAD(root=data.parent, category=data.name, num_workers=os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:

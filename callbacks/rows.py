@@ -51,7 +51,7 @@ class Rows(Callback):
             folder: below that of the run.
         """
         self.folder, self.rows = run_folder(trainer) / folder, []
-        # of two pools of OpenMP threads, which are more than cores, none waits without a pause: the model were slower
+        # one thread of OpenMP there: where these are more than cores, all of them sleep between two pieces of work
         self._writer, self._written = ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, 1)), None
         self._kept = self.folder / f".{trainer.global_rank}.csv.part"
         self._kept.unlink(missing_ok=True)

@@ -57,9 +57,9 @@ class Resources(NamedTuple):
             scored sooner, but what runs beside it has less of the CPU.
     """
 
-    threads: int | None = None
-    providers: Sequence[str] = CPU
-    spinning: bool = True
+    threads: int | None
+    providers: Sequence[str]
+    spinning: bool
 
 
 class Engine(ABC):

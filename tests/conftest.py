@@ -1,7 +1,5 @@
 import gc
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,13 +30,6 @@ def memory_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_modules_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test allows is no longer allowed in the next."""
     monkeypatch.setattr("patchad.trust._trusted", {"patchad"})
-
-
-@pytest.fixture(autouse=True)
-def loggers_speak_again() -> Iterator[None]:
-    """A benchmark that is quiet shall not silence later tests."""
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)
